@@ -1,0 +1,52 @@
+// The Python module `_core`: tiers, threads, and one bind_<op> for every other file of this folder.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "qkern/cpu.h"
+#include "qkern/parallel.h"
+
+namespace py = pybind11;
+
+#define QK_BIND(op) void bind_##op(py::module_& module);
+#include "bindings.inc"
+#undef QK_BIND
+
+namespace {
+
+std::vector<std::string> tiers(bool (*predicate)(qk::Tier)) {
+    std::vector<std::string> names;
+    for (int i = 0; i < qk::kTierCount; ++i) {
+        const auto tier = static_cast<qk::Tier>(i);
+        if (predicate(tier)) names.emplace_back(qk::tier_name(tier));
+    }
+    return names;
+}
+
+bool set_tier(const std::string& name) {
+    for (int i = 0; i < qk::kTierCount; ++i) {
+        const auto tier = static_cast<qk::Tier>(i);
+        if (name == qk::tier_name(tier)) return qk::set_active_tier(tier);
+    }
+    return false;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+    module.doc() = "Native CPU kernels of qkern; raw pointers in, no torch.";
+    module.attr("__version__") = QKERN_VERSION;
+    module.def("compiled_tiers", [] { return tiers(&qk::tier_compiled); });
+    module.def("usable_tiers",
+               [] { return tiers([](qk::Tier t) { return qk::tier_compiled(t) && qk::tier_supported(t); }); });
+    module.def("active_tier", [] { return std::string(qk::tier_name(qk::active_tier())); });
+    module.def("set_tier", &set_tier, py::arg("name"),
+               "Make a tier the active one; False if it is not compiled or this machine cannot run it.");
+    module.def("cpu_features", [] { return std::string(qk::cpu_feature_names()); });
+    module.def("thread_pool", [] { return std::string(qk::pool_name()); });
+#define QK_BIND(op) bind_##op(module);
+#include "bindings.inc"
+#undef QK_BIND
+}

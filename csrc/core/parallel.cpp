@@ -1,0 +1,210 @@
+// parallel_for on torch's own OpenMP pool, found at run time, so that no second pool competes with it for
+// the cores and the module links no OpenMP runtime.
+//
+// Both OpenMP entry points are looked up by name: GOMP_parallel (GCC's runtime, torch's Linux wheels) and
+// __kmpc_fork_call (LLVM's and Intel's). Work is claimed in chunks from one atomic counter, so a thread
+// that the runtime does not deliver, or that the OS preempts, is never waited for.
+#include "qkern/parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
+
+namespace qk {
+namespace {
+
+struct Work {
+    RangeFn fn;
+    void* context;
+    int64_t total;
+    int64_t chunk;
+    std::atomic<int64_t> next{0};
+
+    void run() {
+        for (;;) {
+            const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+            if (begin >= total) return;
+            fn(context, begin, std::min(begin + chunk, total));
+        }
+    }
+};
+
+// A thread inside parallel_for runs nested calls serially.
+thread_local bool tls_inside = false;
+
+struct Inside {
+    Inside() { tls_inside = true; }
+    ~Inside() { tls_inside = false; }
+};
+
+void run_worker(Work* work) {
+    Inside inside;
+    work->run();
+}
+
+std::atomic_flag g_pool_busy = ATOMIC_FLAG_INIT;
+std::atomic<bool> g_forked_child{false};
+
+// ---- OpenMP runtimes ----------------------------------------------------------------------------------
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using OmpInParallel = int (*)();
+using KmpMicro = void (*)(int32_t*, int32_t*, ...);
+using KmpFork = void (*)(void*, int32_t, KmpMicro, ...);
+using KmpPushThreads = void (*)(void*, int32_t, int32_t);
+using KmpThreadNum = int32_t (*)(void*);
+
+// The head of LLVM's ident_t; the runtime reads only these fields.
+struct KmpIdent {
+    int32_t reserved_1 = 0, flags = 2, reserved_2 = 0, reserved_3 = 0;
+    const char* source = ";qkern;parallel_for;0;0;;";
+};
+
+struct OpenMp {
+    GompParallel gomp = nullptr;
+    OmpInParallel in_parallel = nullptr;
+    KmpFork kmp_fork = nullptr;
+    KmpPushThreads kmp_push = nullptr;
+    KmpThreadNum kmp_thread = nullptr;
+};
+
+OpenMp find_openmp() {
+    OpenMp found;
+#if !defined(_WIN32)
+    const auto symbol = [](const char* name) { return dlsym(RTLD_DEFAULT, name); };
+    found.in_parallel = reinterpret_cast<OmpInParallel>(symbol("omp_in_parallel"));
+    // LLVM's runtime also exports GOMP_parallel for compatibility, but only its own entry point is tested.
+    found.kmp_fork = reinterpret_cast<KmpFork>(symbol("__kmpc_fork_call"));
+    found.kmp_push = reinterpret_cast<KmpPushThreads>(symbol("__kmpc_push_num_threads"));
+    found.kmp_thread = reinterpret_cast<KmpThreadNum>(symbol("__kmpc_global_thread_num"));
+    if (!found.kmp_push || !found.kmp_thread) found.kmp_fork = nullptr;
+    if (!found.kmp_fork) found.gomp = reinterpret_cast<GompParallel>(symbol("GOMP_parallel"));
+#endif
+    return found;
+}
+
+const OpenMp& openmp() {
+    static const OpenMp found = find_openmp();
+    return found;
+}
+
+void gomp_entry(void* work) { run_worker(static_cast<Work*>(work)); }
+
+void kmp_entry(int32_t*, int32_t*, Work* work) { run_worker(work); }
+
+void run_openmp(Work& work, int threads) {
+    const OpenMp& omp = openmp();
+    if (omp.gomp) {
+        omp.gomp(&gomp_entry, &work, static_cast<unsigned>(threads), 0);
+        return;
+    }
+    static KmpIdent ident;
+    omp.kmp_push(&ident, omp.kmp_thread(&ident), threads);
+    omp.kmp_fork(&ident, 1, reinterpret_cast<KmpMicro>(&kmp_entry), &work);
+}
+
+// ---- own pool, for processes without an OpenMP runtime --------------------------------------------------
+
+class Pool {
+  public:
+    // Never destroyed: a worker may still wait on it while static objects go away.
+    static Pool& instance() {
+        static Pool* pool = new Pool;
+        return *pool;
+    }
+
+    void run(Work& work, int threads) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            while (static_cast<int>(workers_.size()) < threads - 1) {
+                workers_.emplace_back([this, index = static_cast<int>(workers_.size())] { loop(index); });
+                workers_.back().detach();
+            }
+            work_ = &work;
+            wanted_ = threads - 1;
+            ++generation_;
+        }
+        wake_.notify_all();
+        run_worker(&work);
+        std::unique_lock<std::mutex> lock(mutex_);
+        // A worker that has not started yet finds no work and is not waited for.
+        work_ = nullptr;
+        done_.wait(lock, [this] { return active_ == 0; });
+    }
+
+  private:
+    void loop(int index) {
+        uint64_t seen = 0;
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [&] { return generation_ != seen; });
+            seen = generation_;
+            Work* work = index < wanted_ ? work_ : nullptr;
+            if (!work) continue;
+            ++active_;
+            lock.unlock();
+            run_worker(work);
+            lock.lock();
+            if (--active_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> workers_;
+    Work* work_ = nullptr;
+    uint64_t generation_ = 0;
+    int wanted_ = 0;
+    int active_ = 0;
+};
+
+void watch_for_fork() {
+#if !defined(_WIN32)
+    // The threads of the parent's pool do not exist in the child: entering it would hang.
+    static const int registered = pthread_atfork(nullptr, nullptr, [] {
+        g_forked_child.store(true);
+        g_pool_busy.clear();
+    });
+    (void)registered;
+#endif
+}
+
+}  // namespace
+
+const char* pool_name() {
+    if (openmp().gomp) return "gomp";
+    return openmp().kmp_fork ? "kmp" : "own";
+}
+
+void parallel_for(int64_t total, int64_t grain, int threads, RangeFn fn, void* context) {
+    if (total <= 0) return;
+    grain = std::max<int64_t>(grain, 1);
+    const int64_t grains = (total + grain - 1) / grain;
+    threads = static_cast<int>(std::min<int64_t>(threads, grains));
+    const bool serial = threads <= 1 || tls_inside || g_forked_child.load(std::memory_order_relaxed) ||
+                        (openmp().in_parallel && openmp().in_parallel());
+    if (serial || g_pool_busy.test_and_set(std::memory_order_acquire)) {
+        fn(context, 0, total);
+        return;
+    }
+    watch_for_fork();
+    // Several chunks a thread, so that one late thread costs a chunk and not its whole share.
+    const int64_t chunk_grains = std::max<int64_t>(1, grains / (static_cast<int64_t>(threads) * 8));
+    Work work{fn, context, total, chunk_grains * grain, {}};
+    if (openmp().gomp || openmp().kmp_fork) {
+        run_openmp(work, threads);
+    } else {
+        Pool::instance().run(work, threads);
+    }
+    g_pool_busy.clear(std::memory_order_release);
+}
+
+}  // namespace qk

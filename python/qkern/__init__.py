@@ -1,0 +1,44 @@
+"""qkern: low-bit kernels for LLM weights, and the Python layer that makes them useful."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qkern._version import __version__
+from qkern.errors import FormatError, InputError, NativeError, QkernError, UnsupportedError
+from qkern.schemes import QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from qkern.nn import QuantEmbedding, QuantLinear, replace_linears
+
+# Loaded on first use, so that `import qkern` costs little beyond `import torch`.
+_LAZY = {
+    "QuantEmbedding": "qkern.nn",
+    "QuantLinear": "qkern.nn",
+    "replace_linears": "qkern.nn",
+}
+
+__all__ = [
+    "FormatError",
+    "InputError",
+    "NativeError",
+    "QkernError",
+    "QuantEmbedding",
+    "QuantLinear",
+    "QuantizedWeight",
+    "Scheme",
+    "UnsupportedError",
+    "__version__",
+    "replace_linears",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'qkern' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,96 @@
+"""The door to the native CPU module: loads it once, forces the tier, and says why when it cannot."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from qkern import _env
+from qkern.errors import InputError, NativeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+__all__ = ["DTYPE_CODES", "core", "force_tier", "pointer", "threads", "why_not_cpu"]
+
+# Order of qk::DType in csrc/include/qkern/types.h.
+DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    try:
+        from qkern import _core
+    except ImportError as error:
+        return None, f"the native module qkern._core does not load ({error}); reinstall qkern with a C++17 compiler"
+    tier = _env.cpu_tier()
+    if tier is not None and not _core.set_tier(tier):
+        raise InputError(
+            f"QKERN_CPU_TIER={tier} cannot run here: usable tiers are {', '.join(_core.usable_tiers())} "
+            f"(compiled: {', '.join(_core.compiled_tiers())}); unset it or name one of these"
+        )
+    return _core, None
+
+
+def core() -> Any:
+    """Return the native module.
+
+    Raises
+    ------
+    NativeError
+        If it does not load.
+    InputError
+        If ``QKERN_CPU_TIER`` names a tier that cannot run here.
+    """
+    module, reason = _load()
+    if module is None:
+        raise NativeError(reason)
+    return module
+
+
+def why_not_cpu(device: torch.device) -> str | None:
+    """Why the native CPU kernels cannot serve tensors on `device`; None if they can."""
+    if device.type != "cpu":
+        return f"the tensors are on {device}, not on the CPU"
+    return _load()[1]
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Address of the first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def threads() -> int:
+    """Threads that a native call may use: as many as torch uses."""
+    return torch.get_num_threads()
+
+
+class force_tier:  # noqa: N801 - reads as a verb: with force_tier("avx2")
+    """Context manager that makes one CPU tier the active one.
+
+    Raises
+    ------
+    InputError
+        On entry, if the tier is not compiled or this machine cannot run it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._before = ""
+
+    def __enter__(self) -> None:
+        self._before = core().active_tier()
+        if not core().set_tier(self._name):
+            raise InputError(f"CPU tier {self._name!r} cannot run here: usable are {core().usable_tiers()}")
+
+    def __exit__(self, *exc: object) -> None:
+        core().set_tier(self._before)
+
+
+def usable_tiers() -> Iterator[str]:
+    """Tiers that were compiled and that this machine can run."""
+    return iter(core().usable_tiers())
