@@ -1,0 +1,411 @@
+"""GPTQ: round one column after another and let the columns still free make up for each error.
+
+The textbook form keeps the upper Cholesky factor U of the inverse Hessian and, after each block of
+columns, subtracts ``E @ U[block, rest]`` from all the rest of W. Here the same numbers are reached from
+the other side. With ``H = R Rᵀ`` (R upper triangular, so ``U = R^-1``) and ``D = W - Q``, the loss
+``tr(D H Dᵀ)`` is ``|D R|^2``, and the best free columns after the columns P are fixed obey
+``D_P R[P, next] + D_next R[next, next] = 0``. So a block is brought up to date when it is entered:
+
+    target = W[:, block] + (D[:, :start] @ R[:start, block]) @ inv(R[block, block])
+
+That takes one Cholesky factorization and no inverse of H, reads each row of R once, and never rewrites
+the rest of the weight. Inside a block `qkern.ops.gptq_update` does the columns; its Hessian factor is
+``inv(R[block, block])``, which is exactly ``U[block, block]``.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qkern.errors import InputError, UnsupportedError
+from qkern.ops import dequantize_groupwise, gptq_update, pack_bits, quantize_groupwise
+from qkern.quantizers.hessian import factorize, triangular_inverse
+from qkern.quantizers.rtn import quantize_rtn
+from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme, as_scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["ActOrder", "GPTQConfig", "LayerResult", "ScaleSearch", "output_error", "quantize_gptq"]
+
+logger = logging.getLogger(__name__)
+
+ActOrder = Literal["none", "group-aware", "desc_act"]
+ScaleSearch = Literal["minmax", "mse", "loss"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPTQConfig:
+    """How GPTQ runs.
+
+    Parameters
+    ----------
+    damp : float
+        Added to the diagonal of the Hessian, relative to its mean.
+    block_size : int
+        Most columns that `gptq_update` does at once; changes speed and rounding noise only.
+    act_order : {"group-aware", "desc_act", "none"}
+        Order of the columns. ``"group-aware"``: groups by importance and columns by importance inside
+        their group, so the stored group of each column stays trivial. ``"desc_act"``: all columns by
+        importance; the stored `group_index` follows that order unless the groups are static.
+    static_groups : bool
+        Scales from the original weights, all before the first column; else each group's scales come
+        from its weights as the columns before left them.
+    search : {"minmax", "mse", "loss"}
+        How a group's scale is chosen. ``"minmax"``: spans the group. ``"mse"``: least rounding error, each
+        column weighted by what its error costs once the columns after it have made up for it.
+        ``"loss"``: runs the group's columns once for each of `candidates` shrunk grids and keeps, row by
+        row, the one with the least GPTQ loss; groups longer than a block take ``"mse"``.
+    candidates : int
+        Grids that ``search="loss"`` tries.
+    scale_dtype : torch.dtype
+        Dtype in which scales are stored.
+
+    Raises
+    ------
+    InputError
+        On a value out of range.
+    """
+
+    damp: float = 0.05
+    block_size: int = 128
+    act_order: ActOrder = "group-aware"
+    static_groups: bool = False
+    search: ScaleSearch = "minmax"
+    candidates: int = 12
+    scale_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp <= 1:
+            raise InputError(f"damp must be between 0 and 1: got {self.damp}; 0.05 is the default")
+        for name in ("block_size", "candidates"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1: got {getattr(self, name)}")
+        for name, allowed in (("act_order", get_args(ActOrder)), ("search", get_args(ScaleSearch))):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"unknown {name} {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+        if self.scale_dtype not in FLOAT_DTYPES:
+            raise InputError(f"scale_dtype must be fp32, fp16 or bf16: got {self.scale_dtype}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerResult:
+    """A quantized linear and how well it went.
+
+    Parameters
+    ----------
+    weight : QuantizedWeight
+        The result.
+    error : float
+        ``tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ)``: squared error of the outputs over calibration, relative.
+    notes : tuple of str
+        What did not go the plain way: raised damping, dead columns, a fall to RTN.
+    """
+
+    weight: QuantizedWeight
+    error: float
+    notes: tuple[str, ...] = field(default=())
+
+
+def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
+    """``tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ)`` of a quantized ``[N, K]`` weight; 0 if the output is zero."""
+    full = weight.float()
+    difference = full - dequantize_groupwise(quantized)
+    return _ratio(_energy(difference, hessian), _energy(full, hessian))
+
+
+def quantize_gptq(
+    weight: Tensor, hessian: Tensor, scheme: Scheme | str, config: GPTQConfig | None = None
+) -> LayerResult:
+    """Quantize a weight so that its outputs over the calibration tokens change least.
+
+    Parameters
+    ----------
+    weight : Tensor
+        ``[N, K]``, fp32, fp16 or bf16.
+    hessian : Tensor
+        fp32 ``[K, K]``, `HessianAccumulator.value`; its overall scale does not matter. Columns whose
+        diagonal is 0 (no activation ever reached them) are rounded to nearest and disturb no other.
+    scheme : Scheme or str
+        2, 3, 4 or 8 bits, symmetric or asymmetric, any group size, per channel or per tensor.
+    config : GPTQConfig or None
+        None: the defaults.
+
+    Returns
+    -------
+    LayerResult
+        If the Hessian cannot be factored even with full damping, or has NaN or Inf: the weight rounded
+        to nearest, with a warning in the log and a note.
+
+    Raises
+    ------
+    InputError
+        On shapes that do not fit, or on NaN or Inf in the weight.
+    UnsupportedError
+        For codebooks and double-quantized scales.
+    """
+    scheme = as_scheme(scheme)
+    config = config or GPTQConfig()
+    _check(weight, hessian, scheme)
+    order, groups = _column_order(hessian.diagonal(), scheme, config)
+    permuted = hessian.to(torch.float32)[order[:, None], order]
+    added = torch.zeros_like(permuted.diagonal())  # to the diagonal, beyond what was measured
+    notes: list[str] = []
+    dead = permuted.diagonal() == 0
+    if bool(dead.any()):
+        # A column without activations couples to no other: it is rounded to nearest by itself.
+        notes.append(f"{int(dead.sum())} of {dead.numel()} input columns saw no activation")
+        permuted[dead] = 0
+        permuted[:, dead] = 0
+        added[dead] = 1.0 if bool(dead.all()) else permuted.diagonal()[~dead].mean()
+        permuted.diagonal().add_(added)
+    factor = factorize(permuted, config.damp)
+    del permuted
+    if factor is None:
+        return _fall_back(weight, hessian, scheme, config)
+    added += factor.shift
+    if factor.damp > config.damp:
+        notes.append(f"damping raised from {config.damp:g} to {factor.damp:g}")
+    run = _Run(weight.to(torch.float32)[:, order], factor.root, groups, scheme, config)
+    run.quantize()
+    # |D R|^2 is the loss under the damped Hessian; what damping added to it comes off again.
+    lost = run.loss - float((run.difference.square().sum(0) * added).sum())
+    error = _ratio(max(lost, 0.0), _energy(weight.to(torch.float32), hessian))
+    return LayerResult(weight=run.result(order), error=error, notes=tuple(notes))
+
+
+class _Run:
+    """The state of one GPTQ run; columns are in processing order throughout."""
+
+    def __init__(
+        self, weight: Tensor, root: Tensor, groups: Tensor, scheme: Scheme, config: GPTQConfig
+    ) -> None:
+        self.weight = weight
+        self.root = root
+        self.groups = groups
+        self.scheme = scheme
+        self.config = config
+        N, K = weight.shape
+        shape = (N, scheme.num_groups(K))
+        self.scales = torch.ones(shape, dtype=torch.float32, device=weight.device)
+        self.zeros = torch.full(shape, scheme.midpoint, dtype=torch.uint8, device=weight.device)
+        self.codes = torch.zeros(N, K, dtype=torch.uint8, device=weight.device)
+        self.difference = torch.zeros_like(weight)
+        self.loss = 0.0
+
+    def quantize(self) -> None:
+        """Go through all columns once."""
+        K, block = self.weight.shape[1], self.config.block_size
+        if self.config.static_groups:
+            self._set_static_scales()
+        for start, stop in self._runs():
+            if not self.config.static_groups:
+                if self._searches_loss(stop - start):
+                    self._quantize_best(start, stop)
+                    continue
+                self._set_scales(start, stop)
+            for first in range(start, stop, block):
+                self._quantize_block(first, min(first + block, stop))
+
+    def result(self, order: Tensor) -> QuantizedWeight:
+        """Return the weight with its columns back in their original order."""
+        N, K = self.weight.shape
+        codes = torch.empty_like(self.codes)
+        codes[:, order] = self.codes
+        original = torch.empty_like(self.groups)
+        original[order] = self.groups
+        trivial = torch.equal(original, _trivial_groups(K, self.scheme, self.groups.device))
+        rows = slice(0, 1) if self.scheme.per_tensor else slice(None)
+        return QuantizedWeight(
+            codes=pack_bits(codes, self.scheme.bits),
+            scales=self.scales[rows].to(self.config.scale_dtype),
+            zeros=self.zeros[rows].clone() if self.scheme.zero_point else None,
+            shape=(N, K),
+            scheme=self.scheme,
+            group_index=None if trivial else original,
+        )
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Column ranges whose scales can be set when they are entered: the groups, or all at once."""
+        borders = [0, self.groups.numel()]
+        if not self.config.static_groups:
+            borders[1:1] = (1 + (self.groups[1:] != self.groups[:-1]).nonzero().flatten()).tolist()
+        return zip(borders[:-1], borders[1:], strict=True)
+
+    def _searches_loss(self, length: int) -> bool:
+        fits = length <= self.config.block_size and not self.scheme.per_tensor
+        return self.config.search == "loss" and fits
+
+    def _target(self, start: int, stop: int) -> Tensor:
+        """Where the weights of these columns should be, given the errors of all columns before."""
+        weight = self.weight[:, start:stop]
+        if start == 0:
+            return weight
+        pull = self.difference[:, :start] @ self.root[:start, start:stop]
+        corner = self.root[start:stop, start:stop]
+        return weight + torch.linalg.solve_triangular(corner, pull, upper=True, left=False)
+
+    def _grid(self, target: Tensor, scheme: Scheme, search: ScaleSearch, cost: Tensor) -> tuple[Tensor, Tensor]:
+        minmax = search == "minmax"
+        grid = quantize_groupwise(
+            target,
+            scheme,
+            search="minmax" if minmax else "mse",
+            importance=None if minmax else cost,
+            scale_dtype=self.config.scale_dtype,
+        )
+        zeros = self.zeros.new_tensor(scheme.midpoint) if grid.zeros is None else grid.zeros
+        return grid.scales.to(torch.float32), zeros
+
+    def _cost(self, start: int, stop: int) -> Tensor:
+        """What a unit error of each column adds to the loss once later columns made up for it."""
+        return self.root.diagonal()[start:stop].square()
+
+    def _set_static_scales(self) -> None:
+        K = self.groups.numel()
+        # Original column order, as quantize_groupwise forms the groups; stable, so that it undoes `order`.
+        back = self.groups.argsort(stable=True)
+        self.scales[:], self.zeros[:] = self._grid(
+            self.weight[:, back], self.scheme, self.config.search, self._cost(0, K)[back]
+        )
+
+    def _set_scales(self, start: int, stop: int) -> None:
+        group = int(self.groups[start])
+        scales, zeros = self._grid(
+            self._target(start, stop),
+            replace(self.scheme, group_size=None),
+            self.config.search,
+            self._cost(start, stop),
+        )
+        self.scales[:, group : group + 1] = scales
+        self.zeros[:, group : group + 1] = zeros
+
+    def _quantize_block(self, start: int, stop: int) -> None:
+        """Codes of a block whose scales are set."""
+        corner = triangular_inverse(self.root[start:stop, start:stop])
+        codes, errors = gptq_update(
+            self._target(start, stop),
+            corner,
+            self.scales,
+            self.zeros,
+            self.groups[start:stop],
+            bits=self.scheme.bits,
+        )
+        self._take(start, stop, codes, errors)
+
+    def _quantize_best(self, start: int, stop: int) -> None:
+        """Codes and scales of a group: the grid, row by row, under which the group loses least."""
+        target = self._target(start, stop)
+        corner = triangular_inverse(self.root[start:stop, start:stop])
+        index = torch.zeros(stop - start, dtype=torch.int32, device=target.device)
+        base, zeros = self._grid(
+            target, replace(self.scheme, group_size=None), "minmax", self._cost(start, stop)
+        )
+        zeros = zeros.expand_as(base)
+        best: list[Tensor] = []
+        for ratio in _ratios(self.scheme, self.config.candidates):
+            scales = (base * ratio).to(self.config.scale_dtype).to(torch.float32)
+            codes, errors = gptq_update(target, corner, scales, zeros, index, bits=self.scheme.bits)
+            trial = [errors.square().sum(1, keepdim=True), scales, codes, errors]
+            if best:
+                wins = trial[0] < best[0]
+                best = [torch.where(wins, new, old) for new, old in zip(trial, best, strict=True)]
+            else:
+                best = trial
+        _, scales, codes, errors = best
+        group = int(self.groups[start])
+        self.scales[:, group : group + 1] = scales
+        self.zeros[:, group : group + 1] = zeros
+        self._take(start, stop, codes, errors)
+
+    def _take(self, start: int, stop: int, codes: Tensor, errors: Tensor) -> None:
+        index = self.groups[start:stop].long()
+        steps = codes.to(torch.float32) - self.zeros[:, index].to(torch.float32)
+        self.codes[:, start:stop] = codes
+        self.difference[:, start:stop] = self.weight[:, start:stop] - steps * self.scales[:, index]
+        self.loss += float(errors.square().sum())
+
+
+def _ratios(scheme: Scheme, count: int) -> list[float]:
+    """Factors of the spanning scale that the loss search tries, the spanning scale itself first."""
+    # The fewer the levels, the more a finer step is worth a clipped tail.
+    least = {2: 0.4, 3: 0.5, 4: 0.6, 8: 0.9}[scheme.bits]
+    ratios = torch.linspace(1.0, least, count).tolist()
+    # A symmetric grid has one more level below zero than above; a negative scale turns it round.
+    return ratios if scheme.zero_point else [sign * ratio for ratio in ratios for sign in (1.0, -1.0)]
+
+
+def _trivial_groups(K: int, scheme: Scheme, device: torch.device) -> Tensor:
+    return torch.arange(K, dtype=torch.int32, device=device) // scheme.group_length(K)
+
+
+def _column_order(diagonal: Tensor, scheme: Scheme, config: GPTQConfig) -> tuple[Tensor, Tensor]:
+    """Processing order (int64 ``[K]``, original columns) and the group of each processed column."""
+    K = diagonal.numel()
+    trivial = _trivial_groups(K, scheme, diagonal.device)
+    # A Hessian with NaN has no order; the run falls back before it is used.
+    importance = torch.nan_to_num(diagonal.to(torch.float32))
+    if config.act_order == "none":
+        return torch.arange(K, device=diagonal.device), trivial
+    order = importance.argsort(descending=True, stable=True)
+    if config.act_order == "desc_act":
+        return order, trivial[order] if config.static_groups else trivial
+    count = scheme.num_groups(K)
+    total = torch.zeros(count, device=diagonal.device).index_add_(0, trivial.long(), importance)
+    size = torch.bincount(trivial, minlength=count)
+    rank = torch.empty(count, dtype=torch.int64, device=diagonal.device)
+    rank[(total / size).argsort(descending=True, stable=True)] = torch.arange(count, device=diagonal.device)
+    order = order[rank[trivial.long()[order]].argsort(stable=True)]
+    return order, trivial[order]
+
+
+def _energy(matrix: Tensor, hessian: Tensor) -> float:
+    """``tr(M H Mᵀ)``."""
+    return float((matrix @ hessian.to(torch.float32)).mul_(matrix).sum())
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _fall_back(weight: Tensor, hessian: Tensor, scheme: Scheme, config: GPTQConfig) -> LayerResult:
+    finite = bool(torch.isfinite(hessian).all())
+    why = "is not positive definite even with full damping" if finite else "has NaN or Inf"
+    note = f"rounded to nearest: the Hessian {why}"
+    logger.warning("%s", note)
+    quantized = quantize_rtn(
+        weight,
+        scheme,
+        search="minmax" if config.search == "minmax" else "mse",
+        scale_dtype=config.scale_dtype,
+    )
+    full = weight.to(torch.float32)
+    difference = full - dequantize_groupwise(quantized)
+    # No Hessian to measure with: the relative squared error of the weight itself.
+    error = _ratio(float(difference.square().sum()), float(full.square().sum()))
+    return LayerResult(weight=quantized, error=error, notes=(note,))
+
+
+def _check(weight: Tensor, hessian: Tensor, scheme: Scheme) -> None:
+    if weight.dim() != 2 or weight.dtype not in FLOAT_DTYPES:
+        raise InputError(
+            f"weight must be a fp32, fp16 or bf16 matrix [N, K]: got {weight.dtype} {tuple(weight.shape)}"
+        )
+    K = weight.shape[1]
+    if tuple(hessian.shape) != (K, K) or not hessian.is_floating_point():
+        raise InputError(
+            f"hessian of a weight with K={K} must be floating [{K}, {K}]: "
+            f"got {hessian.dtype} {tuple(hessian.shape)}"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError("weight has NaN or Inf values: only finite weights are quantized; repair the tensor")
+    if scheme.codebook is not None or scheme.double_quant:
+        raise UnsupportedError(
+            f"GPTQ quantizes on uniform grids with plain scales: got {scheme}; "
+            "use method rtn for codebooks and double-quantized scales"
+        )
