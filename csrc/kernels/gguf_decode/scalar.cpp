@@ -1,0 +1,4 @@
+// gguf_decode, tier scalar: decode.h compiled with this tier's flags; the bits are the same in every tier.
+#include "decode.h"
+
+extern "C" void qk_enter_gguf_decode_scalar(qk::KernelTable* table) { table->gguf_decode = &decode; }

@@ -1,0 +1,141 @@
+// Sixteen fp32 values side by side, in the compiler's portable vectors: one register in avx512, two in avx2,
+// four elsewhere. Every tier compiles the same source with its own flags; there is no FMA contraction and
+// every sum has one fixed order, so all tiers give the same bits. Everything is in an anonymous
+// namespace: a tier's object file shares no inline code with another's.
+#pragma once
+#include <string.h>
+
+#include "qkern/scalar_float.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRegister = 16;
+#elif defined(__AVX__)
+constexpr int kRegister = 8;
+#else
+constexpr int kRegister = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kRegister)));
+
+// Two vectors as one; nesting doubles again.
+template <class V> struct Twice {
+    V a, b;
+};
+
+template <int registers> struct Wide {
+    using F = Twice<typename Wide<registers / 2>::F>;
+};
+template <> struct Wide<1> {
+    using F = Floats;
+};
+
+constexpr int kLanes = 16;
+using Lanes = Wide<kLanes / kRegister>::F;
+
+#define QK_LANEWISE(op)                                                                         \
+    template <class V> inline Twice<V> operator op(const Twice<V>& x, const Twice<V>& y) {      \
+        return {x.a op y.a, x.b op y.b};                                                        \
+    }                                                                                           \
+    template <class V> inline Twice<V> operator op(const Twice<V>& x, float y) {                \
+        return {x.a op y, x.b op y};                                                            \
+    }                                                                                           \
+    template <class V> inline Twice<V> operator op(float x, const Twice<V>& y) {                \
+        return {x op y.a, x op y.b};                                                            \
+    }
+QK_LANEWISE(+)
+QK_LANEWISE(-)
+QK_LANEWISE(*)
+QK_LANEWISE(/)
+#undef QK_LANEWISE
+
+template <class V> inline Twice<V> operator-(const Twice<V>& x) { return {-x.a, -x.b}; }
+template <class V> inline void operator+=(Twice<V>& x, const Twice<V>& y) { x = x + y; }
+
+// x < y ? yes : no, lane by lane.
+inline Floats select_less(const Floats& x, const Floats& y, const Floats& yes, const Floats& no) {
+    return x < y ? yes : no;
+}
+template <class V>
+inline Twice<V> select_less(const Twice<V>& x, const Twice<V>& y, const Twice<V>& yes, const Twice<V>& no) {
+    return {select_less(x.a, y.a, yes.a, no.a), select_less(x.b, y.b, yes.b, no.b)};
+}
+
+inline Lanes splat(float value) { return value - Lanes{}; }
+
+inline Lanes load(const float* data) {
+    Lanes lanes;
+    memcpy(&lanes, data, sizeof(lanes));
+    return lanes;
+}
+
+// Below this every fp16 scale is zero, and above it no reciprocal of the searches overflows.
+constexpr float kTiny = 1.0f / (1 << 26);
+
+// Nearest integer, ties to even, for |value| < 2^22: adding 1.5 * 2^23 leaves no fraction bits.
+constexpr float kRound = 12582912.0f;
+
+inline Lanes round(const Lanes& value) { return (value + kRound) - kRound; }
+
+// Clamps to [low, high], then rounds; high and low are integers. A NaN stays NaN.
+inline Lanes clamp_round(const Lanes& v, float low, float high) {
+    const Lanes lows = splat(low), highs = splat(high);
+    const Lanes value = select_less(v, lows, lows, v);
+    return round(select_less(highs, value, highs, value));
+}
+
+// 1 / value, and 0 where value is 0 or NaN.
+inline Lanes inverse_or_zero(const Lanes& value) {
+    const Lanes zero{}, inverse = 1.0f / value;
+    return select_less(value, zero, inverse, select_less(zero, value, inverse, zero));
+}
+
+inline float inverse_or_zero(float value) { return value == 0.0f ? 0.0f : 1.0f / value; }
+
+// The lane with the smallest error; the first one on ties, lane 0 if all are NaN.
+inline int best_lane(const Lanes& error, float* least) {
+    float values[kLanes];
+    memcpy(values, &error, sizeof(values));
+    int best = 0;
+    for (int c = 1; c < kLanes; ++c) {
+        if (values[c] < values[best]) best = c;
+    }
+    *least = values[best];
+    return best;
+}
+
+inline float lane(const Lanes& lanes, int c) {
+    float values[kLanes];
+    memcpy(values, &lanes, sizeof(values));
+    return values[c];
+}
+
+// Sum of the lanes by halves: a fixed order.
+inline float sum(const Lanes& lanes) {
+    float values[kLanes];
+    memcpy(values, &lanes, sizeof(values));
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int c = 0; c < half; ++c) values[c] += values[c + half];
+    }
+    return values[0];
+}
+
+// codes[i] = clamp(rint((x[i] + offset) * inverse)) for n a multiple of 16.
+inline void choose_codes(const float* x, int n, float inverse, float offset, float low, float high,
+                         int32_t* codes) {
+    for (int i = 0; i < n; i += kLanes) {
+        float values[kLanes];
+        const Lanes code = clamp_round((load(x + i) + offset) * inverse, low, high);
+        memcpy(values, &code, sizeof(values));
+        for (int c = 0; c < kLanes; ++c) codes[i + c] = static_cast<int32_t>(values[c]);
+    }
+}
+
+inline Lanes load(const int32_t* data) {
+    float values[kLanes];
+    for (int c = 0; c < kLanes; ++c) values[c] = static_cast<float>(data[c]);
+    return load(values);
+}
+
+}  // namespace

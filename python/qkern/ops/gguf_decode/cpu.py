@@ -1,0 +1,32 @@
+"""gguf_decode through the native CPU kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qkern.ops import _native
+
+if TYPE_CHECKING:
+    from qkern.ops.gguf_types import GGUFType
+    from qkern.ops.registry import Request
+
+__all__ = ["decode", "why_not"]
+
+
+def why_not(request: Request) -> str | None:
+    """Why the native kernels cannot run; None if they can."""
+    return _native.why_not_cpu(request.device)
+
+
+def decode(rows: Tensor, kind: GGUFType) -> Tensor:
+    """Decode contiguous uint8 ``[N, bytes]``; arguments are validated by the caller."""
+    N = rows.shape[0]
+    K = rows.shape[1] // kind.bytes * kind.block
+    out = torch.empty(N, K)
+    _native.core().gguf_decode(
+        type=kind.id, raw=rows.data_ptr(), out=out.data_ptr(), rows=N, K=K, threads=_native.threads()
+    )
+    return out
