@@ -4,6 +4,7 @@
 // csrc/kernels/<op>/<tier>.cpp defines  extern "C" void qk_enter_<op>_<tier>(qk::KernelTable*)  which
 // writes its functions into the table.
 #pragma once
+#include "qkern/gguf_blocks.h"
 #include "qkern/types.h"
 
 namespace qk {
@@ -11,24 +12,186 @@ namespace qk {
 // quantize_groupwise ------------------------------------------------------------------------------------
 
 struct QuantizeArgs {
-    const void* weight;       // [rows, row_stride] of dtype
+    const void* weight;         // [rows, row_stride] of dtype
     DType dtype;
-    int64_t row_stride;       // elements between rows
+    int64_t row_stride;         // elements between rows
     int64_t K;
-    int64_t group_size;       // 1..K
-    int bits;                 // 2, 3, 4, 8
+    int64_t group_size;         // at least 1
+    int64_t groups;             // ceil(K / group_size), at least 1 per channel
+    int bits;                   // 2, 3, 4, 8
     bool asymmetric;
+    int codebook;               // 0: none, 1: nf4, 2: fp4
+    bool search_mse;            // else min-max
+    const float* importance;    // [rows, importance_stride] or null; only with search_mse
+    int64_t importance_stride;  // 0: one row serves all
     DType scale_dtype;
-    uint32_t* codes;          // [rows, code_words]
-    int64_t code_words;       // ceil(K * bits / 32)
-    void* scales;             // [rows, groups] of scale_dtype
-    uint8_t* zeros;           // [rows, groups] or null
+    void* scales;               // [grid rows, groups] of scale_dtype
+    uint8_t* zeros;             // [grid rows, groups], or null
+    bool grid_given;            // scales and zeros are read, not chosen
+    int64_t rows_per_grid;      // with grid_given: rows that share a row of scales; else 1
+    uint32_t* codes;            // [rows, code_words], or null: choose the grid only
+    int64_t code_words;         // ceil(K * bits / 32)
 };
-// Rows [begin, end). non_finite if a weight is NaN or Inf (outputs of that row are then unspecified).
+// Rows [begin, end). non_finite if a weight is NaN or Inf, scale_overflow if a scale does not fit
+// scale_dtype; outputs of these rows are then unspecified.
 using QuantizeGroupwiseFn = Status (*)(const QuantizeArgs& args, int64_t begin, int64_t end);
 
+// dequantize_groupwise ----------------------------------------------------------------------------------
+
+struct DequantizeArgs {
+    const uint32_t* codes;        // [rows, code_words]
+    int64_t code_words;
+    int64_t K;
+    int64_t group_size;           // at least 1
+    int64_t groups;               // columns of scales
+    int bits;
+    int codebook;                 // as in QuantizeArgs
+    DType scale_dtype;
+    const void* scales;           // [scale rows, groups]
+    const uint8_t* zeros;         // [scale rows, groups], or null
+    const void* offsets;          // [scale rows, groups] of scale_dtype, or null; excludes zeros
+    const int32_t* group_index;   // [K] in 0..groups-1, or null
+    int64_t rows_per_scale;       // rows that share a row of scales: 1, or N per tensor
+    DType out_dtype;
+    void* out;                    // row `first_row` of the result
+    int64_t out_stride;           // elements between rows
+    int64_t first_row;
+};
+// Writes rows [begin, end) to out + (row - first_row) * out_stride.
+using DequantizeGroupwiseFn = void (*)(const DequantizeArgs& args, int64_t begin, int64_t end);
+
+// pack_bits, unpack_bits --------------------------------------------------------------------------------
+
+// Order is shared with python/qkern/ops/pack_bits/cpu.py.
+enum class BitLayout : int { dense = 0, gptq = 1, awq = 2, words = 3 };
+
+struct BitsArgs {
+    uint8_t* codes;        // [N, codes_stride]: read by pack, written by unpack
+    int64_t codes_stride;  // elements between rows
+    int64_t N;
+    int64_t K;
+    int bits;
+    BitLayout layout;
+    uint32_t* packed;      // contiguous, shape by layout: see csrc/kernels/pack_bits/README.md
+};
+// Rows [begin, end) of the codes; begin is a multiple of 8 (awq packs eight rows to a word). pack_bits
+// returns code_range if a code has bits beyond `bits`.
+using PackBitsFn = Status (*)(const BitsArgs& args, int64_t begin, int64_t end);
+using UnpackBitsFn = void (*)(const BitsArgs& args, int64_t begin, int64_t end);
+
+// gptq_update -------------------------------------------------------------------------------------------
+
+constexpr int64_t kGptqMaxColumns = 1024;
+
+struct GptqArgs {
+    const float* weight;         // [rows, weight_stride]
+    int64_t weight_stride;
+    int64_t B;                   // columns, at most kGptqMaxColumns
+    const float* hinv;           // [B, B] upper triangular
+    const float* scales;         // [rows, groups]
+    const uint8_t* zeros;        // [rows, groups]
+    int64_t groups;
+    const int32_t* group_index;  // [B]
+    int bits;
+    int codebook;                // as in QuantizeArgs; zeros are then not read
+    uint8_t* codes;              // [rows, B]
+    float* errors;               // [rows, B]
+};
+using GptqUpdateFn = void (*)(const GptqArgs& args, int64_t begin, int64_t end);
+
+// quantize_activations ----------------------------------------------------------------------------------
+
+struct QuantizeActivationsArgs {
+    const void* x;  // [rows, row_stride] of dtype
+    DType dtype;
+    int64_t row_stride;  // elements between rows
+    int64_t K;
+    int64_t group_size;  // 1..max(K, 1)
+    int8_t* codes;       // [rows, K]
+    float* scales;       // [rows, ceil(K / group_size)]
+};
+using QuantizeActivationsFn = void (*)(const QuantizeActivationsArgs& args, int64_t begin, int64_t end);
+
+// dequant_matmul ----------------------------------------------------------------------------------------
+// The layout of the weight is in qkern/packed_weight.h.
+
+struct PackedView;
+
+struct PackArgs {
+    const PackedView* view;
+    uint32_t* codes;       // [N, code_words], form 2
+    int64_t code_words;
+    void* scales;          // [N, groups], or one element when scale_row_stride is 0
+    void* zeros;           // uint8, or offsets of the scales' dtype, or null
+    int64_t scale_row_stride;
+    uint8_t* panels;
+};
+// Panels [begin, end): form 2 to panels, and panels to form 2 (codes are zeroed by the caller).
+using PackPanelsFn = void (*)(const PackArgs& args, int64_t begin, int64_t end);
+
+// Activations in the weight's column order, every block padded with zeros.
+struct PrepareArgs {
+    const PackedView* view;
+    const void* x;  // [M, row_stride] of dtype
+    DType dtype;
+    int64_t row_stride;
+    int8_t* codes;   // int8 compute: [M, padded_K]
+    float* scales;   // int8 compute: [M, blocks]
+    int32_t* sums;   // int8 compute: [M, blocks], sum of the codes
+    float* values;   // float compute: [M, padded_K], else null
+};
+using PrepareFn = void (*)(const PrepareArgs& args, int64_t begin, int64_t end);
+
+struct MatmulArgs {
+    const PackedView* view;
+    int64_t M;
+    const int8_t* codes;  // as PrepareArgs made them
+    const float* scales;
+    const int32_t* sums;
+    const float* values;  // not null: float compute
+    void* out;            // [M, out_stride] of out_dtype
+    DType out_dtype;
+    int64_t out_stride;
+    const void* bias;  // [N] or null
+    DType bias_dtype;
+};
+// Tiles [begin, end): tile t is panel t / chunks and rows (t % chunks) * kMatmulRows of x and the next ones,
+// with chunks = max(1, ceil(M / kMatmulRows)).
+constexpr int64_t kMatmulRows = 96;
+using MatmulFn = void (*)(const MatmulArgs& args, int64_t begin, int64_t end);
+
+struct DecodeArgs {
+    const PackedView* view;
+    void* out;  // [K, out_stride] of dtype: the transposed weight, columns in the original order
+    DType dtype;
+    int64_t out_stride;
+    int64_t first_row;  // of the weight, a multiple of 64; column 0 of out
+};
+// Panels [begin, end) to floats.
+using DecodeFn = void (*)(const DecodeArgs& args, int64_t begin, int64_t end);
+
+// gguf_encode, gguf_decode ------------------------------------------------------------------------------
+
+// Rows [begin, end) of contiguous x [rows, K] to blocks [rows, row_bytes]; K is a multiple of the block.
+// importance [K] >= 0, or null. non_finite if a value is NaN, Inf or beyond what an fp16 block scale can hold.
+using GgufEncodeFn = Status (*)(GgufType type, const float* x, const float* importance, uint8_t* out, int64_t K,
+                                int64_t begin, int64_t end);
+using GgufDecodeFn = void (*)(GgufType type, const uint8_t* raw, float* out, int64_t K, int64_t begin, int64_t end);
+
 struct KernelTable {
+    GgufEncodeFn gguf_encode = nullptr;
+    GgufDecodeFn gguf_decode = nullptr;
     QuantizeGroupwiseFn quantize_groupwise = nullptr;
+    QuantizeActivationsFn quantize_activations = nullptr;
+    PackPanelsFn pack_panels = nullptr;
+    PackPanelsFn unpack_panels = nullptr;
+    PrepareFn matmul_prepare = nullptr;
+    MatmulFn matmul_run = nullptr;
+    DecodeFn matmul_decode = nullptr;
+    DequantizeGroupwiseFn dequantize_groupwise = nullptr;
+    PackBitsFn pack_bits = nullptr;
+    UnpackBitsFn unpack_bits = nullptr;
+    GptqUpdateFn gptq_update = nullptr;
 };
 
 }  // namespace qk

@@ -10,7 +10,9 @@ enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 enum class Status : int {
     ok = 0,
-    non_finite = 1,  // an input value is NaN or Inf where that is an error
+    non_finite = 1,     // an input value is NaN or Inf where that is an error
+    scale_overflow = 2, // a scale does not fit its dtype
+    code_range = 3,     // a code does not fit its bits
 };
 
 }  // namespace qk

@@ -15,10 +15,26 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["DTYPE_CODES", "core", "force_tier", "pointer", "threads", "why_not_cpu"]
+__all__ = [
+    "CODE_RANGE",
+    "DTYPE_CODES",
+    "NON_FINITE",
+    "SCALE_OVERFLOW",
+    "core",
+    "force_tier",
+    "pointer",
+    "rows_of",
+    "threads",
+    "usable_tiers",
+    "why_not_cpu",
+]
 
 # Order of qk::DType in csrc/include/qkern/types.h.
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Values of qk::Status there.
+NON_FINITE: Final = 1
+SCALE_OVERFLOW: Final = 2
+CODE_RANGE: Final = 3
 
 
 @functools.cache
@@ -62,6 +78,13 @@ def why_not_cpu(device: torch.device) -> str | None:
 def pointer(tensor: Tensor | None) -> int:
     """Address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows_of(matrix: Tensor) -> tuple[Tensor, int]:
+    """Return a matrix whose columns are adjacent, and its row stride; copies only if they are not."""
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        matrix = matrix.contiguous()
+    return matrix, matrix.stride(0)
 
 
 def threads() -> int:

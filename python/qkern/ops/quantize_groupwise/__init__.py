@@ -10,22 +10,24 @@ from qkern.ops.quantize_groupwise import cpu, reference
 from qkern.ops.registry import Backend, Implementation, Request, register, select
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme, as_scheme
 
-__all__ = ["quantize_groupwise"]
+__all__ = ["SEARCHES", "quantize_groupwise"]
+
+SEARCHES = ("minmax", "mse")
 
 register(
     Implementation(
         op="quantize_groupwise", backend=Backend.REFERENCE, call=reference.quantize, why_not=lambda request: None
     )
 )
-register(
-    Implementation(op="quantize_groupwise", backend=Backend.CPU, call=cpu.quantize, why_not=cpu.why_not)
-)
+register(Implementation(op="quantize_groupwise", backend=Backend.CPU, call=cpu.quantize, why_not=cpu.why_not))
 
 
 def quantize_groupwise(
     weight: Tensor,
     scheme: Scheme | str,
     *,
+    importance: Tensor | None = None,
+    search: str = "minmax",
     scale_dtype: torch.dtype = torch.float16,
     backend: str = "auto",
 ) -> QuantizedWeight:
@@ -34,9 +36,15 @@ def quantize_groupwise(
     Parameters
     ----------
     weight : Tensor
-        fp32, fp16 or bf16 ``[N, K]``, any strides.
+        fp32, fp16 or bf16 ``[N, K]`` or ``[E, N, K]``, any strides, finite.
     scheme : Scheme or str
         For example ``"w4g128"``.
+    importance : Tensor or None
+        fp32 ``[K]`` or of the weight's shape, finite and not negative: how much the squared error of a
+        weight counts; needs ``search="mse"``.
+    search : str
+        ``"minmax"``: the grid covers the range of the group; ``"mse"``: scale (and its sign, or the zero
+        point) are searched for the smallest squared error, never worse than min-max.
     scale_dtype : torch.dtype
         Dtype in which the scales are stored; codes are chosen against the rounded scale.
     backend : str
@@ -50,16 +58,38 @@ def quantize_groupwise(
     Raises
     ------
     InputError
-        On a wrong shape or dtype, or on NaN or Inf in the weight.
+        On a wrong shape or dtype, NaN or Inf in the weight, or a scale that overflows `scale_dtype`.
     """
     scheme = as_scheme(scheme)
-    if weight.dim() != 2 or weight.dtype not in FLOAT_DTYPES:
+    if weight.dim() not in (2, 3) or weight.dtype not in FLOAT_DTYPES:
         raise InputError(
-            f"weight must be a fp32, fp16 or bf16 matrix [N, K]: got {weight.dtype} {tuple(weight.shape)}"
+            "weight must be fp32, fp16 or bf16 [N, K] or [E, N, K]: "
+            f"got {weight.dtype} {tuple(weight.shape)}; reshape or cast it"
         )
     if scale_dtype not in FLOAT_DTYPES:
         raise InputError(f"scale_dtype must be fp32, fp16 or bf16: got {scale_dtype}")
+    if search not in SEARCHES:
+        raise InputError(f"unknown search: got {search!r}, allowed are {SEARCHES}")
+    if importance is not None:
+        _check_importance(importance, weight, search)
     request = Request(device=weight.device, scheme=scheme, dtype=weight.dtype)
     implementation = select("quantize_groupwise", backend, request)
-    result: QuantizedWeight = implementation.call(weight, scheme, scale_dtype)
+    result: QuantizedWeight = implementation.call(
+        weight.detach(), scheme, importance=importance, search=search, scale_dtype=scale_dtype
+    )
     return result
+
+
+def _check_importance(importance: Tensor, weight: Tensor, search: str) -> None:
+    if search != "mse":
+        raise InputError(f"importance needs search='mse': got search={search!r}; pass search='mse' or no importance")
+    shapes = ((weight.shape[-1],), tuple(weight.shape[-2:]), tuple(weight.shape))
+    if importance.dtype != torch.float32 or tuple(importance.shape) not in shapes:
+        raise InputError(
+            f"importance must be fp32 of shape {' or '.join(map(str, dict.fromkeys(shapes)))}: "
+            f"got {importance.dtype} {tuple(importance.shape)}"
+        )
+    if importance.device != weight.device:
+        raise InputError(f"importance must be on {weight.device} like the weight: got {importance.device}")
+    if not (torch.isfinite(importance) & (importance >= 0)).all():
+        raise InputError("importance must be finite and not negative: got NaN, Inf or a negative value; clean it")

@@ -2,33 +2,216 @@
 
 from __future__ import annotations
 
+from typing import Final, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qkern.errors import InputError
+from qkern.ops.codebooks import codebook
+from qkern.ops.pack_bits.reference import pack_dense
 from qkern.schemes import QuantizedWeight, Scheme
 
-__all__ = ["choose_grid", "quantize"]
+__all__ = ["choose_grid", "encode", "quantize", "search_grid"]
+
+# Scale candidates of the MSE search, as fractions of the min-max scale. Shared with kernel.h.
+SHRINK: Final = (1.0, 0.9375, 0.875, 0.8125, 0.75, 0.6875, 0.625, 0.5)
+REFINEMENTS: Final = 3
+_LANES: Final = 16
+
+
+def split_groups(values: Tensor, scheme: Scheme) -> Tensor:
+    """``[R, K]`` as fp32 ``[R, groups, group]``, the last group filled with zeros."""
+    R, K = values.shape
+    groups, length = scheme.num_groups(K), max(scheme.group_length(K), 1)
+    return F.pad(values.float(), (0, groups * length - K)).reshape(R, groups, length)
 
 
 def choose_grid(groups: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale (rounded to `scale_dtype`, returned as fp32) and zero point (fp32) of each group.
 
-    `groups` is fp32 ``[..., group]``; the results have a last dimension of 1.
+    `groups` is fp32 ``[..., group]``; the results have a last dimension of 1. The zero point of a
+    codebook is 0.
     """
+    low, high = _range(groups)
+    scale = (_span(low, high, scheme)).to(scale_dtype).float()
+    if torch.isinf(scale).any():
+        raise InputError(scale_overflow_message(scale_dtype))
+    scale = torch.where(scale == 0, 1.0, scale)
     if scheme.zero_point:
-        low = groups.amin(-1, keepdim=True).clamp(max=0)
-        high = groups.amax(-1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / (scheme.levels - 1)).to(scale_dtype).float()
-        scale = torch.where(scale == 0, 1.0, scale)
         return scale, (-low / scale).round().clamp(0, scheme.levels - 1)
-    absmax = groups.abs().amax(-1, keepdim=True)
-    scale = (absmax / (scheme.midpoint - 0.5)).to(scale_dtype).float()
-    return torch.where(scale == 0, 1.0, scale), torch.full_like(scale, scheme.midpoint)
+    return scale, torch.full_like(scale, 0 if scheme.codebook else scheme.midpoint)
 
 
-def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Quantize ``[N, K]``; arguments are validated by the caller."""
+def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
+    return groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+
+
+def _span(low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
+    """Scale of the min-max grid before it is rounded."""
+    if scheme.zero_point:
+        return (high - low) / (scheme.levels - 1)
+    return torch.maximum(high, -low) / (1.0 if scheme.codebook else scheme.midpoint - 0.5)
+
+
+def encode(groups: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Nearest codes (uint8) and what they stand for before the scale (fp32)."""
+    if scheme.codebook:
+        book = codebook(scheme.codebook, groups.device)
+        position = book.nearest(groups / scale)
+        return book.codes[position], book.ordered[position]
+    q = ((groups / scale).round() + zero).clamp(0, scheme.levels - 1)
+    return q.to(torch.uint8), q - zero
+
+
+def _lane_sum(values: Tensor) -> Tensor:
+    """Sum over the last dimension in the order that every backend follows.
+
+    Sixteen running sums (element i goes to sum i mod 16), then sum i plus sum i + 8, + 4, + 2, + 1.
+    """
+    blocks = F.pad(values, (0, -values.shape[-1] % _LANES)).unflatten(-1, (-1, _LANES))
+    total = torch.zeros_like(blocks[..., 0, :])
+    for i in range(blocks.shape[-2]):
+        total = total + blocks[..., i, :]
+    half = _LANES // 2
+    while half:
+        total = total[..., :half] + total[..., half : 2 * half]
+        half //= 2
+    return total
+
+
+class _Fit(NamedTuple):
+    """Weighted squared error of a grid, and its derivatives in the scale."""
+
+    error: Tensor
+    slope: Tensor
+    curvature: Tensor
+
+
+def _fit(groups: Tensor, importance: Tensor | None, scale: Tensor, zero: Tensor, scheme: Scheme) -> _Fit:
+    _, level = encode(groups, scale, zero, scheme)
+    error = groups - level * scale
+    weighted = (error, level) if importance is None else (importance * error, importance * level)
+    return _Fit(
+        _lane_sum(weighted[0] * error), _lane_sum(weighted[0] * level), _lane_sum(weighted[1] * level)
+    )
+
+
+class _Search:
+    """The best grid so far, and the grid whose unrounded optimal scale promises the smallest error."""
+
+    def __init__(self, groups: Tensor, importance: Tensor | None, scheme: Scheme, scale: Tensor, zero: Tensor) -> None:
+        self._groups, self._importance, self._scheme = groups, importance, scheme
+        self.scale, self.zero = scale, zero
+        self.error = _fit(groups, importance, scale, zero, scheme).error
+        self.pick_scale, self.pick_zero = scale, zero
+        self.reset_pick()
+
+    def reset_pick(self) -> None:
+        self.pick_error = torch.full_like(self.error, torch.inf)
+
+    def consider(self, scale: Tensor, zero: Tensor) -> None:
+        fit = _fit(self._groups, self._importance, scale, zero, self._scheme)
+        better = fit.error < self.error
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero = torch.where(better, zero, self.zero)
+        self.error = torch.where(better, fit.error, self.error)
+        # For fixed codes the error is a parabola in the scale: this is the step to its minimum.
+        step = torch.where(fit.curvature > 0, fit.slope / fit.curvature, 0.0)
+        promise = fit.error - fit.slope * step
+        better = promise < self.pick_error
+        self.pick_scale = torch.where(better, scale + step, self.pick_scale)
+        self.pick_zero = torch.where(better, zero, self.pick_zero)
+        self.pick_error = torch.where(better, promise, self.pick_error)
+
+
+def search_grid(
+    groups: Tensor, importance: Tensor | None, scheme: Scheme, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Like `choose_grid`, but with the smallest weighted squared error that the search finds."""
+    start, zero = choose_grid(groups, scheme, scale_dtype)
+    low, high = _range(groups)
+    span = _span(low, high, scheme)
+    top = scheme.levels - 1
+
+    def stored(scale: Tensor) -> Tensor:
+        scale = scale.to(scale_dtype).float()
+        return torch.where((scale == 0) | ~torch.isfinite(scale), start, scale)
+
+    search = _Search(groups, importance, scheme, start, zero)
+    for shrink in SHRINK:
+        if scheme.zero_point:
+            scale = stored(span * shrink)
+            # The range shrinks at both ends, at the top only, at the bottom only.
+            search.consider(scale, (-(low * shrink) / scale).round().clamp(0, top))
+            search.consider(scale, (-low / scale).round().clamp(0, top))
+            search.consider(scale, (top - high / scale).round().clamp(0, top))
+        else:
+            search.consider(stored(span * shrink), zero)
+            search.consider(stored(-(span * shrink)), zero)
+    for _ in range(REFINEMENTS):
+        search.reset_pick()
+        search.consider(stored(search.pick_scale), search.pick_zero)
+    return search.scale, search.zero
+
+
+def grid(
+    weight: Tensor, scheme: Scheme, *, importance: Tensor | None, search: str, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of ``[R, K]`` rows, both fp32 ``[R, groups]``; finite weights only."""
     if not torch.isfinite(weight).all():
-        raise InputError("weight has NaN or Inf values: qkern quantizes finite weights only; repair the tensor")
+        raise InputError(NON_FINITE_MESSAGE)
+    groups = split_groups(weight, scheme)
+    if search == "minmax":
+        scale, zero = choose_grid(groups, scheme, scale_dtype)
+    else:
+        weights = None
+        if importance is not None:
+            weights = split_groups(importance.expand(weight.shape), scheme)
+        scale, zero = search_grid(groups, weights, scheme, scale_dtype)
+    return scale.squeeze(-1), zero.squeeze(-1)
+
+
+def quantize(
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    importance: Tensor | None,
+    search: str,
+    scale_dtype: torch.dtype,
+) -> QuantizedWeight:
+    """Quantize ``[N, K]`` or ``[E, N, K]``; arguments are validated by the caller."""
+    *experts, N, K = weight.shape
+    rows = weight.reshape(-1, K)
+    if scheme.per_tensor:
+        # One group: the matrix as a single row.
+        whole = weight.reshape(-1, N * K)
+        flat = None if importance is None else importance.expand(weight.shape).reshape(whole.shape)
+        scale, zero = grid(whole, scheme, importance=flat, search=search, scale_dtype=scale_dtype)
+    else:
+        flat = None if importance is None else importance.expand(weight.shape).reshape(rows.shape)
+        scale, zero = grid(rows, scheme, importance=flat, search=search, scale_dtype=scale_dtype)
+    repeat = N if scheme.per_tensor else 1
+    codes, _ = encode(
+        split_groups(rows, scheme),
+        scale.repeat_interleave(repeat, 0)[..., None],
+        zero.repeat_interleave(repeat, 0)[..., None],
+        scheme,
+    )
+    shape = (*experts, *scheme.scale_shape(N, K))
+    return QuantizedWeight(
+        codes=pack_dense(codes.flatten(1)[:, :K], scheme.bits).reshape(*experts, N, -1),
+        scales=scale.to(scale_dtype).reshape(shape),
+        zeros=zero.to(torch.uint8).reshape(shape) if scheme.zero_point else None,
+        shape=tuple(weight.shape),
+        scheme=scheme,
+    )
+
+
+NON_FINITE_MESSAGE: Final = "weight has NaN or Inf values: qkern quantizes finite weights only; repair the tensor"
+
+
+def scale_overflow_message(scale_dtype: torch.dtype) -> str:
+    """Say that the scales need a wider dtype."""
+    return f"a scale of this weight overflows {scale_dtype}: pass scale_dtype=torch.float32 or rescale the weight"

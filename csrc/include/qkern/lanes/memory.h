@@ -1,0 +1,55 @@
+// Loads and stores of Lanes that depend on the dtype or touch fewer than 16 elements. Included at the end
+// of every lanes/<isa>.h.
+#pragma once
+
+namespace {
+
+template <qk::DType D>
+inline Lanes load_lanes(const void* data, int64_t i) {
+    if (D == qk::DType::f32) return load(static_cast<const float*>(data) + i);
+    const uint16_t* half = static_cast<const uint16_t*>(data) + i;
+    return D == qk::DType::f16 ? load_f16(half) : load_bf16(half);
+}
+
+template <qk::DType D>
+inline void store_lanes(void* data, int64_t i, const Lanes& a) {
+    if (D == qk::DType::f32) {
+        store(static_cast<float*>(data) + i, a);
+    } else if (D == qk::DType::f16) {
+        store_f16(static_cast<uint16_t*>(data) + i, a);
+    } else {
+        store_bf16(static_cast<uint16_t*>(data) + i, a);
+    }
+}
+
+// The first `count` of 16 elements, 1..16; the other lanes are zero.
+template <qk::DType D>
+inline Lanes load_some(const void* data, int64_t i, int64_t count) {
+    if (count >= kLanes) return load_lanes<D>(data, i);
+    constexpr int64_t size = D == qk::DType::f32 ? 4 : 2;
+    alignas(64) char part[kLanes * size] = {};
+    memcpy(part, static_cast<const char*>(data) + i * size, static_cast<size_t>(count * size));
+    return load_lanes<D>(part, 0);
+}
+
+template <qk::DType D>
+inline void store_some(void* data, int64_t i, int64_t count, const Lanes& a) {
+    if (count >= kLanes) return store_lanes<D>(data, i, a);
+    constexpr int64_t size = D == qk::DType::f32 ? 4 : 2;
+    alignas(64) char part[kLanes * size];
+    store_lanes<D>(part, 0, a);
+    memcpy(static_cast<char*>(data) + i * size, part, static_cast<size_t>(count * size));
+}
+
+// Lanes at or beyond `count` become zero.
+inline Lanes keep_first(const Lanes& a, int64_t count) {
+    if (count >= kLanes) return a;
+    alignas(64) float part[kLanes];
+    store(part, a);
+    for (int64_t i = count; i < kLanes; ++i) part[i] = 0.0f;
+    return load(part);
+}
+
+inline Lanes clamp_codes(const Lanes& q, const Lanes& top) { return min(max(q, splat(0.0f)), top); }
+
+}  // namespace

@@ -1,0 +1,250 @@
+// quantize_groupwise over Lanes; README.md beside this file has the formulas and the order of the sums.
+// A tier's file includes its lanes header, then this.
+#pragma once
+#include <math.h>
+
+#include "qkern/bitstream.h"
+#include "qkern/codebooks.h"
+#include "qkern/kernels.h"
+
+namespace {
+
+using namespace qk;
+
+// Scale candidates of the MSE search, as fractions of the min-max scale. Shared with reference.py.
+constexpr float kShrink[] = {1.0f, 0.9375f, 0.875f, 0.8125f, 0.75f, 0.6875f, 0.625f, 0.5f};
+constexpr int kRefinements = 3;
+
+// Columns whose codes are collected before they are squeezed to bits: a whole number of words for any bits.
+constexpr int64_t kChunk = 256;
+
+struct Grid {
+    float scale;
+    float zero;
+};
+
+struct Range {
+    float low, high;  // both include zero
+    bool finite;
+};
+
+// Weighted squared error of a group on one grid, and its derivatives in the scale:
+// with e = w - c * s, error = sum(i*e*e), slope = sum(i*e*c), curvature = sum(i*c*c).
+struct Fit {
+    float error, slope, curvature;
+};
+
+inline float clamp_zero(float zero, float top) { return zero < 0.0f ? 0.0f : zero > top ? top : zero; }
+
+inline float round_scalar(float x) {
+    const float magnitude = float_of(bits_of(x) & 0x7fffffffu);
+    if (!(magnitude < 8388608.0f)) return x;
+    const float rounded = (magnitude + 8388608.0f) - 8388608.0f;
+    return x < 0.0f ? -rounded : rounded;
+}
+
+inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+
+// Position of the nearest entry in the sorted codebook.
+inline Lanes nearest(const Codebook& book, const Lanes& x) {
+    Lanes position = splat(0.0f);
+    for (int i = 0; i < 15; ++i) position = count_above(position, x, splat(book.thresholds[i]));
+    return position;
+}
+
+template <DType D, bool kBook>
+struct Quantizer {
+    const QuantizeArgs& args;
+    const Codebook& book;
+    const char* row;
+    const float* importance;
+
+    Lanes weights(int64_t k, int64_t last) const { return load_some<D>(row, k, last - k); }
+
+    // What the code of w stands for, before the scale.
+    Lanes level(const Lanes& w, const Lanes& scale, const Lanes& zero, const Lanes& top) const {
+        if (kBook) return lookup(book.sorted, nearest(book, div(w, scale)));
+        return sub(clamp_codes(add(round_even(div(w, scale)), zero), top), zero);
+    }
+
+    Range range(int64_t first, int64_t last) const {
+        Lanes low = splat(0.0f), high = splat(0.0f), bad = splat(0.0f);
+        for (int64_t k = first; k < last; k += kLanes) {
+            const Lanes w = weights(k, last);
+            low = min(w, low);
+            high = max(w, high);
+            bad = or_bits(bad, sub(w, w));  // zero bits for a finite number only
+        }
+        return {reduce_min(low), reduce_max(high), !any_bit(bad)};
+    }
+
+    Fit fit(int64_t first, int64_t last, Grid grid, float top_code) const {
+        const Lanes scale = splat(grid.scale), zero = splat(grid.zero), top = splat(top_code);
+        Lanes error = splat(0.0f), slope = splat(0.0f), curvature = splat(0.0f);
+        for (int64_t k = first; k < last; k += kLanes) {
+            const Lanes w = weights(k, last);
+            const Lanes c = level(w, scale, zero, top);
+            const Lanes e = sub(w, mul(c, scale));
+            Lanes ie = e, ic = c;
+            if (importance) {
+                const Lanes i = load_some<DType::f32>(importance, k, last - k);
+                ie = mul(i, e);
+                ic = mul(i, c);
+            }
+            error = add(error, mul(ie, e));
+            slope = add(slope, mul(ie, c));
+            curvature = add(curvature, mul(ic, c));
+        }
+        return {reduce_add(error), reduce_add(slope), reduce_add(curvature)};
+    }
+
+    // `scale` as stored, or the fallback where it is not usable.
+    float stored(float scale, float fallback) const {
+        scale = round_to(scale, args.scale_dtype);
+        return scale == 0.0f || !is_finite(scale) ? fallback : scale;
+    }
+
+    Grid min_max(Range r) const {
+        const int levels = 1 << args.bits;
+        if (args.asymmetric) {
+            const float top = static_cast<float>(levels - 1);
+            float scale = round_to((r.high - r.low) / top, args.scale_dtype);
+            if (scale == 0.0f) scale = 1.0f;
+            return {scale, clamp_zero(round_scalar(-r.low / scale), top)};
+        }
+        const float absmax = r.high > -r.low ? r.high : -r.low;
+        const float reach = kBook ? 1.0f : static_cast<float>(levels / 2) - 0.5f;
+        const float scale = round_to(absmax / reach, args.scale_dtype);
+        return {scale == 0.0f ? 1.0f : scale, kBook ? 0.0f : static_cast<float>(levels / 2)};
+    }
+
+    struct Search {
+        Grid best;         // smallest error among grids with a stored scale
+        float best_error;
+        Grid pick;         // grid whose unrounded optimal scale promises the smallest error
+        float pick_error;
+    };
+
+    void consider(Search& search, int64_t first, int64_t last, Grid grid, float top) const {
+        const Fit f = fit(first, last, grid, top);
+        if (f.error < search.best_error) search.best = grid, search.best_error = f.error;
+        const float step = f.curvature > 0.0f ? f.slope / f.curvature : 0.0f;
+        const float promise = f.error - f.slope * step;
+        if (promise < search.pick_error) search.pick = {grid.scale + step, grid.zero}, search.pick_error = promise;
+    }
+
+    Grid least_squares(Range r, Grid start, int64_t first, int64_t last) const {
+        const float top = static_cast<float>((1 << args.bits) - 1);
+        const float none = float_of(0x7f800000u);
+        Search search{start, fit(first, last, start, top).error, start, none};
+        for (const float shrink : kShrink) {
+            if (args.asymmetric) {
+                const float scale = stored((r.high - r.low) / top * shrink, start.scale);
+                const float bottom = clamp_zero(round_scalar(-r.low / scale), top);
+                const float ceiling = clamp_zero(round_scalar(top - r.high / scale), top);
+                const float middle = clamp_zero(round_scalar(-(r.low * shrink) / scale), top);
+                consider(search, first, last, {scale, middle}, top);
+                consider(search, first, last, {scale, bottom}, top);
+                consider(search, first, last, {scale, ceiling}, top);
+            } else {
+                const float absmax = r.high > -r.low ? r.high : -r.low;
+                const float reach = kBook ? 1.0f : static_cast<float>(1 << (args.bits - 1)) - 0.5f;
+                const float scale = absmax / reach * shrink;
+                consider(search, first, last, {stored(scale, start.scale), start.zero}, top);
+                consider(search, first, last, {stored(-scale, start.scale), start.zero}, top);
+            }
+        }
+        for (int i = 0; i < kRefinements; ++i) {
+            search.pick.scale = stored(search.pick.scale, start.scale);
+            search.pick_error = none;
+            consider(search, first, last, search.pick, top);
+        }
+        return search.best;
+    }
+
+    Status choose(int64_t n) const {
+        for (int64_t g = 0; g < args.groups; ++g) {
+            const int64_t first = g * args.group_size;
+            const int64_t last = first + args.group_size < args.K ? first + args.group_size : args.K;
+            const Range r = range(first, last);
+            if (!r.finite) return Status::non_finite;
+            Grid grid = min_max(r);
+            if (!is_finite(grid.scale)) return Status::scale_overflow;
+            if (args.search_mse) grid = least_squares(r, grid, first, last);
+            store_float(args.scales, args.scale_dtype, n * args.groups + g, grid.scale);
+            if (args.zeros) args.zeros[n * args.groups + g] = static_cast<uint8_t>(grid.zero);
+        }
+        return Status::ok;
+    }
+
+    void encode_range(int64_t first, int64_t last, Grid grid, uint8_t* out) const {
+        const Lanes scale = splat(grid.scale), zero = splat(grid.zero);
+        const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
+        for (int64_t k = first; k < last; k += kLanes, out += kLanes) {
+            const Lanes x = div(weights(k, last), scale);
+            if (kBook) {
+                store_codes(out, lookup(book.codes, nearest(book, x)));
+            } else {
+                store_codes(out, clamp_codes(add(round_even(x), zero), top));
+            }
+        }
+    }
+
+    void encode(int64_t n) const {
+        const int64_t grid_row = n / args.rows_per_grid;
+        uint32_t* words = args.codes + n * args.code_words;
+        // A range of 1..16 codes is stored as 16: the last one may run over.
+        alignas(64) uint8_t codes[kChunk + kLanes];
+        for (int64_t begin = 0; begin < args.K; begin += kChunk) {
+            const int64_t end = begin + kChunk < args.K ? begin + kChunk : args.K;
+            for (int64_t k = begin; k < end;) {
+                const int64_t g = k / args.group_size;
+                const int64_t group_end = (g + 1) * args.group_size;
+                const int64_t last = group_end < end ? group_end : end;
+                const int64_t at = grid_row * args.groups + g;
+                const float middle = kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1));
+                const float zero = args.zeros ? static_cast<float>(args.zeros[at]) : middle;
+                encode_range(k, last, {load_float(args.scales, args.scale_dtype, at), zero}, codes + (k - begin));
+                k = last;
+            }
+            uint32_t* to = words + begin * args.bits / 32;
+            switch (args.bits) {
+                case 2: pack_stream<2>(codes, end - begin, to); break;
+                case 3: pack_stream<3>(codes, end - begin, to); break;
+                case 4: pack_stream<4>(codes, end - begin, to); break;
+                default: pack_stream<8>(codes, end - begin, to); break;
+            }
+        }
+    }
+};
+
+template <DType D, bool kBook>
+Status quantize_rows(const QuantizeArgs& args, int64_t begin, int64_t end) {
+    const Codebook& book = args.codebook == 2 ? kFp4 : kNf4;
+    for (int64_t n = begin; n < end; ++n) {
+        const char* row = static_cast<const char*>(args.weight) + n * args.row_stride * (D == DType::f32 ? 4 : 2);
+        const float* importance = args.importance ? args.importance + n * args.importance_stride : nullptr;
+        const Quantizer<D, kBook> quantizer{args, book, row, importance};
+        if (!args.grid_given) {
+            const Status status = quantizer.choose(n);
+            if (status != Status::ok) return status;
+        }
+        if (args.codes) quantizer.encode(n);
+    }
+    return Status::ok;
+}
+
+template <DType D>
+Status quantize_typed(const QuantizeArgs& args, int64_t begin, int64_t end) {
+    return args.codebook ? quantize_rows<D, true>(args, begin, end) : quantize_rows<D, false>(args, begin, end);
+}
+
+Status quantize(const QuantizeArgs& args, int64_t begin, int64_t end) {
+    switch (args.dtype) {
+        case DType::f32: return quantize_typed<DType::f32>(args, begin, end);
+        case DType::f16: return quantize_typed<DType::f16>(args, begin, end);
+        default: return quantize_typed<DType::bf16>(args, begin, end);
+    }
+}
+
+}  // namespace

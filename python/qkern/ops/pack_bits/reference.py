@@ -1,0 +1,92 @@
+"""pack_bits and unpack_bits in plain torch, any device; the layouts as formulas."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkern.errors import InputError
+
+__all__ = ["AWQ_ORDER", "pack", "pack_dense", "unpack", "unpack_dense"]
+
+# Nibble i of an AWQ word holds output column 8c + AWQ_ORDER[i].
+AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def pack_dense(codes: Tensor, bits: int) -> Tensor:
+    """Little-endian bit stream along the last dimension: 32 codes fill `bits` words."""
+    K = codes.shape[-1]
+    words = -(-K * bits // 32)
+    blocks = F.pad(codes, (0, -K % 32)).to(torch.int32).unflatten(-1, (-1, 32))
+    packed = torch.zeros(*blocks.shape[:-1], bits, dtype=torch.int32, device=codes.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        packed[..., word] |= blocks[..., i] << shift
+        if shift + bits > 32:
+            packed[..., word + 1] |= blocks[..., i] >> (32 - shift)
+    return packed.flatten(-2)[..., :words].contiguous()
+
+
+def unpack_dense(packed: Tensor, bits: int, K: int) -> Tensor:
+    """Undo `pack_dense`: uint8 ``[..., K]``."""
+    blocks = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    codes = torch.empty(*blocks.shape[:-1], 32, dtype=torch.uint8, device=packed.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        kept = min(bits, 32 - shift)
+        code = (blocks[..., word] >> shift) & ((1 << kept) - 1)
+        if kept < bits:
+            code |= (blocks[..., word + 1] & ((1 << (bits - kept)) - 1)) << kept
+        codes[..., i] = code.to(torch.uint8)
+    return codes.flatten(-2)[..., :K].contiguous()
+
+
+def _pack_words(codes: Tensor, bits: int) -> Tensor:
+    per_word = 32 // bits
+    blocks = F.pad(codes, (0, -codes.shape[-1] % per_word)).to(torch.int32).unflatten(-1, (-1, per_word))
+    packed = torch.zeros_like(blocks[..., 0])
+    for i in range(per_word):
+        packed |= blocks[..., i] << (i * bits)
+    return packed
+
+
+def _unpack_words(packed: Tensor, bits: int, K: int) -> Tensor:
+    mask = (1 << bits) - 1
+    codes = torch.stack([(packed >> (i * bits)) & mask for i in range(32 // bits)], dim=-1)
+    return codes.flatten(-2)[..., :K].to(torch.uint8).contiguous()
+
+
+def pack(codes: Tensor, bits: int, layout: str) -> Tensor:
+    """Pack uint8 ``[N, K]``; arguments are validated by the caller."""
+    if (codes >> bits).any():
+        raise InputError(code_range_message(bits))
+    if layout == "dense":
+        return pack_dense(codes, bits)
+    if layout == "gptq":
+        return pack_dense(codes, bits).T.contiguous()
+    if layout == "words":
+        return _pack_words(codes, bits)
+    order = torch.tensor(AWQ_ORDER, device=codes.device)
+    return _pack_words(codes.T.unflatten(1, (-1, 8))[..., order].flatten(1), bits)
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, int], layout: str) -> Tensor:
+    """Unpack to uint8 ``[N, K]``; arguments are validated by the caller."""
+    N, K = shape
+    if layout == "dense":
+        return unpack_dense(packed, bits, K)
+    if layout == "gptq":
+        return unpack_dense(packed.T, bits, K)
+    if layout == "words":
+        return _unpack_words(packed, bits, K)
+    inverse = torch.tensor(AWQ_ORDER, device=packed.device).argsort()
+    nibbles = _unpack_words(packed, bits, N).unflatten(1, (-1, 8))
+    return nibbles[..., inverse].flatten(1).T.contiguous()
+
+
+def code_range_message(bits: int) -> str:
+    """Say that a code does not fit."""
+    return f"codes must be below 2**bits = {1 << bits}: got a larger one; choose more bits or clamp the codes"
