@@ -1,0 +1,20 @@
+"""Calibration: texts to batches of tokens, and layer-by-layer runs that capture what linears see."""
+
+from qkern.calibration.batches import bounded_length, calibration_hash, make_batches
+from qkern.calibration.skeleton import Weights, bind_names, fill, filled, meta_copy, meta_model
+from qkern.calibration.streaming import LayerStream
+from qkern.calibration.texts import load_texts
+
+__all__ = [
+    "LayerStream",
+    "Weights",
+    "bind_names",
+    "bounded_length",
+    "calibration_hash",
+    "fill",
+    "filled",
+    "load_texts",
+    "make_batches",
+    "meta_copy",
+    "meta_model",
+]

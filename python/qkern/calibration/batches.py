@@ -1,0 +1,129 @@
+"""Calibration documents packed into equally long sequences of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qkern.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qkern.calibration.texts import Document
+
+__all__ = ["bounded_length", "calibration_hash", "make_batches"]
+
+logger = logging.getLogger(__name__)
+
+
+def bounded_length(config: Any, length: int) -> int:
+    """`length`, or the longest sequence that the model takes if that is shorter.
+
+    Raises
+    ------
+    InputError
+        If `length` is less than 2.
+    """
+    if length < 2:
+        raise InputError(f"length must be at least 2 tokens: got {length}; the default is 2048")
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        logger.info(
+            "calibration length %d is more than the model's %d positions: using %d", length, limit, limit
+        )
+        return limit
+    return length
+
+
+def make_batches(
+    tokenizer: Any,
+    texts: Sequence[Document] | Tensor,
+    *,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    vocabulary: int | None = None,
+) -> Tensor:
+    """Pack documents into sequences of `length` tokens, without padding and without overlap.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizer
+        Encodes texts, each with the special tokens it adds by itself; may be None for token ids.
+    texts : sequence of str or list of int, or Tensor
+        Documents, joined in order; an integer tensor ``[S, T]`` of ready sequences is cut to `samples`.
+    samples : int
+        Sequences wanted; of more that the text holds they are drawn with `seed`, of fewer all are used.
+    length : int
+        Tokens in a sequence.
+    seed : int
+        Seed of the draw.
+    vocabulary : int, optional
+        Number of token ids that the model knows; larger ids are an error.
+
+    Returns
+    -------
+    Tensor
+        int64 ``[S, length]``.
+
+    Raises
+    ------
+    InputError
+        If the text is empty or shorter than one sequence.
+    """
+    if samples < 1:
+        raise InputError(f"samples must be at least 1: got {samples}; the default is 128")
+    if isinstance(texts, Tensor):
+        if texts.dim() != 2 or texts.is_floating_point() or texts.numel() == 0:
+            raise InputError(
+                f"calibration ids must be an integer tensor [sequences, tokens]: got {texts.dtype} "
+                f"{tuple(texts.shape)}"
+            )
+        batch = texts[:samples, :length].long().cpu()
+    else:
+        batch = _pack(tokenizer, texts, samples, length, seed)
+    if vocabulary is not None and (int(batch.max()) >= vocabulary or int(batch.min()) < 0):
+        raise InputError(
+            f"calibration ids go from {int(batch.min())} to {int(batch.max())} but the model's vocabulary "
+            f"has {vocabulary} entries: use the model's own tokenizer"
+        )
+    return batch
+
+
+def _pack(tokenizer: Any, texts: Sequence[Document], samples: int, length: int, seed: int) -> Tensor:
+    ids: list[int] = []
+    for document in texts:
+        if isinstance(document, str):
+            if tokenizer is None:
+                raise InputError(
+                    "calibration texts need a tokenizer: the model has none; give lists of token ids"
+                )
+            ids.extend(tokenizer(document, verbose=False)["input_ids"])
+        else:
+            ids.extend(document)
+    windows = len(ids) // length
+    if windows == 0:
+        raise InputError(
+            f"calibration text is shorter than one sequence: it has {len(ids)} tokens, {length} are needed; "
+            "give more text or a smaller length"
+        )
+    packed = torch.tensor(ids[: windows * length], dtype=torch.int64).reshape(windows, length)
+    if windows < samples:
+        logger.info(
+            "calibration text holds %d sequences of %d tokens, %d were asked for", windows, length, samples
+        )
+        return packed
+    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
+    return packed[chosen.sort().values]
+
+
+def calibration_hash(batch: Tensor) -> str:
+    """SHA-256 of the token ids and their shape: equal exactly when two runs saw the same calibration."""
+    digest = hashlib.sha256(repr(tuple(batch.shape)).encode())
+    digest.update(batch.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,8 @@
+"""The public verbs: each checks, calls the packages below, and writes all or nothing."""
+
+from qkern.pipelines.load import load
+from qkern.pipelines.quantize import quantize
+from qkern.pipelines.recipe import QuantizationReport
+from qkern.pipelines.save import save
+
+__all__ = ["QuantizationReport", "load", "quantize", "save"]

@@ -1,0 +1,205 @@
+"""What is refused before any work: bad arguments, experts in 3-D, formats that cannot hold a layer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import nn
+
+from qkern.checkpoints import format_named, refusals
+from qkern.errors import InputError, UnsupportedError
+from qkern.models import Structure, column_weight, is_router
+from qkern.nn import expert_parameters, name_matches, named_linears
+from qkern.pipelines.layerwise import Settings
+from qkern.quantizers import GPTQConfig
+from qkern.schemes import Scheme, as_scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["METHODS", "Targets", "checked_format", "checked_settings", "choose_targets", "default_format"]
+
+logger = logging.getLogger(__name__)
+
+METHODS: Final = ("gptq", "awq", "rtn")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """Which linears are quantized.
+
+    Parameters
+    ----------
+    layers : list of list of str
+        By decoder layer, names inside the layer.
+    head : bool
+        The output head too.
+    kept : dict
+        Linears that stay 16-bit, and why.
+    """
+
+    layers: list[list[str]]
+    head: bool
+    kept: dict[str, str]
+
+
+def checked_settings(
+    method: str,
+    scheme: Scheme | str | None,
+    damp: float,
+    act_order: Any,
+    static_groups: bool,
+    block_size: int,
+    search: str | None,
+    scale_only: bool,
+) -> Settings:
+    """Arguments as `Settings`.
+
+    Raises
+    ------
+    InputError
+        On a value that is not allowed.
+    UnsupportedError
+        On a scheme that the method does not make.
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}: allowed are {', '.join(METHODS)}")
+    parsed = as_scheme(scheme or ("w4g128z" if method == "awq" else "w4g128"))
+    if scale_only and method != "awq":
+        raise InputError(f"scale_only folds AWQ's scales: got method {method!r}; use method='awq'")
+    if parsed.act_bits is not None:
+        raise UnsupportedError(
+            f"{parsed} asks for quantized activations, which are chosen when a model runs (compute='int8'): "
+            f"quantize with {parsed.weight_only()}"
+        )
+    if method != "rtn" and (parsed.codebook is not None or parsed.double_quant):
+        raise UnsupportedError(f"method {method} quantizes on uniform grids: got {parsed}; use method='rtn'")
+    allowed = ("minmax", "mse", "loss") if method == "gptq" else ("minmax", "mse")
+    if search is not None and search not in allowed:
+        raise InputError(f"unknown search {search!r} for {method}: allowed are {', '.join(allowed)}")
+    gptq = GPTQConfig(damp=damp, act_order=act_order, static_groups=static_groups, block_size=block_size)
+    if search is not None:
+        gptq = replace(gptq, search=search)  # type: ignore[arg-type]
+    return Settings(method=method, scheme=parsed, gptq=gptq, search=search or "minmax", scale_only=scale_only)
+
+
+def choose_targets(model: Any, structure: Structure, skip: Sequence[str], include: Sequence[str]) -> Targets:
+    """Sort every linear of the model into those to quantize and those that stay, with the reason.
+
+    Raises
+    ------
+    InputError
+        If a pattern matches nothing, or nothing is left to quantize.
+    UnsupportedError
+        On experts stored as 3-D parameters that are not skipped, and on a tied head.
+    """
+    inside = f"{structure.layers}."
+    experts = expert_parameters(model, skip=skip)
+    if experts:
+        raise UnsupportedError(
+            f"{len(experts)} 3-D parameters, which hold several experts each, cannot be quantized: "
+            f"{', '.join(experts[:4])}{', ...' if len(experts) > 4 else ''}; leave them 16-bit with "
+            f"skip={sorted({name.rpartition('.')[2] for name in experts})!r} (--skip)"
+        )
+    layers: list[list[str]] = [[] for _ in range(structure.count)]
+    kept: dict[str, str] = {}
+    head = False
+    used: set[str] = set()
+    for name in named_linears(model):
+        used.update(pattern for pattern in (*skip, *include) if name_matches(name, [pattern]))
+        if name_matches(name, skip):
+            kept[name] = "named in skip"
+        elif name == structure.head:
+            head = name_matches(name, include)
+            if head and structure.tied:
+                raise UnsupportedError(
+                    f"{name} is tied to the input embedding, which no checkpoint format holds quantized: "
+                    "leave it 16-bit"
+                )
+            if not head:
+                kept[name] = "output head"
+        elif not name.startswith(inside):
+            kept[name] = "outside the decoder layers"
+        elif is_router(name) and not name_matches(name, include):
+            kept[name] = "router"
+        else:
+            index, _, rest = name.removeprefix(inside).partition(".")
+            layers[int(index)].append(rest)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            kept[name] = f"a {type(module).__name__}, which may compute something else"
+    unused = [
+        pattern
+        for pattern in (*skip, *include)
+        if pattern not in used and not _names_parameter(model, pattern)
+    ]
+    if unused:
+        raise InputError(
+            f"{unused[0]!r} in skip or include matches no linear of {type(model).__name__}: patterns are "
+            "names, ends of names or globs, for example 'mlp.down_proj' or '*.layers.0.*'"
+        )
+    if not any(layers) and not head:
+        raise InputError(f"nothing to quantize in {type(model).__name__}: every linear is skipped")
+    return Targets(layers=layers, head=head, kept=kept)
+
+
+def _names_parameter(model: nn.Module, pattern: str) -> bool:
+    names = {name for name, _ in model.named_parameters()}
+    return any(name_matches(part, [pattern]) for name in names for part in (name, name.rpartition(".")[0]))
+
+
+def default_format(scheme: Scheme) -> tuple[str, ...]:
+    """Return the formats for a scheme in the order of preference: what most runtimes load comes first.
+
+    Asymmetric 4-bit goes to AWQ, symmetric 4 and 8-bit to GPTQ; runtimes load 2 and 3-bit weights, and
+    asymmetric 8-bit ones, from compressed-tensors only.
+    """
+    if scheme.zero_point:
+        rest = ("compressed-tensors", "gptq_v2")
+        return ("awq", *rest) if scheme.bits == 4 else rest
+    return ("gptq", "compressed-tensors") if scheme.bits in (4, 8) else ("compressed-tensors", "gptq")
+
+
+def checked_format(
+    model: Any, structure: Structure, targets: Targets, settings: Settings, wanted: str | None
+) -> str:
+    """Return the format to write, after asking it about every layer.
+
+    Raises
+    ------
+    UnsupportedError
+        If the wanted format, or every default one, cannot hold some layer.
+    """
+    shapes = {}
+    for name in target_names(structure, targets):
+        N, K = column_weight(model.get_submodule(name)).shape
+        shapes[name] = (settings.scheme, N, K)
+    act_order = settings.method == "gptq" and settings.gptq.act_order == "desc_act"
+    reasons: dict[str, str] = {}
+    for name in (wanted,) if wanted else default_format(settings.scheme):
+        candidate = format_named(name)
+        refused = refusals(candidate, shapes, act_order=act_order)
+        together = candidate.holds_together(dict.fromkeys(shapes, settings.scheme), list(targets.kept))
+        if not refused and together is None:
+            if reasons:
+                logger.info("writing %s: %s", name, "; ".join(reasons.values()))
+            return name
+        first = [f"{layer}: {reason}" for layer, reason in list(refused.items())[:3]]
+        more = f"; and {len(refused) - 3} more layers" if len(refused) > 3 else ""
+        reasons[name] = f"{name} does not hold {'; '.join(first) or together}{more}"
+    raise UnsupportedError(
+        f"no work was done: {'. '.join(reasons.values())}. Choose another scheme or format, or leave the "
+        "layers 16-bit with skip (--skip)"
+    )
+
+
+def target_names(structure: Structure, targets: Targets) -> list[str]:
+    """Full names of the linears to quantize."""
+    names = [
+        f"{structure.layers}.{index}.{name}" for index, layer in enumerate(targets.layers) for name in layer
+    ]
+    if targets.head and structure.head is not None:
+        names.append(structure.head)
+    return names

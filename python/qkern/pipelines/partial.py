@@ -1,0 +1,139 @@
+"""Finished layers on disk, so that a run that was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from qkern.checkpoints import read_json
+from qkern.errors import InputError, QkernError
+from qkern.pipelines.layerwise import Finished, LayerRecord
+from qkern.schemes import QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = ["Partial"]
+
+_KEY_FILE: Final = "run.json"
+_PARTS: Final = ("codes", "scales", "zeros", "offsets", "group_index")
+
+
+class Partial:
+    """The folder ``<output>.partial`` with one file for each finished layer.
+
+    Parameters
+    ----------
+    output : Path
+        Output folder of the run.
+    key : mapping
+        Everything that the layers depend on; layers of a run with another key are not used.
+    resume : bool
+        Use what is there. False removes it.
+
+    Raises
+    ------
+    InputError
+        If the folder belongs to a run with another key.
+    """
+
+    def __init__(self, output: Path, key: Mapping[str, Any], *, resume: bool = True) -> None:
+        self.folder = output.with_name(f"{output.name}.partial")
+        key_file = self.folder / _KEY_FILE
+        if not resume:
+            self.remove()
+        if key_file.is_file():
+            before = read_json(key_file)
+            differing = [name for name in key if before.get(name) != key[name]]
+            if differing:
+                name = differing[0]
+                raise InputError(
+                    f"{self.folder} holds layers of another run ({name} was {before.get(name)!r}, now "
+                    f"{key[name]!r}): repeat that run, remove the folder, or start afresh with resume=False "
+                    "(--no-resume)"
+                )
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._replace(_KEY_FILE, json.dumps(dict(key), indent=2) + "\n")
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def save(self, name: str, finished: Finished) -> None:
+        """Write a layer; it appears under its name only when it is complete.
+
+        Raises
+        ------
+        QkernError
+            If the disk is full.
+        """
+        tensors = {f"tensor:{key}": value.contiguous() for key, value in finished.tensors.items()}
+        for key, weight in finished.weights.items():
+            for part in _PARTS:
+                value = getattr(weight, part)
+                if value is not None:
+                    tensors[f"{part}:{key}"] = value.contiguous()
+        facts = {
+            "weights": {key: [str(w.scheme), list(w.shape)] for key, w in finished.weights.items()},
+            "records": {key: asdict(record) for key, record in finished.records.items()},
+        }
+        temporary = self.folder / f".{name}.tmp"
+        try:
+            save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
+            temporary.replace(self._path(name))
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise self._cannot_write(error) from error
+
+    def load(self, name: str) -> Finished | None:
+        """Read a finished layer; None if it was not finished."""
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise QkernError(f"{path} is damaged ({error}): remove it and run again") from error
+        weights = {}
+        for key, (scheme, shape) in facts["weights"].items():
+            parts: dict[str, Any] = {part: tensors.get(f"{part}:{key}") for part in _PARTS}
+            weights[key] = QuantizedWeight(scheme=Scheme.parse(scheme), shape=tuple(shape), **parts)
+        return Finished(
+            weights=weights,
+            tensors={k.removeprefix("tensor:"): t for k, t in tensors.items() if k.startswith("tensor:")},
+            records={
+                key: LayerRecord(**{**record, "notes": tuple(record["notes"])})
+                for key, record in facts["records"].items()
+            },
+        )
+
+    def __len__(self) -> int:
+        """Return the number of finished layers."""
+        return len(list(self.folder.glob("*.safetensors")))
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.folder / f".{name}.tmp"
+        temporary.write_text(text)
+        temporary.replace(self.folder / name)
+
+    def _cannot_write(self, error: Exception) -> QkernError:
+        reason = getattr(error, "strerror", None) or error
+        return QkernError(
+            f"cannot write {self.folder}: {reason}; no output was made and {len(self)} finished layers are "
+            "kept there: free space and run the same command again to go on, or remove the folder"
+        )

@@ -1,0 +1,413 @@
+"""The verb `quantize`: checks first, then layer by layer, then all of the output or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from qkern import __version__, _progress
+from qkern.calibration import LayerStream, bounded_length, calibration_hash, fill, load_texts, make_batches
+from qkern.checkpoints import CheckpointWriter, check_output, format_named, parse_size
+from qkern.errors import FormatError, InputError
+from qkern.models import Structure, describe
+from qkern.nn import QuantLinear
+from qkern.pipelines.checks import Targets, checked_format, checked_settings, choose_targets
+from qkern.pipelines.layerwise import Finished, LayerRecord, Settings, quantize_head, quantize_layer
+from qkern.pipelines.partial import Partial
+from qkern.pipelines.recipe import QuantizationReport, recipe_layers
+from qkern.pipelines.source import Source, open_source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from qkern.calibration import Weights
+    from qkern.quantizers.gptq import ActOrder
+    from qkern.schemes import Scheme
+
+__all__ = ["quantize"]
+
+logger = logging.getLogger(__name__)
+
+_HEAD_FILE: Final = "head"
+
+
+def quantize(
+    model: Any,
+    *,
+    method: str = "gptq",
+    scheme: Scheme | str | None = None,
+    calibration: Any = None,
+    output: str | Path | None = None,
+    format: str | None = None,
+    skip: Sequence[str] = (),
+    include: Sequence[str] = (),
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    damp: float = 0.05,
+    act_order: ActOrder = "group-aware",
+    static_groups: bool = False,
+    block_size: int = 128,
+    search: str | None = None,
+    scale_only: bool = False,
+    tokenizer: Any = None,
+    device: str = "auto",
+    max_shard_size: int | str = "5GB",
+    resume: bool = True,
+) -> Any:
+    """Quantize the linear layers of a causal LM, one decoder layer at a time.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        Folder with config.json and safetensors, hub id, or a model in memory, which is not modified.
+    method : {"gptq", "awq", "rtn"}
+        ``"rtn"`` needs no calibration.
+    scheme : Scheme or str, optional
+        Default: w4g128, for AWQ w4g128z.
+    calibration : optional
+        Source of texts as in `qkern.calibration.load_texts`, or token ids int64 ``[S, T]``.
+    output : str or Path, optional
+        Folder to write, which must not exist or be empty. None: the model is returned.
+    format : str, optional
+        ``gptq``, ``gptq_v2``, ``awq`` or ``compressed-tensors``; default: see `default_format`.
+    skip : sequence of str
+        Linears that stay 16-bit: names, ends of names, or globs. Experts stored as 3-D parameters must be
+        named here, because they cannot be quantized.
+    include : sequence of str
+        Linears to quantize that stay 16-bit otherwise: ``"lm_head"`` and routers.
+    samples, length, seed : int
+        Calibration sequences, tokens in each (at most what the model takes), seed of the draw.
+    damp, act_order, static_groups, block_size
+        GPTQ's, see `qkern.quantizers.GPTQConfig`.
+    search : str, optional
+        How scales are chosen: ``"minmax"`` or ``"mse"``, for GPTQ also ``"loss"``; default: the method's own.
+    scale_only : bool
+        AWQ: fold the scales and write (or return) the 16-bit model.
+    tokenizer : optional
+        For calibration texts, when `model` is in memory.
+    device : str
+        Where layers are computed: ``"auto"`` (CUDA if there is one, else CPU) or a torch device.
+    max_shard_size : int or str
+        Of the written safetensors.
+    resume : bool
+        Go on from ``<output>.partial`` where an earlier run of the same arguments stopped.
+
+    Returns
+    -------
+    PreTrainedModel or QuantizationReport
+        Without `output` the model, its linears replaced by `QuantLinear` (and ``qkern_report`` set);
+        else the report.
+
+    Raises
+    ------
+    InputError
+        On arguments, texts or weights that cannot be used; nothing is written.
+    FormatError
+        If the model's files are damaged.
+    UnsupportedError
+        If the format cannot hold a layer, before any work; or on experts stored as 3-D parameters.
+    QkernError
+        If the disk is full; finished layers are kept in ``<output>.partial``.
+    """
+    started = time.monotonic()
+    settings = checked_settings(
+        method, scheme, damp, act_order, static_groups, block_size, search, scale_only
+    )
+    parse_size(max_shard_size)
+    folder = None if output is None else check_output(output)
+    if format is not None:
+        format_named(format)
+        if folder is None or scale_only:
+            raise InputError(
+                f"format {format!r} needs an output folder and quantized weights; drop one of them"
+            )
+    target_device = _device(device)
+    source = open_source(model)
+    structure = describe(source.model)
+    targets = choose_targets(source.model, structure, skip, include)
+    if folder is not None and not scale_only:
+        format = checked_format(source.model, structure, targets, settings, format)
+    ids = None
+    if method != "rtn":
+        ids = _calibration(source, calibration, tokenizer, samples, length, seed)
+    arguments: dict[str, Any] = {
+        "method": method,
+        "scheme": str(settings.scheme),
+        "skip": list(skip),
+        "include": list(include),
+        "search": settings.gptq.search if method == "gptq" else settings.search,
+        "device": target_device.type,
+    }
+    if method == "gptq":
+        arguments |= {
+            "damp": damp,
+            "act_order": act_order,
+            "static_groups": static_groups,
+            "block_size": block_size,
+        }
+    if scale_only:
+        arguments["scale_only"] = True
+    facts: dict[str, Any] = {
+        "source": source.name,
+        "arguments": arguments,
+        "calibration": None,
+    }
+    if ids is not None:
+        facts["calibration"] = {"shape": list(ids.shape), "seed": seed, "sha256": calibration_hash(ids)}
+    summing = _Summing(settings, targets, facts, started)
+    run = _Run(source, structure, targets, settings, ids, target_device)
+    if folder is None:
+        layers = list(run.layers(None))
+        for finished in layers:
+            summing.add(finished)
+        result = _assemble(source, layers)
+        result.qkern_report = summing.report()
+        return result
+    partial = Partial(folder, {**_key(source), **facts}, resume=resume)
+    try:
+        for _ in run.layers(partial):
+            pass
+    except (InputError, FormatError):
+        # The input has to change, so nothing that was made from it is of use.
+        partial.remove()
+        raise
+    except BaseException:
+        if len(partial) == 0:
+            partial.remove()
+        raise
+    with CheckpointWriter(folder, format=format, max_shard_size=max_shard_size) as writer:
+        _write(writer, source, partial, run.names(), summing)
+        if source.folder is None and getattr(source.model, "generation_config", None) is not None:
+            writer.add_json(
+                "generation_config.json", json.loads(source.model.generation_config.to_json_string())
+            )
+        report = summing.report(folder, format)
+        writer.finish(
+            source.config,
+            report.recipe,
+            tokenizer_from=tokenizer if source.folder is None else source.folder,
+            skipped=list(targets.kept),
+            details={"damp_percent": damp} if method == "gptq" and format in ("gptq", "gptq_v2") else None,
+        )
+    partial.remove()
+    return report
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _calibration(
+    source: Source, calibration: Any, tokenizer: Any, samples: int, length: int, seed: int
+) -> Tensor:
+    if calibration is None:
+        raise InputError(
+            "calibration is missing: GPTQ and AWQ measure activations on text; give a .txt or .jsonl file "
+            "(--calibration FILE), a list of texts or token ids, or use method='rtn'"
+        )
+    length = bounded_length(source.model.config, length)
+    vocabulary = source.model.get_input_embeddings().num_embeddings
+    limits = {"samples": samples, "length": length, "seed": seed, "vocabulary": vocabulary}
+    if isinstance(calibration, Tensor):
+        return make_batches(None, calibration, **limits)
+    ready = isinstance(calibration, (list, tuple)) and not any(
+        isinstance(entry, str) for entry in calibration
+    )
+    if not ready and tokenizer is None:
+        tokenizer = source.tokenizer()
+    return make_batches(tokenizer, load_texts(calibration, tokenizer=tokenizer), **limits)
+
+
+def _key(source: Source) -> dict[str, Any]:
+    config = json.dumps(source.config, sort_keys=True, default=str)
+    return {
+        "qkern": __version__,
+        "torch": torch.__version__,
+        "weights": source.identity(),
+        "config": hashlib.sha256(config.encode()).hexdigest(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The walk over the layers."""
+
+    source: Source
+    structure: Structure
+    targets: Targets
+    settings: Settings
+    ids: Tensor | None
+    device: torch.device
+
+    def names(self) -> list[str]:
+        """Names under which the finished layers are kept."""
+        names = [f"layer-{index:05}" for index in range(self.structure.count)]
+        return names + [_HEAD_FILE] * self.targets.head
+
+    @torch.no_grad()
+    def layers(self, partial: Partial | None) -> Iterator[Finished]:
+        """Yield each finished layer in order, from `partial` where it is there, into it where it is not."""
+        structure, settings = self.structure, self.settings
+        stream = LayerStream(
+            self.source.model, structure.layers, self.source.weights, head=structure.head, device=self.device
+        )
+        done = 0 if partial is None else len(partial)
+        if done:
+            logger.info("going on after %d finished layers in %s", done, partial.folder if partial else "")
+        total = structure.count + self.targets.head
+        if self.ids is not None and done < total:
+            stream.embed(self.ids)
+        with _progress.task(f"{settings.method} {settings.scheme}", total=total, unit="layer") as progress:
+            for index in range(structure.count):
+                name = self.names()[index]
+                finished = partial.load(name) if partial else None
+                found = finished is not None
+                # A finished layer is run only when a later one needs its outputs.
+                runs = self.ids is not None and done < total
+                started = time.monotonic()
+                with stream.layer(index) if runs or not found else nullcontext() as layer:
+                    if finished is None:
+                        finished = quantize_layer(
+                            stream, structure, index, self.targets.layers[index], settings
+                        )
+                    elif layer is not None:
+                        finished.put_into(layer, stream.prefix(index))
+                    if runs and index + 1 < total:
+                        stream.advance(index)
+                if partial and not found:
+                    partial.save(name, finished)
+                progress.advance(note=_summary(finished))
+                if not found:
+                    _log_layer(index, structure.count, finished, time.monotonic() - started)
+                yield finished
+            if self.targets.head and structure.head is not None:
+                finished = partial.load(_HEAD_FILE) if partial else None
+                if finished is None:
+                    finished = quantize_head(stream, structure.head, settings)
+                    if partial:
+                        partial.save(_HEAD_FILE, finished)
+                progress.advance(note=_summary(finished))
+                yield finished
+
+
+def _summary(finished: Finished) -> str:
+    errors = [record.error for record in finished.records.values()]
+    return f"error {sum(errors) / len(errors):.2e}" if errors else "nothing quantized"
+
+
+def _log_layer(index: int, count: int, finished: Finished, seconds: float) -> None:
+    records = finished.records
+    if not records:
+        return
+    worst = max(records, key=lambda name: records[name].error)
+    logger.info(
+        "layer %d of %d: mean %s, worst %.2e (%s), %.1f s",
+        index + 1,
+        count,
+        _summary(finished),
+        records[worst].error,
+        worst,
+        seconds,
+    )
+
+
+def _assemble(source: Source, layers: Sequence[Finished]) -> Any:
+    """Put the results into the model without weights and fill in the rest from the source."""
+    model, weights = source.model, source.weights
+    changed = {name: tensor for finished in layers for name, tensor in finished.tensors.items()}
+    for finished in layers:
+        for name, quantized in finished.weights.items():
+            bias = _bias(name, finished, weights)
+            model.set_submodule(name, QuantLinear.from_quantized(quantized, bias))
+            changed.pop(f"{name}.bias", None)
+    for name, tensor in changed.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    fill(model, weights)
+    model.config.dtype = weights.get(source.stored_once()[0]).dtype
+    if source.folder is not None and (source.folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return model
+
+
+def _bias(name: str, finished: Finished, weights: Weights) -> Tensor | None:
+    """Bias of a quantized linear as the output holds it."""
+    bias_name = f"{name}.bias"
+    if bias_name in finished.tensors:
+        return finished.tensors[bias_name]
+    return weights.get(bias_name) if bias_name in weights else None
+
+
+@dataclass(slots=True)
+class _Summing:
+    """Everything a report says, gathered while layers pass by."""
+
+    settings: Settings
+    targets: Targets
+    facts: dict[str, Any]
+    started: float
+    records: dict[str, LayerRecord] = field(default_factory=dict)
+    bits: int = 0
+    count: int = 0
+
+    def add(self, finished: Finished) -> None:
+        """Take in a layer."""
+        self.records |= finished.records
+        for weight in finished.weights.values():
+            self.bits += weight.stored_bits
+            self.count += weight.N * weight.K
+
+    def report(self, output: Path | None = None, format: str | None = None) -> QuantizationReport:
+        """Return the report."""
+        return QuantizationReport(
+            output=output,
+            method=self.settings.method,
+            scheme=str(self.settings.scheme),
+            format=format,
+            layers=self.records,
+            kept=self.targets.kept,
+            bpw_linear=self.bits / self.count if self.count else 16.0,
+            seconds=time.monotonic() - self.started,
+            recipe={**self.facts, "layers": recipe_layers(self.records), "kept": self.targets.kept},
+        )
+
+
+def _write(
+    writer: CheckpointWriter, source: Source, partial: Partial, names: Sequence[str], summing: _Summing
+) -> None:
+    """Write all tensors, from the finished layers and, for the rest, the source."""
+    written: set[str] = set()
+    for name in names:
+        finished = partial.load(name)
+        if finished is None:
+            raise InputError(f"{partial.folder} lost {name} while the run was going on: run again")
+        summing.add(finished)
+        for linear, quantized in finished.weights.items():
+            writer.add_quantized(linear, quantized, _bias(linear, finished, source.weights))
+            written |= {f"{linear}.weight", f"{linear}.bias"}
+        for tensor_name, tensor in finished.tensors.items():
+            if tensor_name not in written:
+                writer.add_tensor(tensor_name, tensor)
+                written.add(tensor_name)
+    for name in source.stored_once():
+        if name not in written:
+            writer.add_tensor(name, source.weights.get(name))

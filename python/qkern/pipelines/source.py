@@ -1,0 +1,200 @@
+"""A model to work on, from a folder, the hub or memory, without its weights in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qkern.calibration import Weights, bind_names, meta_copy, meta_model
+from qkern.checkpoints import TensorFolder, model_folder, read_json
+from qkern.errors import FormatError, InputError
+
+__all__ = ["Source", "open_source"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """An unquantized model.
+
+    Parameters
+    ----------
+    name : str
+        The folder or the class, for messages and the recipe.
+    model : PreTrainedModel
+        Its modules, the parameters on the meta device.
+    weights : Weights
+        Its parameters.
+    folder : Path or None
+        Where config and tokenizer lie; None for a model in memory that came from no folder.
+    config : dict
+        What goes into config.json.
+    """
+
+    name: str
+    model: Any
+    weights: Weights
+    folder: Path | None
+    config: dict[str, Any]
+
+    def identity(self) -> str:
+        """Hash that changes when the weights may have changed.
+
+        Of a folder its files' names, sizes, times of change and headers; of a model in memory all bytes.
+        """
+        digest = hashlib.sha256()
+        tensors = self.weights.tensors
+        if isinstance(tensors, TensorFolder):
+            for path in sorted({tensors.file_of(name) for name in tensors}):
+                status = path.stat()
+                digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+                with path.open("rb") as file:
+                    digest.update(file.read(int.from_bytes(file.read(8), "little")))
+            return digest.hexdigest()
+        for name, tensor in tensors.items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        return digest.hexdigest()
+
+    def stored_once(self) -> list[str]:
+        """Names of all parameters and stored buffers, of tied ones the first."""
+        model = self.model
+        names: dict[int, str] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in self.weights:
+                names.setdefault(id(tensor), name)
+        return list(names.values())
+
+    def tokenizer(self) -> Any:
+        """Load the tokenizer that lies beside the model.
+
+        Raises
+        ------
+        InputError
+            If there is none.
+        """
+        from transformers import AutoTokenizer
+
+        if self.folder is None:
+            raise InputError(
+                f"calibration texts need a tokenizer, and {self.name} came from no folder: pass tokenizer=, "
+                "or give lists of token ids"
+            )
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.folder} has no tokenizer that transformers loads ({error}): copy the model's "
+                "tokenizer files there, or give lists of token ids"
+            ) from error
+
+
+def open_source(model: Any) -> Source:
+    """Open a model for layer-by-layer work.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        Folder with config.json and safetensors, hub id, or a model in memory, which is not modified.
+
+    Raises
+    ------
+    InputError
+        If there is no such folder, its config names no architectures, or the model is already quantized.
+    FormatError
+        If a file is damaged or a tensor is missing.
+    """
+    if isinstance(model, (str, Path)):
+        return _open_folder(model_folder(model))
+    if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
+        raise InputError(
+            f"a model is a folder, a hub id or a transformers causal LM: got {type(model).__name__}"
+        )
+    return _open_memory(model)
+
+
+def _open_memory(model: Any) -> Source:
+    from qkern.nn import quant_linears
+
+    if quant_linears(model):
+        raise InputError(
+            f"{type(model).__name__} already has quantized linears: quantize the original 16-bit model"
+        )
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise InputError(f"{meta[0]} has no value (meta device): load the weights first")
+    folder = Path(getattr(model, "name_or_path", "") or ".missing")
+    return Source(
+        name=type(model).__name__,
+        model=meta_copy(model),
+        weights=Weights(tensors, {name: name for name in tensors}, "the model"),
+        folder=folder if (folder / "config.json").is_file() else None,
+        config=_with_architectures(model),
+    )
+
+
+def _with_architectures(model: Any) -> dict[str, Any]:
+    config: dict[str, Any] = model.config.to_dict()
+    config["architectures"] = config.get("architectures") or [type(model).__name__]
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    return config
+
+
+def _open_folder(folder: Path) -> Source:
+    from transformers import AutoConfig
+
+    raw = read_json(folder / "config.json")
+    if not raw.get("architectures"):
+        raise InputError(
+            f"{folder / 'config.json'} names no architectures: a causal LM has for example "
+            '"architectures": ["LlamaForCausalLM"]; add it or use the original config'
+        )
+    if raw.get("quantization_config"):
+        method = dict(raw["quantization_config"]).get("quant_method", "unknown method")
+        raise InputError(f"{folder} is already quantized ({method}): quantize the original 16-bit model")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise FormatError(
+            f"{folder / 'config.json'} is no config that transformers reads: {error}"
+        ) from error
+    tensors = TensorFolder(folder)
+    model = meta_model(config)
+    model.config.name_or_path = str(folder)
+    names, missing = bind_names(model, tensors)
+    if not missing:
+        weights = Weights(tensors, names, str(folder))
+    else:
+        logger.info(
+            "%s stores tensors under other names than the model (%s): loading all of it at once",
+            folder,
+            missing[0],
+        )
+        weights = _load_converted(folder)
+    return Source(name=str(folder), model=model, weights=weights, folder=folder, config=raw)
+
+
+def _load_converted(folder: Path) -> Weights:
+    """Weights of a folder whose tensors transformers renames or stacks on loading."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        whole, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{folder} does not load: {error}") from error
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise FormatError(
+            f"{folder} lacks {len(absent)} of the model's tensors: {', '.join(absent[:5])}"
+            f"{', ...' if len(absent) > 5 else ''}; the files are incomplete or belong to another config"
+        )
+    tensors = {**dict(whole.named_parameters(remove_duplicate=False)), **dict(whole.named_buffers())}
+    return Weights(tensors, {name: name for name in tensors}, str(folder))
