@@ -1,0 +1,291 @@
+// Packing, and the handle that runs a packed weight: validated once, then called with pointers.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "qkern/cpu.h"
+#include "qkern/kernels.h"
+#include "qkern/packed_weight.h"
+#include "qkern/parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* at_address(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Grows, never shrinks, one a thread: a call does not allocate once the largest shape has been seen.
+void* workspace(size_t bytes) {
+    thread_local std::unique_ptr<char[]> buffer;
+    thread_local size_t size = 0;
+    if (bytes + 64 > size) {
+        buffer.reset();
+        size = 0;
+        buffer.reset(new char[bytes + 64]);
+        size = bytes + 64;
+    }
+    return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.get()), 64));
+}
+
+// Below this many products a second thread costs more than it saves.
+constexpr int64_t kSerialProducts = 1 << 18;
+// Activations are prepared in pieces of this size, so that a long prompt does not need a copy of itself.
+constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
+// Up to this many rows the calling thread prepares them all: a parallel region costs more.
+constexpr int64_t kSerialRows = 4;
+
+class Linear {
+  public:
+    Linear(uintptr_t blob, int64_t bytes) {
+        const char* reason = parse_packed(at_address<const uint8_t>(blob), bytes, &view_);
+        if (reason) throw std::invalid_argument(reason);
+    }
+
+    void call(uintptr_t x, int dtype, int64_t M, int64_t row_stride, uintptr_t out, uintptr_t bias, int bias_dtype,
+              bool int8, int threads) const {
+        const qk::KernelTable& kernels = qk::kernels();
+        const auto type = static_cast<qk::DType>(dtype);
+        const int64_t element = type == qk::DType::f32 ? 4 : 2;
+        py::gil_scoped_release release;
+        const int64_t row_bytes = int8 ? view_.padded_K + 8 * view_.blocks : 4 * view_.padded_K;
+        const int64_t fitting = kWorkspaceBytes / std::max<int64_t>(row_bytes, 1) / qk::kMatmulRows;
+        const int64_t step = std::max<int64_t>(fitting, 1) * qk::kMatmulRows;
+        for (int64_t first = 0; first < M; first += step) {
+            const int64_t rows = std::min(step, M - first);
+            char* buffer = static_cast<char*>(workspace(static_cast<size_t>(rows * row_bytes)));
+            qk::PrepareArgs prepare{};
+            prepare.view = &view_;
+            prepare.x = at_address<const char>(x) + first * row_stride * element;
+            prepare.dtype = type;
+            prepare.row_stride = row_stride;
+            if (int8) {
+                prepare.scales = reinterpret_cast<float*>(buffer);
+                prepare.sums = reinterpret_cast<int32_t*>(buffer + 4 * rows * view_.blocks);
+                prepare.codes = reinterpret_cast<int8_t*>(buffer + 8 * rows * view_.blocks);
+            } else {
+                prepare.values = reinterpret_cast<float*>(buffer);
+            }
+            qk::parallel_for(rows, kSerialRows, rows <= kSerialRows ? 1 : threads,
+                             [&](int64_t begin, int64_t end) { kernels.matmul_prepare(prepare, begin, end); });
+            qk::MatmulArgs args{};
+            args.view = &view_;
+            args.M = rows;
+            args.codes = prepare.codes;
+            args.scales = prepare.scales;
+            args.sums = prepare.sums;
+            args.values = prepare.values;
+            args.out = at_address<char>(out) + first * view_.N * element;
+            args.out_dtype = type;
+            args.out_stride = view_.N;
+            args.bias = at_address<const void>(bias);
+            args.bias_dtype = static_cast<qk::DType>(bias_dtype);
+            const int64_t chunks = (rows + qk::kMatmulRows - 1) / qk::kMatmulRows;
+            const bool small = view_.N * view_.K * rows < kSerialProducts;
+            qk::parallel_for(view_.panel_count * chunks, 1, small ? 1 : threads,
+                             [&](int64_t begin, int64_t end) { kernels.matmul_run(args, begin, end); });
+        }
+    }
+
+    void decode(uintptr_t out, int dtype, int64_t out_stride, int64_t first_row, int64_t rows, int threads) const {
+        if (first_row < 0 || first_row % qk::kPanelRows != 0 || rows < 0 || rows > view_.N - first_row ||
+            out_stride < round_up(rows, qk::kRowUnit) ||
+            (rows % qk::kPanelRows != 0 && first_row + rows != view_.N)) {
+            throw std::invalid_argument("decode: rows must be whole panels inside the weight");
+        }
+        qk::DecodeArgs args{};
+        args.view = &view_;
+        args.out = at_address<void>(out);
+        args.dtype = static_cast<qk::DType>(dtype);
+        args.out_stride = out_stride;
+        args.first_row = first_row;
+        const int64_t first = first_row / qk::kPanelRows;
+        const int64_t count = (rows + qk::kPanelRows - 1) / qk::kPanelRows;
+        const auto kernel = qk::kernels().matmul_decode;
+        py::gil_scoped_release release;
+        qk::parallel_for(count, 1, threads,
+                         [&](int64_t begin, int64_t end) { kernel(args, first + begin, first + end); });
+    }
+
+    const qk::PackedView& view() const { return view_; }
+
+  private:
+    qk::PackedView view_;
+};
+
+// Sizes and offsets of a blob before it exists.
+struct Plan {
+    qk::PackedView view;
+    int64_t permutation_offset, panels_offset, extra_offset, total;
+};
+
+Plan plan(int64_t N, int64_t K, int64_t groups, int bits, int zero_kind, int scale_dtype, bool per_tensor,
+          uintptr_t group_start, bool permuted, int64_t extra_bytes) {
+    Plan p{};
+    p.view.N = N;
+    p.view.K = K;
+    p.view.groups = groups;
+    p.view.bits = bits;
+    p.view.zero_kind = static_cast<qk::ZeroKind>(zero_kind);
+    p.view.scale_dtype = static_cast<qk::DType>(scale_dtype);
+    p.view.group_start = at_address<const int32_t>(group_start);
+    derive_sizes(&p.view);
+    int64_t at = round_up(static_cast<int64_t>(sizeof(qk::PackedHeader)) + 4 * (groups + 1), 64);
+    p.permutation_offset = permuted ? at : 0;
+    if (permuted) at = round_up(at + 4 * K, 64);
+    p.panels_offset = at;
+    at = round_up(at + packed_rows(N, per_tensor) * p.view.row_bytes, 64);
+    p.extra_offset = at;
+    p.total = at + extra_bytes;
+    return p;
+}
+
+qk::PackArgs pack_args(const qk::PackedView& view, bool per_tensor, uintptr_t codes, uintptr_t scales,
+                       uintptr_t zeros) {
+    qk::PackArgs args{};
+    args.view = &view;
+    args.codes = at_address<uint32_t>(codes);
+    args.code_words = (view.K * view.bits + 31) / 32;
+    args.scales = at_address<void>(scales);
+    args.zeros = at_address<void>(zeros);
+    args.scale_row_stride = per_tensor ? 0 : view.groups;
+    args.panels = const_cast<uint8_t*>(view.panels);
+    return args;
+}
+
+int64_t panels_to_move(const qk::PackedView& view, bool per_tensor) {
+    return (packed_rows(view.N, per_tensor) + qk::kPanelRows - 1) / qk::kPanelRows;
+}
+
+qk::PackedHeader header_of(uintptr_t blob) {
+    qk::PackedHeader header;
+    std::memcpy(&header, at_address<const void>(blob), sizeof header);
+    return header;
+}
+
+}  // namespace
+
+void bind_dequant_matmul(py::module_& module) {
+    module.def(
+        "packed_bytes",
+        [](int64_t N, int64_t K, int64_t groups, int bits, int zero_kind, int scale_dtype, bool per_tensor,
+           uintptr_t group_start, bool permuted, int64_t extra_bytes) {
+            return plan(N, K, groups, bits, zero_kind, scale_dtype, per_tensor, group_start, permuted, extra_bytes)
+                .total;
+        },
+        py::arg("N"), py::arg("K"), py::arg("groups"), py::arg("bits"), py::arg("zero_kind"), py::arg("scale_dtype"),
+        py::arg("per_tensor"), py::arg("group_start"), py::arg("permuted"), py::arg("extra_bytes"),
+        "Size of the blob that pack_weight fills.");
+    module.def(
+        "pack_weight",
+        [](uintptr_t blob, int64_t N, int64_t K, int64_t groups, int bits, int zero_kind, int scale_dtype,
+           bool per_tensor, bool has_index, uintptr_t group_start, uintptr_t permutation, uintptr_t codes,
+           uintptr_t scales, uintptr_t zeros, uintptr_t table, const std::string& scheme, uintptr_t extra,
+           int64_t extra_bytes, int threads) {
+            Plan p = plan(N, K, groups, bits, zero_kind, scale_dtype, per_tensor, group_start, permutation != 0,
+                          extra_bytes);
+            auto* bytes = at_address<uint8_t>(blob);
+            qk::PackedHeader header{};
+            std::memcpy(header.magic, qk::kPackedMagic, sizeof header.magic);
+            header.version = qk::kPackedVersion;
+            header.bits = bits;
+            header.total_bytes = p.total;
+            header.N = N;
+            header.K = K;
+            header.groups = groups;
+            header.zero_kind = zero_kind;
+            header.scale_dtype = scale_dtype;
+            header.per_tensor = per_tensor;
+            header.has_index = has_index;
+            header.permutation_offset = p.permutation_offset;
+            header.panels_offset = p.panels_offset;
+            header.extra_offset = p.extra_offset;
+            header.extra_bytes = extra_bytes;
+            if (table) std::memcpy(header.table, at_address<const void>(table), sizeof header.table);
+            if (scheme.size() >= sizeof header.scheme) throw std::invalid_argument("the scheme's spelling is too long");
+            std::memcpy(header.scheme, scheme.data(), scheme.size());
+            const auto kernel = qk::kernels().pack_panels;
+            py::gil_scoped_release release;
+            // Everything before the panels, gaps included: a blob is a function of its weight.
+            std::memset(bytes, 0, static_cast<size_t>(p.panels_offset));
+            std::memcpy(bytes, &header, sizeof header);
+            std::memcpy(bytes + sizeof header, p.view.group_start, static_cast<size_t>(4 * (groups + 1)));
+            if (permutation) {
+                p.view.permutation = at_address<const int32_t>(permutation);
+                std::memcpy(bytes + p.permutation_offset, p.view.permutation, static_cast<size_t>(4 * K));
+            }
+            const int64_t panels_end = p.panels_offset + packed_rows(N, per_tensor) * p.view.row_bytes;
+            std::memset(bytes + panels_end, 0, static_cast<size_t>(p.extra_offset - panels_end));
+            if (extra_bytes > 0) {
+                std::memcpy(bytes + p.extra_offset, at_address<const void>(extra), static_cast<size_t>(extra_bytes));
+            }
+            p.view.panels = bytes + p.panels_offset;
+            const qk::PackArgs args = pack_args(p.view, per_tensor, codes, scales, zeros);
+            qk::parallel_for(panels_to_move(p.view, per_tensor), 1, threads,
+                             [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+        },
+        py::arg("blob"), py::arg("N"), py::arg("K"), py::arg("groups"), py::arg("bits"), py::arg("zero_kind"),
+        py::arg("scale_dtype"), py::arg("per_tensor"), py::arg("has_index"), py::arg("group_start"),
+        py::arg("permutation"), py::arg("codes"), py::arg("scales"), py::arg("zeros"), py::arg("table"),
+        py::arg("scheme"), py::arg("extra"), py::arg("extra_bytes"), py::arg("threads"),
+        "Write a form-2 weight as cpu.k4x16 into a blob of packed_bytes bytes.");
+    module.def(
+        "packed_header",
+        [](uintptr_t blob, int64_t bytes) {
+            const Linear checked(blob, bytes);
+            const qk::PackedHeader header = header_of(blob);
+            py::dict out;
+            out["N"] = header.N;
+            out["K"] = header.K;
+            out["groups"] = header.groups;
+            out["bits"] = header.bits;
+            out["zero_kind"] = header.zero_kind;
+            out["scale_dtype"] = header.scale_dtype;
+            out["per_tensor"] = header.per_tensor != 0;
+            out["has_index"] = header.has_index != 0;
+            out["extra_offset"] = header.extra_offset;
+            out["extra_bytes"] = header.extra_bytes;
+            out["scheme"] = std::string(header.scheme, strnlen(header.scheme, sizeof header.scheme));
+            return out;
+        },
+        py::arg("blob"), py::arg("bytes"), "What a blob holds; ValueError says what is wrong with a corrupt one.");
+    module.def(
+        "unpack_weight",
+        [](uintptr_t blob, int64_t bytes, uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t group_index,
+           int threads) {
+            const Linear checked(blob, bytes);
+            const qk::PackedView& view = checked.view();
+            const bool per_tensor = header_of(blob).per_tensor != 0;
+            const qk::PackArgs args = pack_args(view, per_tensor, codes, scales, zeros);
+            const auto kernel = qk::kernels().unpack_panels;
+            py::gil_scoped_release release;
+            std::memset(args.codes, 0, static_cast<size_t>(4 * view.N * args.code_words));
+            if (auto* index = at_address<int32_t>(group_index)) {
+                for (int64_t g = 0; g < view.groups; ++g) {
+                    for (int64_t k = view.group_start[g]; k < view.group_start[g + 1]; ++k) {
+                        index[view.permutation ? view.permutation[k] : k] = static_cast<int32_t>(g);
+                    }
+                }
+            }
+            // A lone per-tensor scale is written by panel 0 only, so panels stay independent.
+            qk::parallel_for(panels_to_move(view, per_tensor), 1, threads,
+                             [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+        },
+        py::arg("blob"), py::arg("bytes"), py::arg("codes"), py::arg("scales"), py::arg("zeros"),
+        py::arg("group_index"), py::arg("threads"), "The inverse of pack_weight, bit for bit.");
+    py::class_<Linear>(module, "Linear", "A validated blob; the caller keeps its memory alive.")
+        .def(py::init<uintptr_t, int64_t>(), py::arg("blob"), py::arg("bytes"))
+        .def_property_readonly("N", [](const Linear& self) { return self.view().N; })
+        .def_property_readonly("K", [](const Linear& self) { return self.view().K; })
+        .def("__call__", &Linear::call, py::arg("x"), py::arg("dtype"), py::arg("M"), py::arg("row_stride"),
+             py::arg("out"), py::arg("bias"), py::arg("bias_dtype"), py::arg("int8"), py::arg("threads"),
+             "out[M, N] = x @ W.T + bias, contiguous, in x's dtype.")
+        .def("decode", &Linear::decode, py::arg("out"), py::arg("dtype"), py::arg("out_stride"), py::arg("first_row"),
+             py::arg("rows"), py::arg("threads"), "Rows of the weight as floats, transposed: [K, out_stride].");
+}

@@ -1,0 +1,126 @@
+// Walking a packed panel: the same on every tier. Isa, defined by the including file, is the tier's vector:
+//
+//   kRows      rows of the weight in a vector (32-bit lanes)
+//   kVectors   vectors of a micro tile: kRows * kVectors output columns
+//   kDirectM   up to this many rows of x the codes are unpacked on the way to the product; above, once a block
+//   kTileM     rows of x of a micro tile over unpacked codes
+//   kSignedWide  8-bit codes enter the product as signed bytes, 128 less
+//   I, F       int32 and f32 lanes, and the functions that the code below names
+#pragma once
+#include "qkern/kernels.h"
+#include "qkern/packed_weight.h"
+#include "qkern/scalar_float.h"
+
+namespace {
+
+using I = Isa::I;
+using F = Isa::F;
+
+constexpr int kMaxVectors = static_cast<int>(qk::kPanelRows) / Isa::kRows;
+
+// Code bytes of one quad of columns: run T of a superline, for kRows rows.
+template <int BITS, int T>
+inline I codes_of(const I* lines) {
+    if constexpr (BITS == 8) {
+        return lines[0];
+    } else if constexpr (BITS == 3) {
+        const I low = Isa::bit_and(Isa::template shift_right<2 * (T / 2)>(lines[T % 2]), Isa::splat_byte(3));
+        I high = lines[2];
+        if constexpr (T < 2) {
+            high = Isa::template shift_left<2 - T>(high);
+        } else {
+            high = Isa::template shift_right<T - 2>(high);
+        }
+        return Isa::bit_or(low, Isa::bit_and(high, Isa::splat_byte(4)));
+    } else {
+        return Isa::bit_and(Isa::template shift_right<BITS * T>(lines[0]), Isa::splat_byte((1 << BITS) - 1));
+    }
+}
+
+template <int BITS>
+inline void load_lines(const uint8_t* codes, int64_t line, I* lines) {
+    for (int l = 0; l < (BITS == 3 ? 3 : 1); ++l) lines[l] = Isa::load(codes + l * line);
+}
+
+template <int BITS>
+constexpr int64_t kLines = BITS == 3 ? 3 : 1;
+
+// What the rows of one panel share in one group, as the kernels want it.
+struct GroupHead {
+    float scale[qk::kPanelRows];
+    float offset[qk::kPanelRows];   // ZeroKind::offsets
+    int32_t zero[qk::kPanelRows];   // else
+};
+
+inline void load_floats(const uint8_t* from, qk::DType dtype, int64_t R, float* to) {
+    for (int64_t r = 0; r < R; r += Isa::kRows) {
+        Isa::store_f(to + r, Isa::load_as_float(from + r * scale_bytes(dtype), dtype));
+    }
+}
+
+// Reads the head of a group and returns the address of its codes.
+inline const uint8_t* load_head(const qk::PackedView& view, const uint8_t* at, int64_t R, GroupHead* head) {
+    load_floats(at, view.scale_dtype, R, head->scale);
+    at += R * scale_bytes(view.scale_dtype);
+    if (view.zero_kind == qk::ZeroKind::uint8) {
+        for (int64_t r = 0; r < R; ++r) head->zero[r] = at[r];
+        at += R;
+    } else if (view.zero_kind == qk::ZeroKind::offsets) {
+        load_floats(at, view.scale_dtype, R, head->offset);
+        at += R * scale_bytes(view.scale_dtype);
+    }
+    return at;
+}
+
+inline void init_head(const qk::PackedView& view, GroupHead* head) {
+    const int32_t zero = view.zero_kind == qk::ZeroKind::midpoint ? 1 << (view.bits - 1) : 0;
+    for (int64_t r = 0; r < qk::kPanelRows; ++r) {
+        head->zero[r] = zero;
+        head->offset[r] = 0.0f;
+    }
+}
+
+// Calls visit(block, columns, padded, first packed column, codes) for every block of a panel in turn;
+// head() has been called for its group.
+template <class Visit>
+inline void for_each_block(const qk::PackedView& view, int64_t panel, int64_t R, GroupHead* head, Visit&& visit) {
+    const uint8_t* at = view.panels + panel * qk::kPanelRows * view.row_bytes;
+    int64_t block = 0, packed = 0;
+    init_head(view, head);
+    for (int64_t g = 0; g < view.groups; ++g) {
+        at = load_head(view, at, R, head);
+        const int64_t last = view.group_start[g + 1];
+        for (int64_t k = view.group_start[g]; k < last; k += qk::kBlockColumns, ++block) {
+            const int64_t columns = last - k < qk::kBlockColumns ? last - k : qk::kBlockColumns;
+            const int64_t padded = padded_columns(columns, view.bits);
+            visit(block, k, columns, padded, packed, at);
+            packed += padded;
+            at += R * padded * view.bits / 8;
+        }
+    }
+}
+
+// out[m, panel's columns] = tile + bias, in the dtype of out.
+inline void store_tile(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64_t M, int64_t R,
+                       const float (*tile)[qk::kPanelRows]) {
+    const int64_t column = panel * qk::kPanelRows;
+    const int64_t N = args.view->N - column < R ? args.view->N - column : R;
+    float bias[qk::kPanelRows];
+    for (int64_t r = 0; r < R; ++r) {
+        bias[r] = args.bias && r < N ? load_float(args.bias, args.bias_dtype, column + r) : 0.0f;
+    }
+    for (int64_t m = 0; m < M; ++m) {
+        const int64_t at = (first_m + m) * args.out_stride + column;
+        int64_t r = 0;
+        for (; r + Isa::kRows <= N; r += Isa::kRows) {
+            F sum = Isa::load_f(tile[m] + r);
+            if (args.bias) sum = Isa::add(sum, Isa::load_f(bias + r));
+            Isa::store_as(static_cast<char*>(args.out) + (at + r) * dtype_size(args.out_dtype), args.out_dtype, sum);
+        }
+        for (; r < N; ++r) {
+            store_float(args.out, args.out_dtype, at + r, args.bias ? tile[m][r] + bias[r] : tile[m][r]);
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,5 @@
+#include "rows.h"
+
+extern "C" void qk_enter_quantize_activations_avx2(qk::KernelTable* table) {
+    table->quantize_activations = &quantize_activation_rows;
+}

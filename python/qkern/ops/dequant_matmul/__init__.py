@@ -1,0 +1,173 @@
+"""``y = x @ dequant(W).T + b``, fused, and the packing of weights for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qkern.errors import InputError
+from qkern.ops.dequant_matmul import cpu, plain, reference, schema  # noqa: F401 - schema registers the torch op
+from qkern.ops.dequant_matmul.cpu import LinearHandle
+from qkern.ops.registry import Backend, Implementation, Request, register, select
+from qkern.schemes import FLOAT_DTYPES, PackedWeight, QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LinearHandle", "dequant_matmul", "pack_weight", "resolve_compute", "unpack_weight"]
+
+# `call` packs; the product itself is the torch op, which knows the layouts.
+register(
+    Implementation(
+        op="dequant_matmul", backend=Backend.REFERENCE, call=plain.pack, why_not=lambda request: None
+    )
+)
+register(Implementation(op="dequant_matmul", backend=Backend.CPU, call=cpu.pack, why_not=cpu.why_not))
+
+
+def pack_weight(qw: QuantizedWeight, *, backend: str = "auto") -> PackedWeight:
+    """Rewrite a quantized weight in the layout of the kernels that will run it.
+
+    Parameters
+    ----------
+    qw : QuantizedWeight
+        ``[N, K]``; experts are packed one by one.
+    backend : str
+        ``"auto"`` or a `Backend`.
+
+    Returns
+    -------
+    PackedWeight
+        On the device of `qw`; `unpack_weight` is the exact inverse.
+
+    Raises
+    ------
+    InputError
+        If `qw` has an expert dimension or its group index leaves the scales' groups.
+    UnsupportedError
+        If the named backend cannot run this weight.
+    """
+    if len(qw.shape) != 2:
+        raise InputError(
+            f"pack_weight takes one matrix [N, K]: got {tuple(qw.shape)}; pack each expert by itself"
+        )
+    request = Request(device=qw.device, scheme=qw.scheme)
+    packed: PackedWeight = select("dequant_matmul", backend, request).call(qw)
+    return packed
+
+
+def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
+    """Undo `pack_weight`, bit for bit.
+
+    Parameters
+    ----------
+    packed : PackedWeight
+        From any backend.
+
+    Raises
+    ------
+    InputError
+        If the blob is corrupt or does not hold what `packed` says.
+    """
+    if packed.layout == cpu.LAYOUT:
+        return cpu.unpack(packed)
+    return plain.unpack(packed.blob, packed.layout, packed.N, packed.K, packed.scheme)
+
+
+def resolve_compute(compute: str, x: Tensor, scheme: Scheme, *, needs_grad: bool) -> str:
+    """Decide between ``"float"`` and ``"int8"`` as DESIGN's rule has it.
+
+    Parameters
+    ----------
+    compute : str
+        ``"auto"``, ``"float"`` or ``"int8"``.
+    x : Tensor
+        The activations.
+    scheme : Scheme
+        Scheme of the weight: ``a8`` asks for int8.
+    needs_grad : bool
+        Whether a gradient will be taken.
+
+    Raises
+    ------
+    InputError
+        If `compute` is none of the three.
+    """
+    if compute in ("float", "int8"):
+        return compute
+    if compute != "auto":
+        raise InputError(f"unknown compute: got {compute!r}, allowed are 'auto', 'float' and 'int8'")
+    if scheme.act_bits is not None:
+        return "int8"
+    return "int8" if x.device.type == "cpu" and not needs_grad else "float"
+
+
+def dequant_matmul(
+    x: Tensor,
+    weight: PackedWeight | QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    compute: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Multiply activations by a quantized weight: ``y = x @ W.T + bias``.
+
+    Parameters
+    ----------
+    x : Tensor
+        fp32, fp16 or bf16 ``[..., K]``, any strides; gradients flow to it.
+    weight : PackedWeight or QuantizedWeight
+        A `QuantizedWeight` is packed in every call: pack it once with `pack_weight` when it is used again.
+    bias : Tensor or None
+        ``[N]`` of x's dtype or fp32; gradients flow to it.
+    compute : str
+        ``"float"`` keeps the activations (fp32 products and sums; bf16 products of torch's own matmul for bf16
+        input of many rows); ``"int8"`` quantizes them per token and group of at most 128 columns and sums the
+        products exactly; ``"auto"`` is int8 on a CPU when no gradient is taken or when the scheme says a8.
+    backend : str
+        ``"auto"`` or a `Backend`.
+
+    Returns
+    -------
+    Tensor
+        ``[..., N]`` of x's dtype.
+
+    Raises
+    ------
+    InputError
+        On shapes, dtypes or devices that do not fit.
+    UnsupportedError
+        If the named backend cannot run this call.
+    """
+    K, N = weight.K, weight.N
+    if x.dtype not in FLOAT_DTYPES or x.dim() == 0 or x.shape[-1] != K:
+        raise InputError(
+            f"x must be fp32, fp16 or bf16 [..., {K}], K of the weight: got {x.dtype} {tuple(x.shape)}"
+        )
+    if bias is not None and (bias.dtype not in (x.dtype, torch.float32) or tuple(bias.shape) != (N,)):
+        raise InputError(f"bias must be [{N}] of x's dtype or fp32: got {bias.dtype} {tuple(bias.shape)}")
+    packed = _packed_for(weight, x, backend)
+    if packed.blob.device != x.device or (bias is not None and bias.device != x.device):
+        raise InputError(
+            f"x, weight and bias must be on one device: got x on {x.device}, weight on {packed.blob.device}"
+        )
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    compute = resolve_compute(compute, x, weight.scheme, needs_grad=needs_grad)
+    out: Tensor = torch.ops.qkern.dequant_matmul(
+        x, packed.blob, bias, packed.layout, N, K, str(packed.scheme), compute
+    )
+    return out
+
+
+def _packed_for(weight: PackedWeight | QuantizedWeight, x: Tensor, backend: str) -> PackedWeight:
+    if isinstance(weight, QuantizedWeight):
+        return pack_weight(weight, backend=backend)
+    if backend == "auto":
+        return weight
+    chosen = select("dequant_matmul", backend, Request(device=x.device, scheme=weight.scheme, dtype=x.dtype))
+    own = Backend.CPU if weight.layout == cpu.LAYOUT else Backend.REFERENCE
+    if chosen.backend == own:
+        return weight
+    repacked: PackedWeight = chosen.call(unpack_weight(weight))
+    return repacked

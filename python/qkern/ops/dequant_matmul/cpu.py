@@ -1,0 +1,298 @@
+"""dequant_matmul on the native CPU kernels: packing, the handle that calls them, large products of floats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from qkern.errors import InputError
+from qkern.ops._native import DTYPE_CODES, core, pointer, threads, why_not_cpu
+from qkern.ops.codebooks import codebook
+from qkern.ops.dequant_matmul.plain import nested_from_bytes, nested_to_bytes
+from qkern.schemes import PackedWeight, QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from qkern.ops.registry import Request
+
+__all__ = ["LAYOUT", "LinearHandle", "input_gradient", "matmul", "pack", "unpack", "why_not"]
+
+LAYOUT: Final = "cpu.k4x16"
+# qk::ZeroKind of csrc/include/qkern/packed_weight.h.
+_MIDPOINT, _ZEROS, _OFFSETS, _CODEBOOK = range(4)
+_SCALE_DTYPES: Final = {code: dtype for dtype, code in DTYPE_CODES.items()}
+# From this many rows of x, compute float decodes the weight a slab at a time and leaves the product to
+# torch's matmul; below, the native kernel decodes on the way (bench/bench_dequant_matmul.py --threshold).
+SLAB_ROWS: Final = 32
+# Bytes of one decoded slab: it should stay in the last-level cache until torch has read it.
+_SLAB_BYTES: Final = 8 << 20
+_PANEL: Final = 64
+_ROW_UNIT: Final = 16
+
+
+def why_not(request: Request) -> str | None:
+    """Why the native kernels cannot serve `request`."""
+    return why_not_cpu(request.device)
+
+
+def _columns_by_group(qw: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
+    """Starts of the groups int32 ``[groups + 1]`` and the order of the columns (None: as they are)."""
+    K, groups = qw.K, qw.scales.shape[1]
+    if qw.group_index is None:
+        starts = torch.arange(groups + 1, dtype=torch.int32) * max(qw.scheme.group_length(K), 1)
+        return starts.clamp_(max=K), None
+    index = qw.group_index
+    if K and (int(index.min()) < 0 or int(index.max()) >= groups):
+        raise InputError(
+            f"group_index must lie in 0..{groups - 1}, the groups of the scales: "
+            f"got {int(index.min())}..{int(index.max())}"
+        )
+    counts = torch.bincount(index, minlength=groups)
+    starts = torch.zeros(groups + 1, dtype=torch.int32)
+    starts[1:] = counts.cumsum(0)
+    order = index.argsort(stable=True).to(torch.int32)
+    in_place = bool((order == torch.arange(K, dtype=torch.int32)).all())
+    return starts, None if in_place else order
+
+
+def pack(qw: QuantizedWeight) -> PackedWeight:
+    """Write a 2-D weight in the layout of the native kernels."""
+    scheme, (N, K) = qw.scheme, qw.shape
+    starts, order = _columns_by_group(qw)
+    kind, zeros = _MIDPOINT, qw.zeros
+    if scheme.codebook is not None:
+        kind = _CODEBOOK
+    elif qw.offsets is not None:
+        kind, zeros = _OFFSETS, qw.offsets
+    elif qw.zeros is not None:
+        kind = _ZEROS
+    extra = None if qw.nested is None else nested_to_bytes(qw.nested)
+    extra_bytes = 0 if extra is None else extra.numel()
+    codes, scales = qw.codes.contiguous(), qw.scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
+    table = codebook(scheme.codebook).values.contiguous() if scheme.codebook is not None else None
+    shape = {
+        "N": N,
+        "K": K,
+        "groups": scales.shape[1],
+        "bits": scheme.bits,
+        "zero_kind": kind,
+        "scale_dtype": DTYPE_CODES[scales.dtype],
+        "per_tensor": scheme.per_tensor,
+        "group_start": pointer(starts),
+        "extra_bytes": extra_bytes,
+    }
+    size = core().packed_bytes(**shape, permuted=order is not None)
+    blob = torch.empty(size, dtype=torch.uint8)
+    core().pack_weight(
+        blob=pointer(blob),
+        **shape,
+        has_index=qw.group_index is not None,
+        permutation=pointer(order),
+        codes=pointer(codes),
+        scales=pointer(scales),
+        zeros=pointer(zeros),
+        table=pointer(table),
+        scheme=str(scheme),
+        extra=pointer(extra),
+        threads=threads(),
+    )
+    return PackedWeight(blob=blob, layout=LAYOUT, N=N, K=K, scheme=scheme)
+
+
+def _blob(packed: PackedWeight | Tensor) -> Tensor:
+    blob = packed.blob if isinstance(packed, PackedWeight) else packed
+    if blob.dtype != torch.uint8 or blob.dim() != 1 or not blob.is_contiguous() or blob.device.type != "cpu":
+        raise InputError(
+            f"the blob of a {LAYOUT} weight must be contiguous uint8 [bytes] on the CPU: "
+            f"got {blob.dtype} {tuple(blob.shape)} on {blob.device}; pack the weight again"
+        )
+    return blob
+
+
+def _corrupt(reason: object) -> InputError:
+    return InputError(f"packed weight is not sound: {reason}; pack it again from the quantized weight")
+
+
+def unpack(packed: PackedWeight) -> QuantizedWeight:
+    """Undo `pack`, bit for bit.
+
+    Raises
+    ------
+    InputError
+        If the blob is corrupt or is not of the shape and scheme that `packed` names.
+    """
+    blob, scheme, N, K = _blob(packed), packed.scheme, packed.N, packed.K
+    try:
+        header = core().packed_header(pointer(blob), blob.numel())
+    except ValueError as error:
+        raise _corrupt(error) from None
+    if (header["N"], header["K"], header["scheme"]) != (N, K, str(scheme)):
+        raise _corrupt(f"it holds {header['scheme']} [{header['N']}, {header['K']}], not {scheme} [{N}, {K}]")
+    groups = header["groups"]
+    scale_shape = (1, 1) if header["per_tensor"] else (N, groups)
+    scale_dtype = _SCALE_DTYPES[header["scale_dtype"]]
+    codes = torch.empty(N, scheme.code_words(K), dtype=torch.int32)
+    scales = torch.empty(scale_shape, dtype=scale_dtype)
+    kind = header["zero_kind"]
+    zeros = torch.empty(scale_shape, dtype=torch.uint8) if kind == _ZEROS else None
+    offsets = torch.empty(scale_shape, dtype=scale_dtype) if kind == _OFFSETS else None
+    index = torch.empty(K, dtype=torch.int32) if header["has_index"] else None
+    core().unpack_weight(
+        blob=pointer(blob),
+        bytes=blob.numel(),
+        codes=pointer(codes),
+        scales=pointer(scales),
+        zeros=pointer(zeros if offsets is None else offsets),
+        group_index=pointer(index),
+        threads=threads(),
+    )
+    extra = blob[header["extra_offset"] : header["extra_offset"] + header["extra_bytes"]]
+    return QuantizedWeight(
+        codes=codes,
+        scales=scales,
+        shape=(N, K),
+        scheme=scheme,
+        zeros=zeros,
+        offsets=offsets,
+        group_index=index,
+        nested=nested_from_bytes(extra) if extra.numel() else None,
+    )
+
+
+class LinearHandle:
+    """A packed CPU weight that was validated once and is called with a few microseconds of overhead.
+
+    For inference in eager mode: no autograd, no dispatch. Everything else goes through `dequant_matmul`.
+
+    Parameters
+    ----------
+    packed : PackedWeight
+        In the layout of the native CPU kernels; its blob is kept alive.
+
+    Raises
+    ------
+    InputError
+        If the blob is corrupt or belongs to another layout.
+    """
+
+    __slots__ = ("K", "N", "_blob", "_native")
+
+    def __init__(self, packed: PackedWeight) -> None:
+        if packed.layout != LAYOUT:
+            raise InputError(
+                f"LinearHandle needs the layout {LAYOUT}: got {packed.layout!r}; pack with backend='cpu'"
+            )
+        self._attach(_blob(packed), packed.N, packed.K)
+
+    @classmethod
+    def _of(cls, blob: Tensor, N: int, K: int) -> LinearHandle:
+        handle = cls.__new__(cls)
+        handle._attach(_blob(blob), N, K)
+        return handle
+
+    def _attach(self, blob: Tensor, N: int, K: int) -> None:
+        self._blob, self.N, self.K = blob, N, K
+        try:
+            self._native = core().Linear(blob.data_ptr(), blob.numel())
+        except ValueError as error:
+            raise _corrupt(error) from None
+        if (self._native.N, self._native.K) != (N, K):
+            raise _corrupt(f"it holds [{self._native.N}, {self._native.K}], not [{N}, {K}]")
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None, compute: str = "int8") -> Tensor:
+        """``x [..., K] @ W.T + bias`` in x's dtype.
+
+        Parameters
+        ----------
+        x : Tensor
+            fp32, fp16 or bf16 ``[..., K]`` on the CPU, any strides.
+        bias : Tensor or None
+            ``[N]``, contiguous, of x's dtype or fp32.
+        compute : str
+            ``"int8"`` or ``"float"``.
+
+        Raises
+        ------
+        InputError
+            On a wrong shape or dtype.
+        """
+        shape, K, N = x.shape, self.K, self.N
+        dtype = DTYPE_CODES.get(x.dtype)
+        if dtype is None or x.dim() == 0 or shape[-1] != K or x.device.type != "cpu":
+            raise InputError(
+                f"x must be fp32, fp16 or bf16 [..., {K}] on the CPU: got {x.dtype} {tuple(shape)} on {x.device}"
+            )
+        if compute not in ("int8", "float"):
+            raise InputError(f"unknown compute: got {compute!r}, allowed are 'int8' and 'float'")
+        bias_pointer = bias_dtype = 0
+        if bias is not None:
+            bias_dtype = DTYPE_CODES.get(bias.dtype, -1)
+            if bias_dtype not in (0, dtype) or bias.shape != (N,) or not bias.is_contiguous():
+                raise InputError(
+                    f"bias must be contiguous [{N}] of x's dtype or fp32: got {bias.dtype} {tuple(bias.shape)}"
+                )
+            bias_pointer = bias.data_ptr()
+        M = x.numel() // K if K else shape[:-1].numel()
+        if x.dim() != 2:
+            x = x.reshape(M, K)
+        if K > 1 and x.stride(1) != 1:
+            x = x.contiguous()
+        out = x.new_empty((M, N))
+        if M >= SLAB_ROWS and compute == "float":
+            self._by_slabs(x, bias, out)
+        elif M and N:
+            self._native(
+                x.data_ptr(),
+                dtype,
+                M,
+                x.stride(0),
+                out.data_ptr(),
+                bias_pointer,
+                bias_dtype,
+                compute == "int8",
+                torch.get_num_threads(),
+            )
+        return out if len(shape) == 2 else out.view(*shape[:-1], N)
+
+    def _slabs(self, dtype: torch.dtype) -> list[tuple[int, int]]:
+        step = max(_SLAB_BYTES // (max(self.K, 1) * dtype.itemsize) // _PANEL, 1) * _PANEL
+        return [(first, min(first + step, self.N)) for first in range(0, self.N, step)]
+
+    def _decode(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows first..last of the weight, transposed: ``[K, last - first]``."""
+        rows = last - first
+        # An odd multiple of the row unit: a power of two would map every line to a few cache sets.
+        stride = -(-rows // _ROW_UNIT) * _ROW_UNIT
+        stride += _ROW_UNIT if stride % (2 * _ROW_UNIT) == 0 else 0
+        slab = torch.empty(self.K, stride, dtype=dtype)
+        self._native.decode(slab.data_ptr(), DTYPE_CODES[dtype], stride, first, rows, torch.get_num_threads())
+        return slab[:, :rows]
+
+    def _by_slabs(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        # torch's fp16 matmul on a CPU is slow and sums in fp16 on some machines.
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        values = x.detach().to(dtype)
+        for first, last in self._slabs(dtype):
+            part = values @ self._decode(first, last, dtype)
+            if bias is not None:
+                part = part + bias[first:last]
+            out[:, first:last] = part
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """``grad [M, N] @ W`` in grad's dtype, summed in fp32."""
+        total = torch.zeros(grad.shape[0], self.K, dtype=torch.float32)
+        for first, last in self._slabs(torch.float32):
+            total.addmm_(grad[:, first:last].float(), self._decode(first, last, torch.float32).T)
+        return total.to(grad.dtype)
+
+
+def matmul(x: Tensor, blob: Tensor, bias: Tensor | None, N: int, K: int, compute: str) -> Tensor:
+    """``x [..., K] @ W.T + bias``; arguments are validated by the caller."""
+    return LinearHandle._of(blob, N, K)(x, bias, compute)
+
+
+def input_gradient(grad: Tensor, blob: Tensor, N: int, K: int) -> Tensor:
+    """``grad [M, N] @ W``; arguments are validated by the caller."""
+    return LinearHandle._of(blob, N, K).input_gradient(grad)

@@ -1,0 +1,42 @@
+"""quantize_activations on the native CPU kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qkern.ops._native import DTYPE_CODES, core, pointer, threads, why_not_cpu
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qkern.ops.registry import Request
+
+__all__ = ["quantize", "why_not"]
+
+
+def why_not(request: Request) -> str | None:
+    """Why the native kernels cannot serve `request`."""
+    return why_not_cpu(request.device)
+
+
+def quantize(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes int8 ``[M, K]`` and scales fp32 ``[M, groups]`` of a matrix; arguments are validated by the caller."""
+    M, K = x.shape
+    if K > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    codes = torch.empty(M, K, dtype=torch.int8)
+    scales = torch.empty(M, -(-K // group_size), dtype=torch.float32)
+    core().quantize_activations(
+        x=pointer(x),
+        dtype=DTYPE_CODES[x.dtype],
+        M=M,
+        K=K,
+        row_stride=x.stride(0),
+        group_size=group_size,
+        codes=pointer(codes),
+        scales=pointer(scales),
+        threads=threads(),
+    )
+    return codes, scales

@@ -1,0 +1,29 @@
+"""quantize_activations in plain torch; reads like the formula, runs on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["quantize", "round_to_codes"]
+
+
+def round_to_codes(x: Tensor, scales: Tensor) -> Tensor:
+    """``clamp(rint(x / s), -127, 127)`` as int8; 0 where s is 0, and only signs of Inf where s is not finite."""
+    finite = (scales > 0) & torch.isfinite(scales)
+    codes = torch.where(finite, x / scales, x.isinf() * 127 * x.sign().nan_to_num(0.0))
+    return codes.clamp(-127, 127).round().to(torch.int8)
+
+
+def quantize(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes int8 ``[M, K]`` and scales fp32 ``[M, groups]`` of a matrix; arguments are validated by the caller."""
+    values = x.float()
+    M, K = values.shape
+    codes = torch.empty(M, K, dtype=torch.int8, device=x.device)
+    scales = torch.zeros(M, -(-K // group_size), dtype=torch.float32, device=x.device)
+    for g, chunk in enumerate(values.split(group_size, dim=1) if K else ()):
+        # amax of torch keeps a NaN, which is what makes it reach the output.
+        scale = chunk.abs().amax(-1, keepdim=True) / 127
+        scales[:, g] = scale[:, 0]
+        codes[:, g * group_size : g * group_size + chunk.shape[1]] = round_to_codes(chunk, scale)
+    return codes, scales

@@ -1,0 +1,45 @@
+"""The torch op ``qkern::quantize_activations``."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from qkern.ops.registry import Request, select
+
+__all__: list[str] = []
+
+_LIBRARY: Final = torch.library.Library("qkern", "FRAGMENT")
+_LIBRARY.define(
+    "quantize_activations(Tensor x, int? group_size) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+def _groups(K: int, group_size: int | None) -> int:
+    return 1 if group_size is None else -(-K // group_size)
+
+
+def _run(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    return run(x, group_size, "auto")
+
+
+def run(x: Tensor, group_size: int | None, backend: str) -> tuple[Tensor, Tensor]:
+    """Flatten the leading dimensions, choose a backend, call it."""
+    implementation = select("quantize_activations", backend, Request(device=x.device, dtype=x.dtype))
+    *lead, K = x.shape
+    M = x.numel() // K if K else torch.Size(lead).numel()
+    codes, scales = implementation.call(x.detach().reshape(M, K), group_size or max(K, 1))
+    if K == 0 and group_size is None:
+        scales = torch.zeros(M, 1, device=x.device)
+    return codes.view(x.shape), scales.view(*lead, _groups(K, group_size))
+
+
+def _fake(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    scales = x.new_empty((*x.shape[:-1], _groups(x.shape[-1], group_size)), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), scales
+
+
+_LIBRARY.impl("quantize_activations", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("qkern::quantize_activations", _fake, lib=_LIBRARY)
