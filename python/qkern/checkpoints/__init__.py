@@ -1,0 +1,26 @@
+"""Checkpoint formats: GPTQ v1 and v2, AWQ GEMM, compressed-tensors; reading and writing, no algorithm."""
+
+from qkern.checkpoints.base import Entry, Format
+from qkern.checkpoints.folder import TensorFolder, model_folder, read_json
+from qkern.checkpoints.reader import QuantizedCheckpoint, read_quantized
+from qkern.checkpoints.registry import FORMATS, detect, format_named, refusals
+from qkern.checkpoints.shards import parse_size
+from qkern.checkpoints.writer import RECIPE_NAME, CheckpointWriter, check_output
+
+__all__ = [
+    "FORMATS",
+    "RECIPE_NAME",
+    "CheckpointWriter",
+    "Entry",
+    "Format",
+    "QuantizedCheckpoint",
+    "TensorFolder",
+    "check_output",
+    "detect",
+    "format_named",
+    "model_folder",
+    "parse_size",
+    "read_json",
+    "read_quantized",
+    "refusals",
+]

@@ -1,0 +1,259 @@
+"""compressed-tensors checkpoints, format pack-quantized.
+
+================= ================================ ===================================================
+tensor            shape                            content
+================= ================================ ===================================================
+weight_packed     int32 [N, ceil(K*bits/32)]       codes (value + 2**(bits-1)), a bit stream along K
+weight_scale      [N, G], fp16, bf16 or fp32
+weight_shape      int64 [2]                        N, K
+weight_zero_point int32 [ceil(N*bits/32), G]       zero points (value + 2**(bits-1)), along N
+weight_g_idx      int32 [K]                        read only: group of each column
+================= ================================ ===================================================
+
+``weight_packed`` is the neutral form's codes. Older versions packed 3-bit codes ten to a word; such a
+tensor is wider than a dense one (``ceil(K/10)`` words against ``ceil(3K/32)``) for every K that is a
+multiple of 32, and is recognized by that; where both widths agree it is read as dense. Older versions
+also stored zero points unpacked, as int8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from qkern.checkpoints.base import (
+    Entry,
+    config_field,
+    make_scheme,
+    match_pattern,
+    plain_reason,
+    refuse_unheld,
+    take,
+    trivial_index,
+)
+from qkern.errors import FormatError
+from qkern.ops import pack_bits, unpack_bits
+from qkern.schemes import QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+__all__ = ["COMPRESSED_TENSORS", "CompressedTensorsFormat"]
+
+REGEX: Final = "re:"
+PACKED: Final = "pack-quantized"
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // 32)
+
+
+def _words_of_old(count: int, bits: int) -> int:
+    per_word = 32 // bits
+    return -(-count // per_word)
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTensorsFormat:
+    """compressed-tensors, pack-quantized."""
+
+    name: str = "compressed-tensors"
+    marker: str = "weight_packed"
+    parts: frozenset[str] = frozenset(
+        ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+    )
+
+    def holds(self, scheme: Scheme, N: int, K: int, *, act_order: bool = False) -> str | None:
+        """See `Format.holds`."""
+        if act_order:
+            return (
+                "compressed-tensors no longer reads a group index: quantize with act_order='group-aware' or "
+                "'none', or use gptq_v2"
+            )
+        if scheme.group_size is not None and K % scheme.group_size:
+            return (
+                f"compressed-tensors needs groups that divide the input features: got K={K}, "
+                f"group size {scheme.group_size}"
+            )
+        return plain_reason(scheme, "compressed-tensors")
+
+    def holds_together(self, schemes: Mapping[str, Scheme], skipped: Sequence[str] = ()) -> str | None:
+        """See `Format.holds_together`; a config group a scheme holds any mixture."""
+        return None
+
+    def encode(self, name: str, qw: QuantizedWeight) -> dict[str, Tensor]:
+        """See `Format.encode`; the scales keep their dtype."""
+        refuse_unheld(self, name, qw)
+        tensors = {
+            f"{name}.weight_packed": qw.codes.contiguous(),
+            f"{name}.weight_scale": qw.scales.contiguous(),
+            f"{name}.weight_shape": torch.tensor(qw.shape, dtype=torch.int64),
+        }
+        if qw.zeros is not None:
+            packed = pack_bits(qw.zeros.t().contiguous(), qw.scheme.bits, layout="gptq")
+            tensors[f"{name}.weight_zero_point"] = packed.contiguous()
+        return tensors
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], entry: Entry) -> QuantizedWeight:
+        """See `Format.decode`."""
+        scheme = entry.scheme
+        packed = take(tensors, f"{name}.weight_packed", (torch.int32,), (None, None))
+        shape = take(tensors, f"{name}.weight_shape", (torch.int64, torch.int32), (2,))
+        N, K = (int(size) for size in shape)
+        widths = (_words(K, scheme.bits), _words_of_old(K, scheme.bits))
+        if packed.shape[0] != N or packed.shape[1] not in widths:
+            raise FormatError(
+                f"tensor {name}.weight_packed {list(packed.shape)} is not a {scheme.bits}-bit matrix "
+                f"{[N, K]}, which weight_shape says it is"
+            )
+        groups = scheme.num_groups(K)
+        dtypes = (torch.float16, torch.bfloat16, torch.float32)
+        scales = take(tensors, f"{name}.weight_scale", dtypes, (N, groups))
+        return QuantizedWeight(
+            codes=self._read_codes(packed.contiguous(), scheme.bits, N, K),
+            scales=scales.contiguous(),
+            shape=(N, K),
+            scheme=scheme,
+            zeros=self._read_zeros(name, tensors, scheme, N, groups) if scheme.zero_point else None,
+            group_index=self._read_index(name, tensors, entry, K, groups),
+        )
+
+    @staticmethod
+    def _read_codes(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
+        if packed.shape[1] != _words(K, bits):
+            return pack_bits(unpack_bits(packed, bits, (N, K), layout="words"), bits, layout="dense")
+        used = K * bits % 32
+        if used:  # the neutral form promises zero bits after the last code
+            packed = packed.clone()
+            packed[:, -1] &= (1 << used) - 1
+        return packed
+
+    @staticmethod
+    def _read_zeros(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, N: int, groups: int) -> Tensor:
+        stored = take(tensors, f"{name}.weight_zero_point", (torch.int32, torch.int8), (None, groups))
+        if stored.dtype == torch.int8 and stored.shape[0] == N:
+            wide = stored.to(torch.int16) + scheme.midpoint
+            if bool((wide < 0).any()) or bool((wide >= scheme.levels).any()):
+                raise FormatError(f"tensor {name}.weight_zero_point has values outside {scheme.bits} bits")
+            return wide.to(torch.uint8)
+        if stored.dtype == torch.int32 and stored.shape[0] == _words(N, scheme.bits):
+            return unpack_bits(stored.contiguous(), scheme.bits, (groups, N), layout="gptq").t().contiguous()
+        if stored.dtype == torch.int32 and stored.shape[0] == _words_of_old(N, scheme.bits):
+            rows = stored.t().contiguous()
+            return unpack_bits(rows, scheme.bits, (groups, N), layout="words").t().contiguous()
+        raise FormatError(
+            f"tensor {name}.weight_zero_point {stored.dtype} {list(stored.shape)} does not hold "
+            f"{scheme.bits}-bit zero points of {N} rows"
+        )
+
+    @staticmethod
+    def _read_index(
+        name: str, tensors: Mapping[str, Tensor], entry: Entry, K: int, groups: int
+    ) -> Tensor | None:
+        if f"{name}.weight_g_idx" not in tensors:
+            if entry.act_order:
+                raise FormatError(f"tensor {name}.weight_g_idx is missing: actorder 'group' needs it")
+            return None
+        index = take(tensors, f"{name}.weight_g_idx", (torch.int32, torch.int64), (K,)).to(torch.int32)
+        # -1 throughout is how older versions mark an unused index.
+        if bool((index == -1).all()) or torch.equal(index, trivial_index(entry.scheme, K)):
+            return None
+        if bool((index < 0).any()) or bool((index >= groups).any()):
+            raise FormatError(
+                f"tensor {name}.weight_g_idx must number groups 0 to {groups - 1}; the file is damaged"
+            )
+        return index
+
+    def config(
+        self,
+        schemes: Mapping[str, Scheme],
+        *,
+        act_order: bool = False,
+        skipped: Sequence[str] = (),
+        details: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """See `Format.config`; one scheme targets every Linear, several name their layers."""
+        layers: dict[Scheme, list[str]] = {}
+        for name, scheme in schemes.items():
+            layers.setdefault(scheme, []).append(name)
+        groups = {}
+        for number, (scheme, names) in enumerate(layers.items()):
+            grouped = scheme.group_size is not None
+            groups[f"group_{number}"] = {
+                "targets": ["Linear"] if len(layers) == 1 else names,
+                "weights": {
+                    "num_bits": scheme.bits,
+                    "type": "int",
+                    "symmetric": not scheme.zero_point,
+                    "strategy": "group" if grouped else "channel",
+                    "group_size": scheme.group_size,
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+        return {
+            **(details or {}),
+            "quant_method": "compressed-tensors",
+            "format": PACKED,
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": list(skipped),
+        }
+
+    def sidecars(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """See `Format.sidecars`."""
+        return {}
+
+    def entry(self, config: Mapping[str, Any], name: str) -> Entry:
+        """See `Format.entry`; an exact name beats a regular expression, which beats a class."""
+        groups = config_field(config, "config_groups", dict)
+        found = self._group(groups, name)
+        if found is None:
+            raise FormatError(
+                f"{name}: no group of quantization_config targets the layer, but the file holds it packed"
+            )
+        label, group = found
+        weights = config_field(group, "weights", dict)
+        if group.get("input_activations") is not None:
+            raise FormatError(f"{label}: quantized activations are not read: weight-only checkpoints are")
+        if group.get("format", PACKED) not in (PACKED, None):
+            raise FormatError(f"{label}: format {group['format']!r} is not read: {PACKED!r} is")
+        if config_field(weights, "type", str, "int") != "int":
+            raise FormatError(f"{label}: weights of type {weights['type']!r} are not read: 'int' is")
+        strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
+        if strategy not in ("group", "channel"):
+            raise FormatError(f"{label}: strategy {strategy!r} is not read: 'group' and 'channel' are")
+        scheme = make_scheme(
+            config_field(weights, "num_bits", int),
+            config_field(weights, "group_size", int) if strategy == "group" else None,
+            not config_field(weights, "symmetric", bool, True),
+        )
+        return Entry(scheme=scheme, act_order=weights.get("actorder") == "group")
+
+    @staticmethod
+    def _group(groups: Mapping[str, Any], name: str) -> tuple[str, Mapping[str, Any]] | None:
+        """Find the group that targets `name`, and its label."""
+        by_regex = by_class = None
+        for label, group in groups.items():
+            if not isinstance(group, dict):
+                raise FormatError(
+                    f"quantization_config: config_groups[{label!r}] must be a dict: got {group!r}"
+                )
+            for target in config_field(group, "targets", list):
+                if target == name:
+                    return label, group
+                if str(target).startswith(REGEX):
+                    if by_regex is None and match_pattern(target.removeprefix(REGEX), name):
+                        by_regex = label, group
+                elif by_class is None and "." not in str(target):
+                    # Classes are not known here; the packed tensor itself says that the layer was targeted.
+                    by_class = label, group
+        return by_regex or by_class
+
+
+COMPRESSED_TENSORS: Final = CompressedTensorsFormat()

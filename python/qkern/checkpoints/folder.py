@@ -1,0 +1,190 @@
+"""A model folder: finding it, its JSON files, and its safetensors read lazily.
+
+Everything in it may be truncated or hostile; what does not fit raises a FormatError that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from safetensors import SafetensorError, safe_open
+
+from qkern.errors import FormatError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "TensorFolder", "model_folder", "read_json"]
+
+INDEX_NAME: Final = "model.safetensors.index.json"
+SINGLE_NAME: Final = "model.safetensors"
+
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Never weights in other formats, never code.
+_HUB_FILES: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+
+
+def model_folder(path: str | Path) -> Path:
+    """Return the folder of a model: `path` itself, or the local copy of the hub model it names.
+
+    Raises
+    ------
+    InputError
+        If there is no such folder and no such hub model.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{folder} is a file: a folder with config.json and safetensors is needed")
+    # "owner/name" is a hub id, unless "owner" is a folder here: then a folder name was mistyped.
+    if not _HUB_ID.fullmatch(str(path)) or folder.parent.is_dir():
+        raise InputError(f"model folder {folder} does not exist; check the path")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is no folder here, and the hub does not give it: {first}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    FormatError
+        If the file is missing, unreadable, or no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{file} is missing: the model folder is incomplete") from None
+    except OSError as error:
+        raise FormatError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file} is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{file} must hold a JSON object: got {type(content).__name__}")
+    return content
+
+
+class TensorFolder(Mapping[str, "Tensor"]):
+    """Tensors of a folder's safetensors by name; each is read when it is asked for.
+
+    Parameters
+    ----------
+    folder : Path
+        With ``model.safetensors``, or shards and their index.
+
+    Raises
+    ------
+    FormatError
+        If a file is missing, truncated or contradicts the index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        index = folder / INDEX_NAME
+        for name in self._files_of_index(index) if index.exists() else [self._single()]:
+            for tensor in self._handle(name).keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                if tensor in self._file_of:
+                    raise FormatError(
+                        f"{folder}: tensor {tensor} is in {self._file_of[tensor]} and in {name}"
+                    )
+                self._file_of[tensor] = name
+        if index.exists():
+            self._check_index(index)
+
+    def _single(self) -> str:
+        if (self.folder / SINGLE_NAME).exists():
+            return SINGLE_NAME
+        others = sorted(file.name for file in self.folder.glob("*.safetensors"))
+        if len(others) == 1:
+            return others[0]
+        if others:
+            raise FormatError(f"{self.folder} has {len(others)} safetensors files and no {INDEX_NAME}")
+        hint = "; convert its pytorch_model.bin first" if any(self.folder.glob("*.bin")) else ""
+        raise FormatError(
+            f"{self.folder} has no safetensors file: {SINGLE_NAME} or {INDEX_NAME} is needed{hint}"
+        )
+
+    @staticmethod
+    def _weight_map(index: Path) -> dict[str, str]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise FormatError(f"{index} must map tensor names to file names under 'weight_map'")
+        return weight_map
+
+    def _files_of_index(self, index: Path) -> list[str]:
+        names = sorted(set(self._weight_map(index).values()))
+        for name in names:
+            # A name with a folder in it could point anywhere on this machine.
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise FormatError(f"{index} names {name!r}: a safetensors file of the same folder is needed")
+        return names
+
+    def _check_index(self, index: Path) -> None:
+        listed = self._weight_map(index)
+        absent = sorted(name for name, file in listed.items() if self._file_of.get(name) != file)
+        extra = sorted(set(self._file_of) - set(listed))
+        if absent or extra:
+            raise FormatError(
+                f"{index} and the shards disagree: missing are {_few(absent)}, left over are {_few(extra)}"
+            )
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._open:
+            file = self.folder / name
+            try:
+                self._open[name] = safe_open(file, framework="pt", device="cpu")
+            except FileNotFoundError:
+                raise FormatError(f"{file} is missing: the index lists it; fetch it again") from None
+            except (SafetensorError, OSError, ValueError) as error:
+                raise FormatError(
+                    f"{file} is truncated or no safetensors file ({error}); fetch it again"
+                ) from error
+        return self._open[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._file_of[name]
+        try:
+            tensor: Tensor = self._handle(file).get_tensor(name)
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            raise FormatError(f"{self.folder / file}: tensor {name} cannot be read ({error})") from error
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def file_of(self, name: str) -> Path:
+        """File that holds the tensor `name`."""
+        return self.folder / self._file_of[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, read from the header alone."""
+        return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
+
+    def close(self) -> None:
+        """Close the files; tensors that were read stay valid."""
+        self._open.clear()
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:8]) or "none"
+    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")

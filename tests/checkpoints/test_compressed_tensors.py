@@ -1,0 +1,138 @@
+"""compressed-tensors files against the package's own packing and unpacking."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+from qkern.checkpoints import FORMATS, Entry
+from qkern.errors import FormatError
+from qkern.ops import dequantize_groupwise, pack_bits, unpack_bits
+from qkern.schemes import QuantizedWeight, Scheme
+
+FORMAT = FORMATS["compressed-tensors"]
+# More than 8 rows: the package's 4-bit unpacking fails on zero points that fill a single word.
+SHAPES = [(32, 64), (9, 48), (33, 96), (11, 16)]
+
+
+def quantized(scheme: Scheme, N: int, K: int, dtype: torch.dtype) -> tuple[QuantizedWeight, torch.Tensor]:
+    generator = torch.Generator().manual_seed(N * K)
+    codes = torch.randint(0, scheme.levels, (N, K), generator=generator, dtype=torch.uint8)
+    shape = (N, scheme.num_groups(K))
+    zeros = torch.randint(0, scheme.levels, shape, generator=generator, dtype=torch.uint8)
+    qw = QuantizedWeight(
+        codes=pack_bits(codes, scheme.bits, layout="dense"),
+        scales=torch.randn(shape, generator=generator).to(dtype),
+        shape=(N, K),
+        scheme=scheme,
+        zeros=zeros if scheme.zero_point else None,
+    )
+    return qw, codes
+
+
+def package_scheme(scheme: Scheme) -> QuantizationScheme:
+    config = FORMAT.config({"m": scheme})["config_groups"]["group_0"]
+    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**config["weights"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "spelling", ["w2g16", "w3g16z", "w4g16", "w4g16z", "w8g16z", "w8", "w3", "w2z", "w4z"]
+)
+def test_the_package_decompresses_our_layer(
+    spelling: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    scheme = Scheme.parse(spelling)
+    qw, codes = quantized(scheme, *shape, dtype)
+    tensors = {key.removeprefix("m."): value for key, value in FORMAT.encode("m", qw).items()}
+    package = package_scheme(scheme)
+    assert set(PackedQuantizationCompressor.compression_param_names(package)) == set(tensors)
+    assert torch.equal(
+        tensors["weight_packed"], pack_to_int32((codes.int() - scheme.midpoint).to(torch.int8), scheme.bits)
+    )
+    theirs = PackedQuantizationCompressor.decompress(tensors, package)["weight"]
+    assert theirs.dtype == dtype
+    assert torch.equal(theirs, dequantize_groupwise(qw, dtype))
+
+
+@pytest.mark.parametrize("spelling", ["w2g16z", "w3g16", "w4g16z", "w8z"])
+def test_we_decode_the_packages_layer(spelling: str) -> None:
+    scheme = Scheme.parse(spelling)
+    N, K = 24, 80
+    generator = torch.Generator().manual_seed(1)
+    groups = scheme.num_groups(K)
+    weight = torch.randn(N, K, generator=generator)
+    state = {"weight": weight, "weight_scale": torch.full((N, groups), 2.0 / scheme.levels)}
+    if scheme.zero_point:
+        zeros = torch.randint(-scheme.midpoint, scheme.midpoint, (N, groups), generator=generator)
+        state["weight_zero_point"] = zeros.to(torch.int8)
+    package = package_scheme(scheme)
+    packed = PackedQuantizationCompressor.compress(state, package)
+    qw = FORMAT.decode("m", {f"m.{key}": value for key, value in packed.items()}, Entry(scheme=scheme))
+    theirs = PackedQuantizationCompressor.decompress(packed, package)["weight"]
+    assert torch.equal(dequantize_groupwise(qw, torch.float32), theirs)
+
+
+def old_words(values: torch.Tensor) -> torch.Tensor:
+    """Ten 3-bit values to a word along the last dimension, two bits unused; written from the definition."""
+    rows, count = values.shape
+    packed = torch.zeros(rows, -(-count // 10), dtype=torch.int32)
+    for i in range(count):
+        packed[:, i // 10] |= values[:, i].int() << (3 * (i % 10))
+    return packed
+
+
+@pytest.mark.parametrize("K", [32, 64, 96, 160, 4096])
+def test_old_three_bit_files_are_recognized_by_their_width(K: int) -> None:
+    scheme = Scheme(bits=3, group_size=32, zero_point=True)
+    qw, codes = quantized(scheme, 32, K, torch.float16)
+    tensors = FORMAT.encode("m", qw)
+    assert qw.zeros is not None
+    tensors["m.weight_packed"] = old_words(codes)
+    tensors["m.weight_zero_point"] = old_words(qw.zeros.t()).t().contiguous()
+    again = FORMAT.decode("m", tensors, Entry(scheme=scheme))
+    assert torch.equal(again.codes, qw.codes)
+    assert torch.equal(again.zeros, qw.zeros)
+
+
+def test_old_unpacked_zero_points() -> None:
+    scheme = Scheme.parse("w4g16z")
+    qw, _ = quantized(scheme, 10, 32, torch.float16)
+    tensors = FORMAT.encode("m", qw)
+    assert qw.zeros is not None
+    tensors["m.weight_zero_point"] = (qw.zeros.int() - 8).to(torch.int8)
+    assert torch.equal(FORMAT.decode("m", tensors, Entry(scheme=scheme)).zeros, qw.zeros)
+    tensors["m.weight_zero_point"][0, 0] = 8
+    with pytest.raises(FormatError, match="outside 4 bits"):
+        FORMAT.decode("m", tensors, Entry(scheme=scheme))
+
+
+def test_group_index_is_read() -> None:
+    scheme = Scheme.parse("w4g16")
+    qw, codes = quantized(scheme, 4, 32, torch.float32)
+    index = torch.tensor([1, 0] * 16, dtype=torch.int32)
+    tensors = FORMAT.encode("m", qw) | {"m.weight_g_idx": index}
+    again = FORMAT.decode("m", tensors, Entry(scheme=scheme, act_order=True))
+    assert torch.equal(again.group_index, index)
+    expected = (codes.float() - 8) * qw.scales[:, index.long()]
+    assert torch.equal(dequantize_groupwise(again, torch.float32), expected)
+    tensors["m.weight_g_idx"] = index + 1
+    with pytest.raises(FormatError, match="weight_g_idx"):
+        FORMAT.decode("m", tensors, Entry(scheme=scheme, act_order=True))
+    del tensors["m.weight_g_idx"]
+    with pytest.raises(FormatError, match="weight_g_idx is missing"):
+        FORMAT.decode("m", tensors, Entry(scheme=scheme, act_order=True))
+
+
+def test_bits_after_the_last_code_are_dropped() -> None:
+    scheme = Scheme.parse("w3")
+    qw, codes = quantized(scheme, 4, 13, torch.float16)
+    tensors = FORMAT.encode("m", qw)
+    tensors["m.weight_packed"] = tensors["m.weight_packed"] | torch.tensor([0, -128], dtype=torch.int32)
+    again = FORMAT.decode("m", tensors, Entry(scheme=scheme))
+    assert torch.equal(again.codes, qw.codes)
+    assert torch.equal(unpack_bits(again.codes, 3, (4, 13), layout="dense"), codes)
