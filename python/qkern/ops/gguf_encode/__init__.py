@@ -52,7 +52,7 @@ def gguf_encode(x: Tensor, type: str, *, importance: Tensor | None = None, backe
     rows = x.detach().to(torch.float32).reshape(-1, K).contiguous()
     weights = None if importance is None else _check_importance(importance, K)
     if kind.name == "f32":
-        return rows.view(torch.uint8).reshape(*x.shape[:-1], 4 * K)
+        return rows.clone().view(torch.uint8).reshape(*x.shape[:-1], 4 * K)
     encoded: Tensor = implementation.call(rows, kind, weights)
     return encoded.reshape(*x.shape[:-1], kind.row_bytes(K))
 

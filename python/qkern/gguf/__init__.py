@@ -1,0 +1,22 @@
+"""GGUF files: mixtures, metadata, tokenizer, writing and reading. No algorithm; blocks are `qkern.ops`'s."""
+
+from qkern.gguf.architectures import ARCHITECTURES, GGUFArchitecture, architecture_for
+from qkern.gguf.mixture import MIXTURES, Mixture, mixture_for
+from qkern.gguf.reader import GGUFFile
+from qkern.gguf.tensors import GGUFTensor
+from qkern.gguf.tokenizer import add_tokenizer
+from qkern.gguf.writer import PlannedTensor, write_gguf
+
+__all__ = [
+    "ARCHITECTURES",
+    "MIXTURES",
+    "GGUFArchitecture",
+    "GGUFFile",
+    "GGUFTensor",
+    "Mixture",
+    "PlannedTensor",
+    "add_tokenizer",
+    "architecture_for",
+    "mixture_for",
+    "write_gguf",
+]

@@ -1,0 +1,287 @@
+"""Reading a GGUF: metadata, tensors, and a state dict in transformers' names. Trusts nothing in the file.
+
+Every count, length and offset is checked against the file's size before anything is read or allocated, so a
+hostile file costs a FormatError and no more memory than its own size.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qkern.errors import FormatError, InputError, UnsupportedError
+from qkern.gguf.architectures import ARCHITECTURES, GGUFArchitecture
+from qkern.gguf.tensors import GGUFTensor
+from qkern.ops.gguf_types import GGUFType, gguf_type_by_id
+
+__all__ = ["GGUFFile", "TensorInfo"]
+
+_MAGIC: Final = b"GGUF"
+_VERSIONS: Final = (2, 3)
+_MAX_DIMENSIONS: Final = 4
+_DEFAULT_ALIGNMENT: Final = 32
+_SCALARS: Final = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+# Arrays in arrays are legal but unused; deeper ones would only serve to exhaust the stack.
+_MAX_DEPTH: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where a tensor lies in the file.
+
+    Parameters
+    ----------
+    name : str
+        llama.cpp's name.
+    type_id : int
+        Number of its type; it may be one that qkern does not decode.
+    shape : tuple of int
+        As torch has it.
+    offset : int
+        First byte, from the start of the file.
+    """
+
+    name: str
+    type_id: int
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def type(self) -> GGUFType:
+        """Its type; UnsupportedError if qkern does not decode it."""
+        return gguf_type_by_id(self.type_id)
+
+
+class _Cursor:
+    """Reads numbers and strings off a buffer, and never past its end."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self.at = 0
+
+    def take(self, count: int) -> memoryview:
+        if count > len(self.data) - self.at:
+            raise FormatError(f"truncated: {count} bytes wanted at {self.at} of {len(self.data)}")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def number(self, form: str) -> Any:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def count(self, least_bytes: int, what: str) -> int:
+        """A 64-bit count of items that take at least `least_bytes` each."""
+        count = int(self.number("<Q"))
+        if count * least_bytes > len(self.data) - self.at:
+            raise FormatError(f"{count} {what} do not fit in the rest of the file")
+        return count
+
+    def string(self) -> str:
+        raw = bytes(self.take(self.count(1, "bytes of a string")))
+        return raw.decode("utf-8", errors="replace")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY or depth == _MAX_DEPTH:
+            raise FormatError(f"unknown or too deeply nested metadata type {kind}")
+        item = self.number("<I")
+        if item in _SCALARS:
+            form = _SCALARS[item]
+            size = struct.calcsize(form)
+            count = self.count(size, "numbers")
+            return np.frombuffer(self.take(count * size), dtype=np.dtype(form[1:]).newbyteorder("<")).tolist()
+        count = self.count(8 if item == _STRING else 12, "items")
+        return [self.value(item, depth + 1) for _ in range(count)]
+
+
+class GGUFFile(Mapping[str, GGUFTensor]):
+    """The tensors of a GGUF by llama.cpp's names, read when they are asked for; a context manager.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Raises
+    ------
+    InputError
+        If there is no such file.
+    FormatError
+        If it is truncated, hostile or no GGUF.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"no GGUF file at {self.path}; name an existing .gguf file")
+        size = self.path.stat().st_size
+        # An empty file cannot be mapped.
+        self._data: Any = np.memmap(self.path, mode="r") if size else np.empty(0, np.uint8)
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            self._parse(_Cursor(memoryview(self._data)))
+        except FormatError as error:
+            raise FormatError(f"{self.path} is not a readable GGUF: {error}; fetch or export it again") from None
+
+    def _parse(self, cursor: _Cursor) -> None:
+        if bytes(cursor.take(4)) != _MAGIC:
+            raise FormatError("it does not begin with GGUF")
+        version = cursor.number("<I")
+        if version not in _VERSIONS:
+            raise FormatError(f"version {version}, allowed are {_VERSIONS}")
+        tensors = cursor.count(24, "tensors")
+        for _ in range(cursor.count(13, "metadata entries")):
+            key = cursor.string()
+            if key in self.metadata:
+                raise FormatError(f"metadata key {key!r} twice")
+            self.metadata[key] = cursor.value(cursor.number("<I"))
+        alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise FormatError(f"alignment {alignment!r} is no power of two")
+        found = [self._tensor(cursor) for _ in range(tensors)]
+        start = -(-cursor.at // alignment) * alignment
+        self._place(found, start, alignment, len(cursor.data))
+
+    @staticmethod
+    def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+        name = cursor.string()
+        dimensions = cursor.number("<I")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise FormatError(f"tensor {name!r} has {dimensions} dimensions, allowed are 1 to {_MAX_DIMENSIONS}")
+        shape = tuple(int(cursor.number("<Q")) for _ in range(dimensions))
+        if 0 in shape or math.prod(shape) >= 2**63:
+            raise FormatError(f"tensor {name!r} has the shape {shape}")
+        return name, shape[::-1], int(cursor.number("<I")), int(cursor.number("<Q"))
+
+    def _place(self, found: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int, size: int) -> None:
+        """Check that the tensors lie within the file and do not overlap, and enter them."""
+        ends: list[tuple[int, int, str]] = []
+        for name, shape, type_id, offset in found:
+            if name in self.tensors:
+                raise FormatError(f"tensor {name!r} twice")
+            if offset % alignment:
+                raise FormatError(f"tensor {name!r} is not aligned to {alignment} bytes")
+            begin = start + offset
+            end = begin + _tensor_bytes(name, shape, type_id)
+            if end > size:
+                raise FormatError(f"truncated: tensor {name!r} ends at byte {end} of {size}")
+            ends.append((begin, end, name))
+            self.tensors[name] = TensorInfo(name=name, type_id=type_id, shape=shape, offset=begin)
+        ends.sort()
+        for (_, end, first), (begin, _, second) in zip(ends, ends[1:], strict=False):
+            if begin < end:
+                raise FormatError(f"tensors {first!r} and {second!r} overlap")
+
+    def __getitem__(self, name: str) -> GGUFTensor:
+        info = self.tensors[name]
+        kind = info.type
+        count = math.prod(info.shape[:-1]) * kind.row_bytes(info.shape[-1])
+        raw = np.array(self._data[info.offset : info.offset + count])
+        return GGUFTensor(raw=torch.from_numpy(raw), type=kind.name, shape=info.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def architecture(self) -> GGUFArchitecture:
+        """The architecture; a Mistral file calls itself llama, which is what it computes.
+
+        Raises
+        ------
+        UnsupportedError
+            If it is not one that qkern reads.
+        """
+        name = self.metadata.get("general.architecture")
+        for architecture in ARCHITECTURES.values():
+            if architecture.name == name:
+                return architecture
+        known = sorted({architecture.name for architecture in ARCHITECTURES.values()})
+        raise UnsupportedError(f"{self.path} has architecture {name!r}: read are {', '.join(known)}")
+
+    def _integer(self, key: str) -> int:
+        name = f"{self.metadata['general.architecture']}.{key}"
+        value = self.metadata.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise FormatError(f"{self.path}: {name} must be a positive number: got {value!r}")
+        return value
+
+    def state_dict(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every weight in fp32 under transformers' name, one at a time.
+
+        Raises
+        ------
+        UnsupportedError
+            If the architecture or a tensor's type is not read.
+        FormatError
+            If the tensors are not those of the architecture.
+        """
+        architecture = self.architecture
+        heads = self._integer("attention.head_count")
+        layers = self._integer("block_count")
+        if layers > len(self.tensors):
+            raise FormatError(f"{self.path}: {layers} layers, but only {len(self.tensors)} tensors")
+        hidden = self._integer("embedding_length")
+        config = {
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._integer("attention.head_count_kv"),
+            "hidden_size": hidden,
+            "intermediate_size": self._integer("feed_forward_length"),
+            "vocab_size": 1,
+            "head_dim": self.metadata.get(f"{architecture.name}.attention.key_length") or hidden // heads,
+            "attention_bias": True,
+            "mlp_bias": True,
+        }
+        names = {file_name: name for name, file_name in architecture.names(config).items()}
+        for file_name in self.tensors:
+            if file_name == "rope_freqs.weight":  # follows from the configuration
+                continue
+            if file_name not in names:
+                raise FormatError(f"{self.path}: tensor {file_name!r} is no part of a {architecture.name} model")
+            name = names[file_name]
+            weight = self[file_name].decode()
+            try:
+                yield name, architecture.from_file_order(name, weight, config)
+            except RuntimeError as error:
+                raise FormatError(f"{self.path}: {file_name} {tuple(weight.shape)}: {error}") from None
+
+    def close(self) -> None:
+        """Drop the mapping; tensors that were read stay valid."""
+        self._data = np.empty(0, np.uint8)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _tensor_bytes(name: str, shape: tuple[int, ...], type_id: int) -> int:
+    """Bytes of a tensor, of every type that the gguf package knows."""
+    import gguf
+
+    try:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type_id)]
+    except ValueError:
+        raise FormatError(f"tensor {name!r} has the unknown type {type_id}") from None
+    if shape[-1] % block:
+        raise FormatError(f"tensor {name!r} has rows of {shape[-1]}, which blocks of {block} do not divide")
+    return math.prod(shape) // block * size

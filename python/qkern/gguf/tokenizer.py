@@ -1,0 +1,242 @@
+"""A tokenizer as GGUF metadata: byte-level BPE, and SentencePiece BPE.
+
+llama.cpp does not read a pre-tokenizer's regular expression from the file; it knows expressions by name. The
+name is found by comparing the tokenizer's own expression with those that are known, and one that is
+not known is refused: a file with the wrong one would split text in another way than the model was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from qkern.errors import FormatError, InputError, UnsupportedError
+from qkern.gguf.sentencepiece import Pieces, TokenType, read_sentencepiece
+
+__all__ = ["PRE_TOKENIZERS", "add_tokenizer"]
+
+_CONTRACTIONS: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+_WORDS: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_UPPER: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER: Final = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LEAD: Final = r"[^\r\n\p{L}\p{N}]?"
+# Every split that a byte-level tokenizer does before its merges, and llama.cpp's name for it.
+PRE_TOKENIZERS: Final[dict[tuple[str, ...], str]] = {
+    (_GPT2,): "gpt-2",
+    (_CONTRACTIONS + _WORDS + r"\p{N}" + _REST,): "qwen2",
+    (_CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
+    (
+        f"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|"
+        r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ): "tekken",
+    ("digits", _GPT2): "smollm",
+}
+
+
+def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: str | None = None) -> None:
+    """Write the tokenizer of a model folder into a file's metadata.
+
+    Parameters
+    ----------
+    writer : gguf.GGUFWriter
+        Takes the keys.
+    folder : Path
+        With ``tokenizer.json``, or ``tokenizer.model``, or what transformers can make a fast tokenizer of.
+    vocab_size : int
+        Rows of the embedding; ids without a token become unused ones.
+    pre_tokenizer : str, optional
+        llama.cpp's name of the pre-tokenizer, for one that is not recognized.
+
+    Raises
+    ------
+    FormatError
+        If the folder has no tokenizer that can be read, or one with more tokens than the embedding.
+    UnsupportedError
+        If llama.cpp has no such tokenizer.
+    """
+    if (folder / "tokenizer.model").is_file() and not _is_byte_level(folder):
+        _add_sentencepiece_file(writer, folder, vocab_size)
+        return
+    tokenizer = _load(folder)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise UnsupportedError(f"a {model['type']} tokenizer is not exported to GGUF: allowed is BPE")
+    if model.get("byte_fallback"):
+        pieces = _pieces_of_merges(content)
+        _add_pieces(writer, pieces, vocab_size)
+    else:
+        pre = pre_tokenizer or _pre_tokenizer(content)
+        _add_byte_level(writer, content, vocab_size, pre)
+    first_ids = tokenizer("a")["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    writer.add_add_bos_token(bos is not None and first_ids[:1] == [bos])
+    writer.add_add_eos_token(eos is not None and first_ids[-1:] == [eos])
+    for kind in ("bos", "eos", "unk", "pad"):
+        number = getattr(tokenizer, f"{kind}_token_id")
+        if number is not None:
+            getattr(writer, f"add_{kind}_token_id")(number)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _is_byte_level(folder: Path) -> bool:
+    """Whether ``tokenizer.json`` holds a byte-level BPE, which then decides over ``tokenizer.model``."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return False
+    model = json.loads(file.read_text(encoding="utf-8"))["model"]
+    return model["type"] == "BPE" and not model.get("byte_fallback")
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise FormatError(f"{folder} has no tokenizer that transformers reads: {error}") from error
+    if not tokenizer.is_fast:
+        raise UnsupportedError(f"{folder}: the tokenizer has no tokenizer.json form; save a fast one beside it")
+    return tokenizer
+
+
+def _pre_tokenizer(content: Mapping[str, Any]) -> str:
+    splits = tuple(_splits(content.get("pre_tokenizer") or {}))
+    name = PRE_TOKENIZERS.get(splits)
+    if name is None:
+        raise UnsupportedError(
+            f"the pre-tokenizer is not one that llama.cpp is known to have: got {splits}, known are "
+            f"{', '.join(PRE_TOKENIZERS.values())}; if you know its name in llama.cpp, pass --pre-tokenizer"
+        )
+    return name
+
+
+def _splits(pre_tokenizer: Mapping[str, Any]) -> list[str]:
+    kind = pre_tokenizer.get("type")
+    if kind == "Sequence":
+        return [split for part in pre_tokenizer["pretokenizers"] for split in _splits(part)]
+    if kind == "ByteLevel":
+        return [_GPT2] if pre_tokenizer.get("use_regex", True) else []
+    if kind == "Split":
+        pattern = pre_tokenizer["pattern"]
+        return [pattern.get("Regex") or f"literal {pattern.get('String')!r}"]
+    if kind == "Digits" and pre_tokenizer.get("individual_digits"):
+        return ["digits"]
+    return [] if kind is None else [str(kind)]
+
+
+def _added(content: Mapping[str, Any]) -> dict[int, tuple[str, TokenType]]:
+    return {
+        token["id"]: (token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
+        for token in content.get("added_tokens", ())
+    }
+
+
+def _fill(tokens: dict[int, tuple[str, TokenType]], vocab_size: int) -> tuple[list[str], list[int]]:
+    """Texts and types by id; ids without a token become unused ones."""
+    if tokens and max(tokens) >= vocab_size:
+        raise FormatError(
+            f"the tokenizer has ids up to {max(tokens)}, but the embedding has {vocab_size} rows; "
+            "tokenizer and model do not belong together"
+        )
+    filled = [tokens.get(number, (f"[PAD{number}]", TokenType.UNUSED)) for number in range(vocab_size)]
+    return [text for text, _ in filled], [int(kind) for _, kind in filled]
+
+
+def _add_byte_level(writer: Any, content: Mapping[str, Any], vocab_size: int, pre: str) -> None:
+    tokens = {number: (text, TokenType.NORMAL) for text, number in content["model"]["vocab"].items()}
+    tokens.update(_added(content))
+    texts, kinds = _fill(tokens, vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(texts)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in _merges(content)])
+
+
+def _merges(content: Mapping[str, Any]) -> list[list[str]]:
+    return [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
+
+
+def _pieces_of_merges(content: Mapping[str, Any]) -> Pieces:
+    """SentencePiece pieces of a BPE with byte fallback: an earlier merge has a higher score."""
+    scores: dict[str, float] = {}
+    for rank, pair in enumerate(_merges(content)):
+        scores.setdefault("".join(pair), -float(rank))
+    tokens = {}
+    for text, number in content["model"]["vocab"].items():
+        is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        tokens[number] = (text, TokenType.BYTE if is_byte else TokenType.NORMAL)
+    unknown = content["model"].get("unk_token")
+    tokens.update(_added(content))
+    for number, (text, _) in tokens.items():
+        if text == unknown:
+            tokens[number] = (text, TokenType.UNKNOWN)
+    # A piece that no merge makes is found by no merge; its score is never compared.
+    floor = -float(len(scores))
+    prefix = any(kind in ("Prepend", "Metaspace") for kind in _prefixing(content))
+    return Pieces(
+        tokens=tokens,
+        scores={number: scores.get(text, floor) for number, (text, _) in tokens.items()},
+        adds_space_prefix=prefix,
+    )
+
+
+def _prefixing(content: Mapping[str, Any]) -> list[str]:
+    """Types of the steps that put a space before the text."""
+    found = []
+    for step in (content.get("normalizer"), content.get("pre_tokenizer")):
+        for part in (step or {}).get("normalizers") or (step or {}).get("pretokenizers") or [step or {}]:
+            if part.get("prepend_scheme") != "never":
+                found.append(str(part.get("type")))
+    return found
+
+
+def _add_pieces(writer: Any, pieces: Pieces, vocab_size: int) -> None:
+    texts, kinds = _fill(pieces.tokens, vocab_size)
+    floor = min(pieces.scores.values(), default=0.0) - 1
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(texts)
+    writer.add_token_scores([pieces.scores.get(number, floor) for number in range(vocab_size)])
+    writer.add_token_types(kinds)
+    writer.add_add_space_prefix(pieces.adds_space_prefix)
+
+
+def _add_sentencepiece_file(writer: Any, folder: Path, vocab_size: int) -> None:
+    pieces = read_sentencepiece(folder / "tokenizer.model")
+    settings = _json(folder / "tokenizer_config.json")
+    for number, token in settings.get("added_tokens_decoder", {}).items():
+        known = pieces.tokens.get(int(number))
+        if known is None or known[1] is TokenType.NORMAL:
+            kind = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
+            pieces.tokens[int(number)] = (token["content"], kind)
+    _add_pieces(writer, pieces, vocab_size)
+    ids = {text: number for number, (text, _) in pieces.tokens.items()}
+    for kind, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", None)):
+        token = settings.get(f"{kind}_token", default)
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is not None and text not in ids:
+            raise InputError(f"{folder}: the {kind} token {text!r} is not among the tokens")
+        if text is not None:
+            getattr(writer, f"add_{kind}_token_id")(ids[text])
+    writer.add_add_bos_token(bool(settings.get("add_bos_token", True)))
+    writer.add_add_eos_token(bool(settings.get("add_eos_token", False)))
+    template = folder / "chat_template.jinja"
+    chat = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
+    if isinstance(chat, str):
+        writer.add_chat_template(chat)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise FormatError(f"{file} must hold a JSON object: got {type(content).__name__}")
+    return content
