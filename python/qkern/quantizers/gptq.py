@@ -24,6 +24,8 @@ from torch import Tensor
 
 from qkern.errors import InputError, UnsupportedError
 from qkern.ops import dequantize_groupwise, gptq_update, pack_bits, quantize_groupwise
+from qkern.ops.codebooks import codebook
+from qkern.ops.gptq_update import MAX_COLUMNS
 from qkern.quantizers.hessian import factorize, triangular_inverse
 from qkern.quantizers.rtn import quantize_rtn
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme, as_scheme
@@ -83,9 +85,10 @@ class GPTQConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.damp <= 1:
             raise InputError(f"damp must be between 0 and 1: got {self.damp}; 0.05 is the default")
-        for name in ("block_size", "candidates"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1: got {getattr(self, name)}")
+        if not 1 <= self.block_size <= MAX_COLUMNS:
+            raise InputError(f"block_size must be between 1 and {MAX_COLUMNS}: got {self.block_size}")
+        if self.candidates < 1:
+            raise InputError(f"candidates must be at least 1: got {self.candidates}")
         for name, allowed in (("act_order", get_args(ActOrder)), ("search", get_args(ScaleSearch))):
             if getattr(self, name) not in allowed:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
@@ -132,7 +135,7 @@ def quantize_gptq(
         fp32 ``[K, K]``, `HessianAccumulator.value`; its overall scale does not matter. Columns whose
         diagonal is 0 (no activation ever reached them) are rounded to nearest and disturb no other.
     scheme : Scheme or str
-        2, 3, 4 or 8 bits, symmetric or asymmetric, any group size, per channel or per tensor.
+        2, 3, 4 or 8 bits, symmetric, asymmetric or a codebook, any group size, per channel or per tensor.
     config : GPTQConfig or None
         None: the defaults.
 
@@ -147,7 +150,7 @@ def quantize_gptq(
     InputError
         On shapes that do not fit, or on NaN or Inf in the weight.
     UnsupportedError
-        For codebooks and double-quantized scales.
+        For double-quantized scales.
     """
     scheme = as_scheme(scheme)
     config = config or GPTQConfig()
@@ -288,15 +291,18 @@ class _Run:
     def _quantize_block(self, start: int, stop: int) -> None:
         """Codes of a block whose scales are set."""
         corner = triangular_inverse(self.root[start:stop, start:stop])
-        codes, errors = gptq_update(
-            self._target(start, stop),
-            corner,
-            self.scales,
-            self.zeros,
-            self.groups[start:stop],
-            bits=self.scheme.bits,
+        codes, errors = self._columns(
+            self._target(start, stop), corner, self.scales, self.zeros, self.groups[start:stop]
         )
         self._take(start, stop, codes, errors)
+
+    def _columns(
+        self, target: Tensor, corner: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        book = self.scheme.codebook
+        return gptq_update(
+            target, corner, scales, None if book else zeros, groups, bits=self.scheme.bits, codebook=book
+        )
 
     def _quantize_best(self, start: int, stop: int) -> None:
         """Codes and scales of a group: the grid, row by row, under which the group loses least."""
@@ -310,7 +316,8 @@ class _Run:
         best: list[Tensor] = []
         for ratio in _ratios(self.scheme, self.config.candidates):
             scales = (base * ratio).to(self.config.scale_dtype).to(torch.float32)
-            codes, errors = gptq_update(target, corner, scales, zeros, index, bits=self.scheme.bits)
+            scales = torch.where(scales == 0, base, scales)  # too small for its dtype
+            codes, errors = self._columns(target, corner, scales, zeros, index)
             trial = [errors.square().sum(1, keepdim=True), scales, codes, errors]
             if best:
                 wins = trial[0] < best[0]
@@ -325,7 +332,10 @@ class _Run:
 
     def _take(self, start: int, stop: int, codes: Tensor, errors: Tensor) -> None:
         index = self.groups[start:stop].long()
-        steps = codes.to(torch.float32) - self.zeros[:, index].to(torch.float32)
+        if self.scheme.codebook is not None:
+            steps = codebook(self.scheme.codebook, codes.device).values[codes.long()]
+        else:
+            steps = codes.to(torch.float32) - self.zeros[:, index].to(torch.float32)
         self.codes[:, start:stop] = codes
         self.difference[:, start:stop] = self.weight[:, start:stop] - steps * self.scales[:, index]
         self.loss += float(errors.square().sum())
@@ -337,7 +347,7 @@ def _ratios(scheme: Scheme, count: int) -> list[float]:
     least = {2: 0.4, 3: 0.5, 4: 0.6, 8: 0.9}[scheme.bits]
     ratios = torch.linspace(1.0, least, count).tolist()
     # A symmetric grid has one more level below zero than above; a negative scale turns it round.
-    return ratios if scheme.zero_point else [sign * ratio for ratio in ratios for sign in (1.0, -1.0)]
+    return ratios if scheme.zero_point or scheme.codebook else [sign * ratio for ratio in ratios for sign in (1.0, -1.0)]
 
 
 def _trivial_groups(K: int, scheme: Scheme, device: torch.device) -> Tensor:
@@ -404,8 +414,5 @@ def _check(weight: Tensor, hessian: Tensor, scheme: Scheme) -> None:
         )
     if not bool(torch.isfinite(weight).all()):
         raise InputError("weight has NaN or Inf values: only finite weights are quantized; repair the tensor")
-    if scheme.codebook is not None or scheme.double_quant:
-        raise UnsupportedError(
-            f"GPTQ quantizes on uniform grids with plain scales: got {scheme}; "
-            "use method rtn for codebooks and double-quantized scales"
-        )
+    if scheme.double_quant:
+        raise UnsupportedError(f"GPTQ needs plain scales: got {scheme}; drop the d or use method rtn")

@@ -60,9 +60,11 @@ class HessianAccumulator:
         if count == 0:
             return
         self.tokens += count
-        kept, share = 1.0 - count / self.tokens, count / self.tokens
-        self._value.addmm_(rows.T, rows, beta=kept, alpha=2.0 / self.tokens)
-        self._mean_abs.mul_(kept).add_(rows.abs().mean(0), alpha=share)
+        share = count / self.tokens
+        self._mean_abs.lerp_(rows.abs().mean(0), share)
+        # Divided before the product, so that the sum inside it cannot overflow either.
+        rows = rows * (2.0 / self.tokens) ** 0.5
+        self._value.addmm_(rows.T, rows, beta=1.0 - share)
 
     def merge(self, other: HessianAccumulator) -> None:
         """Take in what `other` has seen (another stream of tokens of the same input)."""
