@@ -11,8 +11,14 @@ namespace {
 
 using namespace qk;
 
-// Scale candidates of the MSE search, as fractions of the min-max scale. Shared with reference.py.
-constexpr float kShrink[] = {1.0f, 0.9375f, 0.875f, 0.8125f, 0.75f, 0.6875f, 0.625f, 0.5f};
+// Scale candidates of the MSE search, as fractions of the min-max scale: first / unit, (first - 1) / unit, ...
+// Shared with reference.py; README.md says how they were chosen.
+struct Shrinks {
+    int first, unit, count;
+};
+constexpr Shrinks kShrinksLow = {34, 32, 26};       // up to 4 bits
+constexpr Shrinks kShrinksEight = {259, 256, 26};   // 8 bits
+constexpr Shrinks kShrinksBook = {48, 32, 36};      // codebooks
 constexpr int kRefinements = 3;
 
 // Columns whose codes are collected before they are squeezed to bits: a whole number of words for any bits.
@@ -137,7 +143,9 @@ struct Quantizer {
         const float top = static_cast<float>((1 << args.bits) - 1);
         const float none = float_of(0x7f800000u);
         Search search{start, fit(first, last, start, top).error, start, none};
-        for (const float shrink : kShrink) {
+        const Shrinks shrinks = kBook ? kShrinksBook : args.bits == 8 ? kShrinksEight : kShrinksLow;
+        for (int i = 0; i < shrinks.count; ++i) {
+            const float shrink = static_cast<float>(shrinks.first - i) / static_cast<float>(shrinks.unit);
             if (args.asymmetric) {
                 const float scale = stored((r.high - r.low) / top * shrink, start.scale);
                 const float bottom = clamp_zero(round_scalar(-r.low / scale), top);

@@ -15,10 +15,17 @@ from qkern.schemes import QuantizedWeight, Scheme
 
 __all__ = ["choose_grid", "encode", "quantize", "search_grid"]
 
-# Scale candidates of the MSE search, as fractions of the min-max scale. Shared with kernel.h.
-SHRINK: Final = (1.0, 0.9375, 0.875, 0.8125, 0.75, 0.6875, 0.625, 0.5)
 REFINEMENTS: Final = 3
 _LANES: Final = 16
+
+
+def shrinks(scheme: Scheme) -> tuple[float, ...]:
+    """Scale candidates of the MSE search, as fractions of the min-max scale. Shared with kernel.h."""
+    if scheme.codebook:
+        return tuple((48 - i) / 32 for i in range(36))
+    if scheme.bits == 8:
+        return tuple((259 - i) / 256 for i in range(26))
+    return tuple((34 - i) / 32 for i in range(26))
 
 
 def split_groups(values: Tensor, scheme: Scheme) -> Tensor:
@@ -140,7 +147,7 @@ def search_grid(
         return torch.where((scale == 0) | ~torch.isfinite(scale), start, scale)
 
     search = _Search(groups, importance, scheme, start, zero)
-    for shrink in SHRINK:
+    for shrink in shrinks(scheme):
         if scheme.zero_point:
             scale = stored(span * shrink)
             # The range shrinks at both ends, at the top only, at the bottom only.

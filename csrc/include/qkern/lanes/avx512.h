@@ -1,0 +1,89 @@
+// Sixteen floats in one AVX-512 register. Same operations and order as lanes/scalar.h.
+#pragma once
+#include <immintrin.h>
+
+#include "qkern/scalar_float.h"
+
+namespace {
+
+constexpr int kLanes = 16;
+
+struct Lanes {
+    __m512 v;
+};
+
+inline Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, const Lanes& a) { _mm512_storeu_ps(p, a.v); }
+
+inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline Lanes load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(load_256(p))}; }
+
+inline Lanes load_bf16(const uint16_t* p) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(p)), 16))};
+}
+
+inline Lanes load_codes(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+
+inline void store_f16(uint16_t* p, const Lanes& a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// Round to nearest even in the upper 16 bits; a NaN keeps its upper payload and becomes quiet.
+inline void store_bf16(uint16_t* p, const Lanes& a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i chosen = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+}
+
+inline void store_codes(uint8_t* p, const Lanes& a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+inline Lanes add(const Lanes& a, const Lanes& b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Lanes sub(const Lanes& a, const Lanes& b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Lanes mul(const Lanes& a, const Lanes& b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Lanes div(const Lanes& a, const Lanes& b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Lanes min(const Lanes& a, const Lanes& b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Lanes max(const Lanes& a, const Lanes& b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Lanes or_bits(const Lanes& a, const Lanes& b) { return {_mm512_or_ps(a.v, b.v)}; }
+
+inline bool any_bit(const Lanes& a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    return _mm512_test_epi32_mask(bits, bits) != 0;
+}
+
+inline Lanes round_even(const Lanes& a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+
+inline Lanes count_above(const Lanes& count, const Lanes& x, const Lanes& threshold) {
+    const __mmask16 above = _mm512_cmp_ps_mask(x.v, threshold.v, _CMP_GT_OQ);
+    return {_mm512_mask_add_ps(count.v, above, count.v, _mm512_set1_ps(1.0f))};
+}
+
+inline Lanes lookup(const float* table, const Lanes& index) {
+    return {_mm512_permutexvar_ps(_mm512_cvtps_epi32(index.v), _mm512_loadu_ps(table))};
+}
+
+#define QK_LANE_REDUCE(name, op)                                                                           \
+    inline float name(const Lanes& a) {                                                                    \
+        const __m256 eight = _mm256_##op##_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)); \
+        const __m128 four = _mm_##op##_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)); \
+        const __m128 two = _mm_##op##_ps(four, _mm_movehl_ps(four, four));                                 \
+        return _mm_cvtss_f32(_mm_##op##_ss(two, _mm_movehdup_ps(two)));                                    \
+    }
+QK_LANE_REDUCE(reduce_add, add)
+QK_LANE_REDUCE(reduce_min, min)
+QK_LANE_REDUCE(reduce_max, max)
+#undef QK_LANE_REDUCE
+
+}  // namespace
+
+#include "qkern/lanes/memory.h"

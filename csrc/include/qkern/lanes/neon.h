@@ -1,0 +1,142 @@
+// Sixteen floats in four NEON registers, Armv8-A baseline. Same operations and order as lanes/scalar.h.
+#pragma once
+#include <arm_neon.h>
+
+#include "qkern/scalar_float.h"
+
+namespace {
+
+constexpr int kLanes = 16;
+
+struct Lanes {
+    float32x4_t v[4];
+};
+
+#define QK_EACH_QUARTER for (int i = 0; i < 4; ++i)
+
+inline Lanes splat(float x) {
+    const float32x4_t v = vdupq_n_f32(x);
+    return {{v, v, v, v}};
+}
+
+inline Lanes load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+
+inline void store(float* p, const Lanes& a) { QK_EACH_QUARTER vst1q_f32(p + 4 * i, a.v[i]); }
+
+inline Lanes load_f16(const uint16_t* p) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
+    return r;
+}
+
+inline Lanes load_bf16(const uint16_t* p) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
+    return r;
+}
+
+inline Lanes load_codes(const uint8_t* p) {
+    const uint8x16_t codes = vld1q_u8(p);
+    const uint16x8_t lo = vmovl_u8(vget_low_u8(codes)), hi = vmovl_u8(vget_high_u8(codes));
+    return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(lo))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(lo))),
+             vcvtq_f32_u32(vmovl_u16(vget_low_u16(hi))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(hi)))}};
+}
+
+inline void store_f16(uint16_t* p, const Lanes& a) {
+    QK_EACH_QUARTER vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.v[i])));
+}
+
+// Round to nearest even in the upper 16 bits; a NaN keeps its upper payload and becomes quiet.
+inline void store_bf16(uint16_t* p, const Lanes& a) {
+    QK_EACH_QUARTER {
+        const uint32x4_t bits = vreinterpretq_u32_f32(a.v[i]);
+        const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+        const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+        const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+        const uint32x4_t is_number = vceqq_f32(a.v[i], a.v[i]);
+        vst1_u16(p + 4 * i, vshrn_n_u32(vbslq_u32(is_number, rounded, quiet), 16));
+    }
+}
+
+inline void store_codes(uint8_t* p, const Lanes& a) {
+    uint16x4_t words[4];
+    QK_EACH_QUARTER words[i] = vmovn_u32(vcvtq_u32_f32(a.v[i]));
+    const uint8x8_t lo = vmovn_u16(vcombine_u16(words[0], words[1]));
+    const uint8x8_t hi = vmovn_u16(vcombine_u16(words[2], words[3]));
+    vst1q_u8(p, vcombine_u8(lo, hi));
+}
+
+#define QK_LANE_OP(name, intrinsic)                                   \
+    inline Lanes name(const Lanes& a, const Lanes& b) {               \
+        Lanes r;                                                      \
+        QK_EACH_QUARTER r.v[i] = intrinsic(a.v[i], b.v[i]);           \
+        return r;                                                     \
+    }
+QK_LANE_OP(add, vaddq_f32)
+QK_LANE_OP(sub, vsubq_f32)
+QK_LANE_OP(mul, vmulq_f32)
+QK_LANE_OP(div, vdivq_f32)
+// The "number" forms: a NaN in one operand gives the other.
+QK_LANE_OP(min, vminnmq_f32)
+QK_LANE_OP(max, vmaxnmq_f32)
+#undef QK_LANE_OP
+
+inline float32x4_t or_quarter(float32x4_t a, float32x4_t b) {
+    return vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+}
+
+inline Lanes or_bits(const Lanes& a, const Lanes& b) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = or_quarter(a.v[i], b.v[i]);
+    return r;
+}
+
+inline bool any_bit(const Lanes& a) {
+    const float32x4_t all = or_quarter(or_quarter(a.v[0], a.v[1]), or_quarter(a.v[2], a.v[3]));
+    return vmaxvq_u32(vreinterpretq_u32_f32(all)) != 0;
+}
+
+inline Lanes round_even(const Lanes& a) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = vrndnq_f32(a.v[i]);
+    return r;
+}
+
+inline Lanes count_above(const Lanes& count, const Lanes& x, const Lanes& threshold) {
+    Lanes r;
+    const uint32x4_t one = vreinterpretq_u32_f32(vdupq_n_f32(1.0f));
+    QK_EACH_QUARTER {
+        const uint32x4_t step = vandq_u32(vcgtq_f32(x.v[i], threshold.v[i]), one);
+        r.v[i] = vaddq_f32(count.v[i], vreinterpretq_f32_u32(step));
+    }
+    return r;
+}
+
+// The table is 64 bytes: position p selects bytes 4p .. 4p + 3.
+inline Lanes lookup(const float* table, const Lanes& index) {
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(table);
+    const uint8x16x4_t whole = {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
+    Lanes r;
+    QK_EACH_QUARTER {
+        const uint32x4_t first = vmulq_n_u32(vcvtq_u32_f32(index.v[i]), 0x04040404u);
+        const uint8x16_t where = vreinterpretq_u8_u32(vaddq_u32(first, vdupq_n_u32(0x03020100u)));
+        r.v[i] = vreinterpretq_f32_u8(vqtbl4q_u8(whole, where));
+    }
+    return r;
+}
+
+#define QK_LANE_REDUCE(name, quarter, half)                                                   \
+    inline float name(const Lanes& a) {                                                       \
+        const float32x4_t four = quarter(quarter(a.v[0], a.v[2]), quarter(a.v[1], a.v[3]));   \
+        const float32x2_t two = half(vget_low_f32(four), vget_high_f32(four));                \
+        return vget_lane_f32(half(two, vdup_lane_f32(two, 1)), 0);                            \
+    }
+QK_LANE_REDUCE(reduce_add, vaddq_f32, vadd_f32)
+QK_LANE_REDUCE(reduce_min, vminq_f32, vmin_f32)
+QK_LANE_REDUCE(reduce_max, vmaxq_f32, vmax_f32)
+#undef QK_LANE_REDUCE
+#undef QK_EACH_QUARTER
+
+}  // namespace
+
+#include "qkern/lanes/memory.h"

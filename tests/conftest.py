@@ -1,0 +1,108 @@
+"""Fixtures that every area shares: CPU tiers, backends, hypothesis profiles, small models.
+
+A test that takes ``cpu_tier`` runs once for each CPU tier this machine can run, with that tier forced; one
+that takes ``backend`` runs once for the reference and once for each such tier, and passes the fixture's value
+to the op. A test module that sets ``OP = "<folder of csrc/kernels>"`` runs only the tiers for which that op
+has a kernel of its own: the others would repeat them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from qkern.ops import _native
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KERNELS = Path(__file__).parents[1] / "csrc" / "kernels"
+
+# The forced tier of a fixture stays for all examples of a test, which is what is wanted.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=20, derandomize=True, database=None, **_COMMON)
+settings.register_profile("dev", max_examples=300, **_COMMON)
+settings.load_profile("ci")  # --hypothesis-profile=dev searches longer and at random
+
+
+def tiers_of(op: str | None) -> list[str]:
+    """Usable CPU tiers, or those of them with a kernel file of `op`."""
+    usable = list(_native.usable_tiers())
+    return usable if op is None else [tier for tier in usable if (KERNELS / op / f"{tier}.cpp").exists()]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    tiers = tiers_of(getattr(metafunc.module, "OP", None))
+    if "cpu_tier" in metafunc.fixturenames:
+        metafunc.parametrize("cpu_tier", tiers, indirect=True)
+    if "backend" in metafunc.fixturenames:
+        names = ["reference", *(f"cpu-{tier}" for tier in tiers)]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
+def cpu_tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of a CPU tier, which is the active one during the test."""
+    with _native.force_tier(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Value for an op's ``backend=``; for ``"cpu"``, each usable tier in turn is the active one."""
+    name, _, tier = request.param.partition("-")
+    if not tier:
+        yield name
+        return
+    with _native.force_tier(tier):
+        yield name
+
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Everything that only some architectures have is switched on: biases, tied heads, sliding windows.
+EXTRA = {
+    "llama": {"attention_bias": True, "tie_word_embeddings": False},
+    "mistral": {"sliding_window": 8, "head_dim": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+    "phi3": {},
+    "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "gpt2": {},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def make_tiny(model_type, *, seed=0, dtype=torch.float32, **overrides):
+    """A small causal LM with random weights, none of them at the value it is initialized to."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **{**SIZES, **EXTRA[model_type], **overrides})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.3 if parameter.dim() == 1 else 0.08
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Maker of small causal LMs: ``tiny("llama", num_hidden_layers=1)``."""
+    return make_tiny
