@@ -1,0 +1,268 @@
+"""From a checkpoint folder to a transformers model whose quantized linears are `QuantLinear`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from qkern.calibration import meta_model
+from qkern.checkpoints import QuantizedCheckpoint, read_json
+from qkern.errors import FormatError, InputError
+from qkern.models import column_weight
+from qkern.nn import QuantLinear, named_linears, quant_linears
+from qkern.schemes import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+__all__ = ["load"]
+
+logger = logging.getLogger(__name__)
+
+HEAD: Final = "lm_head"
+# Buffers that older files hold and models compute themselves.
+_COMPUTED: Final = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    compute: str | None = None,
+) -> Any:
+    """Load a causal LM from a GPTQ, AWQ, compressed-tensors or 16-bit folder.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder, or a hub id.
+    dtype : torch.dtype or None
+        Dtype of everything that is not quantized; None: the one that config.json names. Scales are never
+        cast.
+    device : torch.device or str
+        Where the model goes.
+    compute : str or None
+        ``"auto"``, ``"float"`` or ``"int8"`` for every `QuantLinear`; None leaves them at ``"auto"``.
+
+    Returns
+    -------
+    PreTrainedModel
+        In evaluation mode. The parameters of a quantized checkpoint are frozen.
+
+    Raises
+    ------
+    InputError
+        If the folder or its architectures are missing, or an argument is not understood.
+    FormatError
+        If a file is damaged, a tensor is missing or left over, or the format is not read.
+    """
+    if compute not in (None, "auto", "float", "int8"):
+        raise InputError(f"unknown compute: got {compute!r}, allowed are 'auto', 'float' and 'int8'")
+    if dtype not in (None, *FLOAT_DTYPES):
+        raise InputError(f"dtype must be fp32, fp16 or bf16: got {dtype}")
+    with QuantizedCheckpoint(path) as checkpoint:
+        config = _read_config(checkpoint)
+        load_weights = _load_plain if checkpoint.format is None else _load_quantized
+        model = load_weights(checkpoint, config, dtype)
+    for linear in quant_linears(model).values():
+        linear.compute = compute or "auto"
+    return model.eval().to(device)
+
+
+def _read_config(checkpoint: QuantizedCheckpoint) -> Any:
+    from transformers import AutoConfig
+
+    file = checkpoint.folder / "config.json"
+    if not checkpoint.config.get("architectures"):
+        raise InputError(
+            f"{file} names no architectures: a causal LM has for example "
+            '"architectures": ["LlamaForCausalLM"]; add it or use the original config'
+        )
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise FormatError(f"{file} is no configuration that transformers reads: {error}") from error
+    # The model below is no transformers-quantized one; leaving the mark would make it claim so.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if HEAD in checkpoint.entries:
+        config.tie_word_embeddings = False
+    return config
+
+
+def _load_plain(checkpoint: QuantizedCheckpoint, config: Any, dtype: torch.dtype | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise FormatError(f"{checkpoint.folder} cannot be loaded: {error}") from error
+    mismatched = [str(entry[0]) for entry in info["mismatched_keys"]]
+    _refuse(
+        checkpoint, missing=info["missing_keys"], left_over=info["unexpected_keys"], mismatched=mismatched
+    )
+    return model
+
+
+def _refuse(
+    checkpoint: QuantizedCheckpoint,
+    *,
+    missing: Iterable[str] = (),
+    left_over: Iterable[str] = (),
+    mismatched: Iterable[str] = (),
+) -> None:
+    """Raise FormatError when any name is given; a model with random weights is never returned."""
+    problems = []
+    for what, names in (("missing", missing), ("left over", left_over), ("of another shape", mismatched)):
+        listed = sorted(names)
+        if listed:
+            more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+            problems.append(f"{what}: {', '.join(listed[:8])}{more}")
+    if problems:
+        raise FormatError(f"{checkpoint.folder} does not fit its config.json: {'; '.join(problems)}")
+
+
+def _load_quantized(checkpoint: QuantizedCheckpoint, config: Any, dtype: torch.dtype | None) -> Any:
+    dtype = dtype or _stored_dtype(checkpoint, config)
+    config.dtype = dtype
+    model = meta_model(config)
+    model.config.dtype = dtype
+    model.config.name_or_path = str(checkpoint.folder)
+    names = _model_names(checkpoint, model)
+    biases = _replace_layers(checkpoint, model, names, dtype)
+    _fill(checkpoint, model, [name for name in checkpoint.plain if name not in biases], names, dtype)
+    _read_generation_config(checkpoint, model)
+    return model
+
+
+def _stored_dtype(checkpoint: QuantizedCheckpoint, config: Any) -> torch.dtype:
+    named = getattr(config, "dtype", None)
+    if isinstance(named, str):
+        named = getattr(torch, named, None)
+    if named in FLOAT_DTYPES:
+        assert isinstance(named, torch.dtype)
+        return named
+    for name in checkpoint.plain:
+        if (found := checkpoint.tensors[name].dtype) in FLOAT_DTYPES:
+            return found
+    return torch.float16
+
+
+def _model_names(checkpoint: QuantizedCheckpoint, model: Any) -> dict[str, str]:
+    """Map each name of the checkpoint to the model's; files of a bare decoder leave the base prefix out."""
+    known = set(model.state_dict()) | {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}."
+    return {
+        name: prefix + name if name not in known and prefix + name in known else name for name in checkpoint
+    }
+
+
+def _replace_layers(
+    checkpoint: QuantizedCheckpoint, model: Any, names: dict[str, str], dtype: torch.dtype
+) -> set[str]:
+    """Put a `QuantLinear` where the checkpoint has a quantized layer; return the names of biases used."""
+    linears = named_linears(model)
+    _refuse(checkpoint, left_over=[name for name in checkpoint.entries if names[name] not in linears])
+    missing, mismatched, biases = [], [], set()
+    for name in checkpoint.entries:
+        linear = linears[names[name]]
+        qw = checkpoint.weight(name)
+        if qw.shape != column_weight(linear).shape:
+            mismatched.append(name)
+            continue
+        bias = checkpoint.tensors.get(f"{name}.bias")
+        if bias is not None:
+            biases.add(f"{name}.bias")
+            bias = bias.to(dtype)
+            if bias.shape != (qw.N,):
+                mismatched.append(f"{name}.bias")
+                continue
+        elif linear.bias is not None:
+            missing.append(f"{name}.bias")
+        model.set_submodule(names[name], QuantLinear.from_quantized(qw, bias, dtype))
+    _refuse(checkpoint, missing=missing, mismatched=mismatched)
+    return biases
+
+
+def _fill(
+    checkpoint: QuantizedCheckpoint, model: Any, plain: list[str], names: dict[str, str], dtype: torch.dtype
+) -> None:
+    """Give every parameter and persistent buffer that is not quantized its stored value."""
+    quantized = tuple(f"{name}." for name in quant_linears(model))
+    slots = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not name.startswith(quantized)
+    }
+    ties: dict[int, list[str]] = {}
+    for name, tensor in slots.items():
+        ties.setdefault(id(tensor), []).append(name)
+    ignored = [*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
+    filled: dict[str, Tensor] = {}
+    left_over, mismatched = [], []
+    for stored in plain:
+        name = names[stored]
+        if name not in slots:
+            if not any(re.search(pattern, name) for pattern in ignored):
+                left_over.append(stored)
+            continue
+        tensor = checkpoint.tensors[stored]
+        if tensor.shape != slots[name].shape:
+            mismatched.append(stored)
+            continue
+        filled[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    missing = [
+        name
+        for name, tensor in slots.items()
+        if name not in filled and not any(other in filled for other in ties[id(tensor)])
+    ]
+    _refuse(checkpoint, missing=missing, left_over=left_over, mismatched=mismatched)
+    for members in ties.values():
+        _assign(model, members, filled)
+
+
+def _assign(model: Any, members: list[str], filled: dict[str, Tensor]) -> None:
+    """Set the slots `members`, which are one tensor in the model, from what the file has of them."""
+    source = next(name for name in members if name in filled)
+    shared = _as_slot(model, source, filled[source])
+    for name in members:
+        value = shared
+        if name in filled and not torch.equal(filled[name], filled[source]):
+            logger.warning(
+                "%s and %s differ in the file although config.json ties them: kept apart", source, name
+            )
+            value = _as_slot(model, name, filled[name])
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, value)
+
+
+def _as_slot(model: Any, name: str, tensor: Tensor) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    if leaf in model.get_submodule(owner)._parameters:
+        return nn.Parameter(tensor, requires_grad=False)
+    return tensor
+
+
+def _read_generation_config(checkpoint: QuantizedCheckpoint, model: Any) -> None:
+    file = checkpoint.folder / "generation_config.json"
+    if not file.exists():
+        return
+    from transformers import GenerationConfig
+
+    try:
+        model.generation_config = GenerationConfig.from_dict(read_json(file))
+    except (ValueError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{file} is no generation config that transformers reads: {error}") from error

@@ -1,0 +1,135 @@
+"""From a model with `QuantLinear` modules to a checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qkern.checkpoints import CheckpointWriter, check_output, format_named, refusals
+from qkern.errors import InputError, UnsupportedError
+from qkern.nn import QuantEmbedding, QuantLinear, named_linears, quant_linears
+from qkern.pipelines.checks import default_format
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from qkern.checkpoints.base import Format
+
+__all__ = ["save"]
+
+
+def save(
+    model: Any,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    tokenizer: Any | None = None,
+    max_shard_size: int | str = "5GB",
+    recipe: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a transformers model to a folder that `load`, and runtimes that know the format, read.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Its `QuantLinear` modules are written in `format`, everything else as it is.
+    path : str or Path
+        Must not exist, or be an empty folder.
+    format : str or None
+        ``gptq``, ``gptq_v2``, ``awq`` or ``compressed-tensors``; None: the first that `quantize` would
+        take for the scheme; for mixtures compressed-tensors, or gptq_v2 where only that holds the layers.
+        A model without quantized layers is written as 16-bit.
+    tokenizer : tokenizer, str, Path or None
+        Saved beside the model; a folder or hub id is copied from.
+    max_shard_size : int or str
+        Bytes, or a size such as ``"5GB"``.
+    recipe : mapping or None
+        Goes into ``qkern.json``.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    InputError
+        If the folder is not empty or an argument is not understood.
+    UnsupportedError
+        If the format cannot hold a layer; the message says why and nothing is written.
+    QkernError
+        If the disk is full; nothing is left behind.
+    """
+    check_output(path)
+    layers = quant_linears(model)
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, QuantEmbedding)]
+    if embeddings:
+        raise UnsupportedError(
+            f"no checkpoint format holds quantized embeddings: got {', '.join(embeddings)}; "
+            "keep them 16-bit, or export to GGUF"
+        )
+    skipped = [name for name in named_linears(model) if name not in layers]
+    fmt = _choose_format(layers, skipped, format)
+    with CheckpointWriter(
+        path, format=None if fmt is None else fmt.name, max_shard_size=max_shard_size
+    ) as writer:
+        for name, layer in layers.items():
+            writer.add_quantized(name, layer.quantized(), layer.bias)
+        dtype = None
+        for name, tensor in _plain_tensors(model, layers):
+            writer.add_tensor(name, tensor)
+            if dtype is None and tensor.is_floating_point():
+                dtype = str(tensor.dtype).removeprefix("torch.")  # runtimes load everything in one dtype
+        if getattr(model, "generation_config", None) is not None:
+            writer.add_json("generation_config.json", json.loads(model.generation_config.to_json_string()))
+        config = {**model.config.to_dict(), "dtype": dtype}
+        config["architectures"] = config.get("architectures") or [type(model).__name__]
+        return writer.finish(config, recipe, tokenizer_from=tokenizer, skipped=skipped)
+
+
+def _choose_format(
+    layers: Mapping[str, QuantLinear], skipped: Sequence[str], name: str | None
+) -> Format | None:
+    if not layers:
+        if name is not None:
+            raise InputError(
+                f"format {name!r} needs quantized layers, and the model has none; quantize it first"
+            )
+        return None
+    schemes = {key: layer.scheme for key, layer in layers.items()}
+    sizes = {key: (layer.scheme, layer.out_features, layer.in_features) for key, layer in layers.items()}
+    weights = [layer.quantized() for layer in layers.values()]
+    act_order = any(weight.group_index is not None for weight in weights)
+    candidates: list[str] = [name] if name else ["compressed-tensors", "gptq_v2"]
+    if name is None and len(set(schemes.values())) == 1 and weights[0].scales.dtype == torch.float16:
+        candidates = [*default_format(weights[0].scheme), *candidates]
+    reasons = {}
+    for candidate in candidates:
+        fmt = format_named(candidate)
+        refused = refusals(fmt, sizes, act_order=act_order)
+        together = fmt.holds_together(schemes, skipped)
+        if not refused and together is None:
+            return fmt
+        lines = [f"{key}: {reason}" for key, reason in list(refused.items())[:4]]
+        reasons[candidate] = "; ".join(lines or [str(together)])
+    raise UnsupportedError(
+        ". ".join(f"{candidate} does not hold the model: {reason}" for candidate, reason in reasons.items())
+    )
+
+
+def _plain_tensors(model: Any, layers: Mapping[str, QuantLinear]) -> Iterator[tuple[str, Tensor]]:
+    """All other parameters and persistent buffers; of tied ones the first."""
+    quantized = tuple(f"{name}." for name in layers)
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (quantized and name.startswith(quantized)) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if tensor.device.type == "meta":
+            raise InputError(f"{name} has no value (meta device): load the weights before saving")
+        yield name, tensor.detach()
