@@ -11,11 +11,13 @@ from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     from qkern.nn import QuantEmbedding, QuantLinear, replace_linears
+    from qkern.pipelines import export_gguf
 
 # Loaded on first use, so that `import qkern` costs little beyond `import torch`.
 _LAZY = {
     "QuantEmbedding": "qkern.nn",
     "QuantLinear": "qkern.nn",
+    "export_gguf": "qkern.pipelines",
     "replace_linears": "qkern.nn",
 }
 
@@ -30,6 +32,7 @@ __all__ = [
     "Scheme",
     "UnsupportedError",
     "__version__",
+    "export_gguf",
     "replace_linears",
 ]
 
