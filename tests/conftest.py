@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 KERNELS = Path(__file__).parents[1] / "csrc" / "kernels"
 
 # The forced tier of a fixture stays for all examples of a test, which is what is wanted.
-_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+_COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
 settings.register_profile("ci", max_examples=20, derandomize=True, database=None, **_COMMON)
 settings.register_profile("dev", max_examples=300, **_COMMON)
 settings.load_profile("ci")  # --hypothesis-profile=dev searches longer and at random

@@ -33,9 +33,7 @@ def bounded_length(config: Any, length: int) -> int:
         raise InputError(f"length must be at least 2 tokens: got {length}; the default is 2048")
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < length:
-        logger.info(
-            "calibration length %d is more than the model's %d positions: using %d", length, limit, limit
-        )
+        logger.info("calibration length: %d instead of %d, all that the model takes", limit, length)
         return limit
     return length
 

@@ -174,39 +174,46 @@ def fill(
     InputError
         If a value is NaN or Inf.
     """
-    filled: dict[int, nn.Parameter] = {}
-    replaced = []
-    for path, owner in module.named_modules():
-        base = f"{prefix}{path}." if path else prefix
-        if any(base.startswith(f"{name}.") for name in skip):
-            continue
-        for leaf, old in list(owner._parameters.items()):
-            if old is None or not old.is_meta:
+    done: dict[int, nn.Parameter] = {}
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for path, owner in module.named_modules():
+            base = f"{prefix}{path}." if path else prefix
+            if any(base.startswith(f"{name}.") for name in skip):
                 continue
-            if id(old) not in filled:
-                value = _value(weights, base + leaf, old.shape, dtype, device)
-                filled[id(old)] = nn.Parameter(value, requires_grad=False)
-            owner._parameters[leaf] = filled[id(old)]
-            replaced.append((owner, leaf, old))
-        for leaf, buffer in list(owner._buffers.items()):
-            if buffer is not None:
-                value = buffer.to(device)
-                if base + leaf in weights and leaf not in owner._non_persistent_buffers_set:
-                    value = _value(weights, base + leaf, buffer.shape, None, device)
-                owner._buffers[leaf] = value
+            for leaf, old in list(owner._parameters.items()):
+                if old is None or not old.is_meta:
+                    continue
+                if id(old) not in done:
+                    value = _value(weights, base + leaf, old.shape, dtype, device)
+                    done[id(old)] = nn.Parameter(value, requires_grad=False)
+                owner._parameters[leaf] = done[id(old)]
+                replaced.append((owner, leaf, old))
+            for leaf, buffer in list(owner._buffers.items()):
+                if buffer is not None:
+                    value = buffer.to(device)
+                    if base + leaf in weights and leaf not in owner._non_persistent_buffers_set:
+                        value = _value(weights, base + leaf, buffer.shape, None, device)
+                    owner._buffers[leaf] = value
+    except BaseException:
+        _restore(replaced)
+        raise
     return replaced
+
+
+def _restore(replaced: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    for owner, leaf, parameter in replaced:
+        owner._parameters[leaf] = parameter
 
 
 @contextmanager
 def filled(module: nn.Module, weights: Weights, **options: Any) -> Iterator[nn.Module]:
     """`fill` for the length of a block, after which the parameters hold no memory again."""
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    replaced = fill(module, weights, **options)
     try:
-        replaced = fill(module, weights, **options)
         yield module
     finally:
-        for owner, leaf, parameter in replaced:
-            owner._parameters[leaf] = parameter
+        _restore(replaced)
 
 
 def _value(

@@ -118,17 +118,19 @@ def pair_channels(config: Any, pair: LinearPair, first: nn.Module, second: nn.Mo
     """
     columns = column_weight(second).shape[1]
     outputs = column_weight(first).shape[0]
-    share = torch.arange(columns)
     if pair.kind == "value":
-        heads = config.num_attention_heads
-        share = grouped_query_share(
-            heads, getattr(config, "num_key_value_heads", None) or heads, columns // heads
-        )
-    channels = int(share.max()) + 1
-    if share.numel() != columns or (outputs < channels if pair.fused else outputs != channels):
+        # A fused projection makes queries, as many as the second linear reads, then keys, then values.
+        channels = (outputs - columns) // 2 if pair.fused else outputs
+        width = columns // int(config.num_attention_heads)
+        fits = channels > 0 and columns % channels == 0 and channels % width == 0
+        share = grouped_query_share(columns // width, channels // width, width) if fits else None
+    else:
+        channels = outputs // 2 if pair.fused else outputs
+        share = torch.arange(columns) if channels == columns else None
+    if share is None:
         raise InputError(
-            f"{pair.first} has {outputs} outputs and {pair.second} reads {columns} columns of {channels} "
-            "channels: the model does not fit the data of its architecture"
+            f"{pair.first} has {outputs} outputs and {pair.second} reads {columns} columns: the model does not "
+            f"fit the data of its architecture, {config.model_type}"
         )
     return slice(outputs - channels, outputs), share
 
