@@ -11,14 +11,20 @@ from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     from qkern.nn import QuantEmbedding, QuantLinear, replace_linears
-    from qkern.pipelines import export_gguf
+    from qkern.pipelines.export_gguf import export_gguf
+    from qkern.pipelines.load import load
+    from qkern.pipelines.quantize import quantize
+    from qkern.pipelines.save import save
 
 # Loaded on first use, so that `import qkern` costs little beyond `import torch`.
 _LAZY = {
     "QuantEmbedding": "qkern.nn",
     "QuantLinear": "qkern.nn",
     "export_gguf": "qkern.pipelines",
+    "load": "qkern.pipelines",
+    "quantize": "qkern.pipelines",
     "replace_linears": "qkern.nn",
+    "save": "qkern.pipelines",
 }
 
 __all__ = [
@@ -33,7 +39,10 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "export_gguf",
+    "load",
+    "quantize",
     "replace_linears",
+    "save",
 ]
 
 

@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Sized
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -199,7 +200,9 @@ def task(description: str, *, total: int | None = None, unit: str = "step") -> I
         _Display.leave(display)
 
 
-def track(iterable: Iterable[T], description: str, *, total: int | None = None, unit: str = "step") -> Iterator[T]:
+def track(
+    iterable: Iterable[T], description: str, *, total: int | None = None, unit: str = "step"
+) -> Iterator[T]:
     """Yield the items of `iterable`, counting each as a step once it has been worked on.
 
     Parameters
@@ -213,7 +216,7 @@ def track(iterable: Iterable[T], description: str, *, total: int | None = None, 
     unit : str
         Name of a step, singular.
     """
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with task(description, total=total, unit=unit) as progress:
         for item in iterable:

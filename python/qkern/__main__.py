@@ -1,0 +1,5 @@
+"""``python -m qkern`` is ``qkern``."""
+
+from qkern.cli import main
+
+main()

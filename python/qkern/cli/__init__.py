@@ -1,0 +1,104 @@
+"""The command line: one file a command, each of which parses, calls the library and prints.
+
+A command is a function named ``command`` in ``qkern/cli/<name>.py`` (dashes become underscores) and a
+line in `COMMANDS`. Heavy packages are imported inside the function, so that ``--help`` stays quick.
+Results go to stdout; progress, logs and errors to stderr. Exit codes: 0, 1 (failed), 2 (usage).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from qkern import __version__, _env, _progress
+from qkern.errors import QkernError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["COMMANDS", "app", "main"]
+
+COMMANDS: Final = (
+    "info",
+    "demo",
+    "export-gguf",
+    "perplexity",
+    "generate",
+    "export-gguf",
+)
+
+app = typer.Typer(
+    name="qkern",
+    help="Quantize LLM weights, run them with low-bit kernels, export them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes log records to the console of the progress bars, so that the two do not tear each other."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+            _progress.console().print(
+                f"{level}{self.format(record)}", markup=False, highlight=False, soft_wrap=True
+            )
+        except Exception:  # a log line must never end a run
+            self.handleError(record)
+
+
+def _set_up_logging(level: int) -> None:
+    logger = logging.getLogger("qkern")
+    logger.setLevel(level)
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qkern {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details and tracebacks.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings only, no progress.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if quiet:
+        _env.disable_progress()
+    _set_up_logging(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+
+
+for _name in COMMANDS:
+    app.command(_name)(importlib.import_module(f"qkern.cli.{_name.replace('-', '_')}").command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Default: ``sys.argv[1:]``.
+
+    Raises
+    ------
+    SystemExit
+        Always; code 0, 1 (failed) or 2 (usage).
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="qkern")
+    except (QkernError, OSError) as error:
+        logging.getLogger("qkern").debug("traceback of the error below", exc_info=True)
+        sys.stderr.write(f"qkern: error: {error}\n")
+        sys.exit(1)

@@ -1,0 +1,82 @@
+"""``qkern perplexity``: perplexity of a model folder or a GGUF on a text, by llama.cpp's rule."""
+
+from __future__ import annotations
+
+import json
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Compute(StrEnum):
+    """What the quantized layers do with activations."""
+
+    FLOAT = "float"
+    INT8 = "int8"
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file to read.")],
+    window: Annotated[int, typer.Option(min=4, help="Tokens of a window.")] = 512,
+    compute: Annotated[
+        Compute, typer.Option(help="Keep activations, or quantize them to int8 (not for a GGUF).")
+    ] = Compute.FLOAT,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Perplexity of a model on a text.
+
+    As llama.cpp's perplexity tool: windows without overlap; the second half of each is scored, the first
+    is context; a tokenizer's BOS replaces the first token of each window.
+    """
+    from qkern.evaluation import read_text, token_losses
+
+    content = read_text(text)
+    run, ids, bos, source = (
+        _open_gguf(model, content, window, compute) if model.endswith(".gguf") else _open(model, content)
+    )
+    losses = token_losses(run, ids, window=window, bos=bos, compute=compute.value)
+    result = {
+        "perplexity": math.exp(losses.mean()),
+        # Scored tokens are taken as independent, which is what llama.cpp's own +/- does.
+        "standard_error": math.exp(losses.mean()) * losses.std() / math.sqrt(losses.size),
+        "tokens": int(ids.numel()),
+        "scored_tokens": int(losses.size),
+        "windows": len(losses),
+        "window": window,
+        "runner": source,
+        "compute": compute.value if source == "qkern" else None,
+    }
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        typer.echo(
+            f"perplexity {result['perplexity']:.4f} +/- {result['standard_error']:.4f} "
+            f"({result['scored_tokens']} tokens scored in {result['windows']} windows of {window}, {source})"
+        )
+
+
+def _open(model: str, text: str) -> tuple[Any, Any, int | None, str]:
+    from transformers import AutoTokenizer
+
+    from qkern.evaluation import bos_if_added, token_ids
+    from qkern.pipelines import load
+
+    loaded = load(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return loaded, token_ids(tokenizer, text), bos_if_added(tokenizer), "qkern"
+
+
+def _open_gguf(model: str, text: str, window: int, compute: Compute) -> tuple[Any, Any, int | None, str]:
+    from qkern.errors import UnsupportedError
+    from qkern.evaluation.llama_cpp import LlamaCpp
+
+    if compute is Compute.INT8:
+        raise UnsupportedError(
+            "--compute int8 does not apply to a GGUF, which llama.cpp runs by itself; leave --compute out"
+        )
+    llama = LlamaCpp(model, context=window)
+    return llama, llama.tokenize(text), llama.bos, "llama.cpp"

@@ -1,0 +1,173 @@
+"""KL(original || quantized) a position, and the interval that says whether two of them differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qkern.errors import InputError
+from qkern.evaluation.windows import Logits, Model, batches, log_probabilities, runner, split_windows
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["MIN_POSITIONS", "Interval", "kl_divergence", "paired_bootstrap"]
+
+MIN_POSITIONS: Final = 15_000
+"""Positions below which a KL is refused: the mean is then too noisy to rank methods."""
+
+
+def kl_divergence(
+    reference: Model | Tensor,
+    model: Model,
+    ids: Tensor,
+    *,
+    window: int = 512,
+    bos: int | None = None,
+    batch_size: int = 4,
+    compute: str = "float",
+    allow_short: bool = False,
+) -> NDArray[np.float64]:
+    """KL(reference || model) in nats at every position of every full window.
+
+    The windows do not overlap and every position of a window counts; the mean of the result is the
+    number to report. Both distributions are normalized in float64.
+
+    Parameters
+    ----------
+    reference : Model or Tensor
+        The original model, or its logits ``[positions, V]`` from `window_logits` with the same ids,
+        window and bos (which saves running it again for every model that is compared).
+    model : Model
+        The quantized model.
+    ids : Tensor
+        int64 ``[T]``, held-out tokens that neither calibration nor search saw.
+    window, bos, batch_size
+        As in `perplexity`.
+    compute : str
+        ``"float"`` keeps activations; ``"int8"`` quantizes them in every `QuantLinear` of `model`.
+        The reference always runs in float.
+    allow_short : bool
+        Accept fewer than `MIN_POSITIONS` positions.
+
+    Returns
+    -------
+    ndarray
+        float64 ``[T // window * window]``, at least 0.
+
+    Raises
+    ------
+    InputError
+        If the text is too short, or if the vocabularies differ.
+    """
+    windows = split_windows(ids, window, bos)
+    if windows.numel() < MIN_POSITIONS and not allow_short:
+        raise InputError(
+            f"KL over {windows.numel()} positions is too noisy to compare methods: at least {MIN_POSITIONS} "
+            "are needed; give a longer held-out text, or pass allow_short=True"
+        )
+    if isinstance(reference, Tensor) and len(reference) != windows.numel():
+        raise InputError(
+            f"reference logits must have one row a position: got {len(reference)} rows for "
+            f"{windows.numel()} positions; compute them with the same ids and window"
+        )
+    run = runner(model, compute)
+    run_reference = _rows_of(reference) if isinstance(reference, Tensor) else runner(reference, "float")
+    result = np.empty(windows.numel())
+    done = 0
+    for batch in batches(windows, batch_size, "KL"):
+        rows = slice(done, done + batch.numel())
+        found = run(batch).flatten(0, 1)
+        expected = run_reference(batch).flatten(0, 1)
+        if expected.shape[-1] != found.shape[-1]:
+            raise InputError(
+                f"the models must share a vocabulary: got {expected.shape[-1]} and {found.shape[-1]} logits"
+            )
+        result[rows] = _kl_rows(expected.to(found.device), found)
+        done = rows.stop
+    return result
+
+
+def _rows_of(logits: Tensor) -> Logits:
+    """Stand in for a model that ran before: gives the rows of its logits in the order of the batches."""
+    done = 0
+
+    def run(ids: Tensor) -> Tensor:
+        nonlocal done
+        done += ids.numel()
+        return logits[done - ids.numel() : done].view(*ids.shape, -1)
+
+    return run
+
+
+def _kl_rows(expected: Tensor, found: Tensor) -> NDArray[np.float64]:
+    blocks = []
+    for (_, p), (_, q) in zip(log_probabilities(expected), log_probabilities(found), strict=True):
+        # kl_div takes 0 * log 0 as 0; rounding may leave a hair below zero.
+        pointwise = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True)
+        blocks.append(pointwise.sum(-1).clamp(min=0).cpu())
+    result: NDArray[np.float64] = torch.cat(blocks).double().numpy()
+    return result
+
+
+class Interval(NamedTuple):
+    """A mean difference with its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def is_below(self) -> bool:
+        """Whether the whole interval lies below zero: the first sample is lower beyond chance."""
+        return self.high < 0
+
+
+def paired_bootstrap(
+    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap interval of ``mean(first - second)``, pairs resampled together.
+
+    Parameters
+    ----------
+    first, second : array_like
+        One value a position, of the same length, at the same positions.
+    confidence : float
+        Probability that the interval covers, between 0 and 1.
+    resamples : int
+        Bootstrap samples.
+    seed : int
+        The same seed gives the same interval.
+
+    Returns
+    -------
+    Interval
+        ``(mean, low, high)``; "first is below second" means ``high < 0``.
+
+    Raises
+    ------
+    InputError
+        If the lengths differ or are 0, or on a confidence outside (0, 1).
+    """
+    a, b = np.asarray(first, dtype=np.float64).ravel(), np.asarray(second, dtype=np.float64).ravel()
+    if a.shape != b.shape or a.size == 0:
+        raise InputError(f"the samples must be paired and not empty: got {a.size} and {b.size} values")
+    if not 0 < confidence < 1 or resamples < 1:
+        raise InputError(
+            f"confidence must be in (0, 1) and resamples at least 1: got {confidence} and {resamples}"
+        )
+    difference = a - b
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    # A block of resamples at a time keeps the index array near 32 MB.
+    block = max(1, (1 << 22) // difference.size)
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        chosen = generator.integers(0, difference.size, size=(count, difference.size))
+        means[start : start + count] = difference[chosen].mean(axis=1)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return Interval(float(difference.mean()), float(low), float(high))

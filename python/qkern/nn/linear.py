@@ -1,0 +1,433 @@
+"""`QuantLinear`: a drop-in linear layer whose weight is quantized."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qkern.errors import InputError, UnsupportedError
+from qkern.nn.state import FORM, QuantModule
+from qkern.ops import pack_weight, quantize_groupwise, unpack_weight
+from qkern.ops.dequant_matmul import LinearHandle, resolve_compute
+from qkern.ops.dequant_matmul.cpu import LAYOUT as CPU_LAYOUT
+from qkern.schemes import FLOAT_DTYPES, PackedWeight, QuantizedWeight, Scheme, as_scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["COMPUTE", "QuantLinear", "is_conv1d"]
+
+COMPUTE: Final = ("auto", "float", "int8")
+
+# Two threads may meet at the first forward of the same module.
+_PACKING: Final = threading.Lock()
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' ``Conv1D``: a linear layer that stores its weight as ``[K, N]``."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+class QuantLinear(QuantModule):
+    """A linear layer with a quantized weight, ``y = x @ dequant(W).T + bias``.
+
+    It is *loading* (buffers ``codes, scales, zeros, offsets, group_index``; what ``state_dict`` shows and
+    ``load_state_dict`` reads; meta device allowed) or *packed* (one blob in the layout of the kernels). The
+    first forward packs it, and then the form-2 buffers are gone; moving it to another device, loading into
+    it, pickling and copying bring them back. Dtype casts never touch the weight. The output has the dtype
+    of the input, and the bias is used in it too.
+
+    Make one with `from_linear`, `from_quantized` or `empty`.
+
+    Parameters
+    ----------
+    scheme : Scheme
+        Scheme of the weight.
+    out_features, in_features : int
+        N and K.
+
+    Attributes
+    ----------
+    compute : str
+        ``"auto"`` (int8 activations for inference on a CPU, else float), ``"float"`` or ``"int8"``.
+    bias : nn.Parameter or None
+        ``[N]``, not trained.
+    layout : str or None
+        Layout of the packed blob; None in the loading state.
+    """
+
+    blob: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, scheme: Scheme, out_features: int, in_features: int) -> None:
+        super().__init__(scheme, out_features, in_features)
+        self._compute = "auto"
+        self.layout: str | None = None
+        self.register_buffer("blob", None, persistent=False)
+        self.register_parameter("bias", None)
+        self._spelling = str(scheme)
+        self._stored_bits = 0
+        self._handle: LinearHandle | None = None
+
+    # Making one ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, scheme: Scheme | str, **quantize: Any) -> Self:
+        """Quantize a linear layer by rounding to the nearest code.
+
+        Parameters
+        ----------
+        linear : nn.Linear or transformers Conv1D
+            Its weight is read, its bias is copied. On the meta device the result is empty.
+        scheme : Scheme or str
+            For example ``"w4g128"``.
+        **quantize
+            Further arguments of `qkern.ops.quantize_groupwise`, such as ``search="mse"``.
+
+        Raises
+        ------
+        UnsupportedError
+            If `linear` is another kind of module.
+        InputError
+            If the weight has NaN or Inf.
+        """
+        scheme = as_scheme(scheme)
+        weight, bias = _weight_and_bias(linear)
+        if weight.device.type == "meta":
+            N, K = weight.shape
+            made = cls.empty(
+                N,
+                K,
+                scheme,
+                bias=bias is not None,
+                scale_dtype=quantize.get("scale_dtype", torch.float16),
+                bias_dtype=weight.dtype,
+                device="meta",
+            )
+        else:
+            made = cls.from_quantized(quantize_groupwise(weight, scheme, **quantize), bias)
+        made.train(linear.training)
+        return made
+
+    @classmethod
+    def from_quantized(
+        cls, weight: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Wrap a weight that was quantized already; its tensors are shared until the first forward.
+
+        Parameters
+        ----------
+        weight : QuantizedWeight
+            One matrix ``[N, K]``.
+        bias : Tensor, optional
+            ``[N]``; copied.
+        dtype : torch.dtype, optional
+            Dtype in which the bias is kept; default: its own.
+
+        Raises
+        ------
+        InputError
+            If the bias does not fit.
+        UnsupportedError
+            On a stack of experts or double-quantized scales.
+        """
+        made = cls(weight.scheme, *weight.shape[-2:])
+        made._adopt(weight)
+        if bias is not None:
+            if tuple(bias.shape) != (weight.N,):
+                raise InputError(f"bias must be [{weight.N}]: got {tuple(bias.shape)}")
+            kept = bias.detach().to(weight.device, dtype or bias.dtype, copy=True)
+            made.bias = nn.Parameter(kept, requires_grad=False)
+        return made
+
+    @classmethod
+    def empty(
+        cls,
+        out_features: int,
+        in_features: int,
+        scheme: Scheme | str,
+        *,
+        bias: bool = False,
+        scale_dtype: torch.dtype = torch.float16,
+        bias_dtype: torch.dtype | None = None,
+        offsets: bool = False,
+        group_index: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Make a layer in the loading state with unset contents, to be filled by ``load_state_dict``.
+
+        Parameters
+        ----------
+        out_features, in_features : int
+            N and K.
+        scheme : Scheme or str
+            Its ``z`` says that there are zero points.
+        bias : bool
+            Whether there is a bias.
+        scale_dtype : torch.dtype
+            Dtype of the scales; loading scales of another dtype replaces it.
+        bias_dtype : torch.dtype, optional
+            Default: torch's default dtype.
+        offsets : bool
+            Zero points are stored as float offsets instead.
+        group_index : bool
+            Columns name their groups (act-order).
+        device : torch.device or str, optional
+            ``"meta"`` allocates nothing.
+        """
+        made = cls(as_scheme(scheme), out_features, in_features)
+        made._adopt_empty(scale_dtype=scale_dtype, offsets=offsets, group_index=group_index, device=device)
+        if bias:
+            made.bias = nn.Parameter(
+                torch.empty(out_features, dtype=bias_dtype, device=device), requires_grad=False
+            )
+        return made
+
+    # The two states --------------------------------------------------------------------------------------
+
+    def pack(self) -> Self:
+        """Bring the weight into the layout of the kernels; the first forward does it by itself.
+
+        Raises
+        ------
+        InputError
+            If the weight is on the meta device.
+        """
+        with _PACKING:
+            if self.layout is None:
+                self._pack()
+        return self
+
+    def _pack(self) -> None:
+        weight = self.quantized()
+        if self._has_no_values():
+            raise InputError(
+                "the weight is on the meta device and has no values: load a state_dict with assign=True"
+            )
+        with _outside_of_modes():
+            packed = pack_weight(weight)
+        self._stored_bits = weight.stored_bits
+        self._buffers["blob"] = packed.blob
+        self._handle = _handle_of(packed)
+        # Last: another thread that reads a layout must find the blob.
+        self.layout = packed.layout
+        for name in FORM:
+            self._buffers[name] = None
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _packed_by_now(self) -> bool:
+        # torch.compile runs this for real while it traces, then guards on the state that it left.
+        self.pack()
+        return True
+
+    def unpack(self) -> Self:
+        """Return to the loading state; the weight is the same bit for bit."""
+        with _PACKING:
+            if self.layout is not None:
+                self._adopt(self.quantized())
+        return self
+
+    def quantized(self) -> QuantizedWeight:
+        """Return the weight in its neutral form, in either state."""
+        if self.layout is None:
+            return super().quantized()
+        with _outside_of_modes():
+            return unpack_weight(self._packed())
+
+    def _packed(self) -> PackedWeight:
+        assert self.blob is not None
+        assert self.layout is not None
+        return PackedWeight(
+            blob=self.blob, layout=self.layout, N=self.out_features, K=self.in_features, scheme=self.scheme
+        )
+
+    def _restore(self) -> None:
+        self.unpack()
+
+    def _forget(self) -> None:
+        self.layout = None
+        self._handle = None
+        self._buffers["blob"] = None
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that the weight needs in a file; see `QuantizedWeight.stored_bits`."""
+        return self.quantized().stored_bits if self.layout is None else self._stored_bits
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        blob = self.blob
+        if self.layout is None or blob is None or _moves(fn, blob):
+            super()._apply(fn, recurse)
+            return self
+        self._buffers["blob"] = None  # hidden from nn.Module, which might cast it
+        try:
+            nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers["blob"] = blob
+        self._handle = _handle_of(self._packed())
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout is not None:
+            weight = self.quantized()
+            for name in FORM:
+                tensor = getattr(weight, name)
+                if tensor is not None:
+                    destination[prefix + name] = tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.layout is not None:
+            weight = self.quantized()
+            form = {name: getattr(weight, name) for name in FORM}
+            state |= {"_buffers": {**self._buffers, **form, "blob": None}, "layout": None, "_handle": None}
+        return state
+
+    @property
+    def compute(self) -> str:
+        """Arithmetic of `forward`: ``"auto"``, ``"float"`` or ``"int8"``."""
+        return self._compute
+
+    @compute.setter
+    def compute(self, value: str) -> None:
+        if value not in COMPUTE:
+            raise InputError(f"unknown compute: got {value!r}, allowed are {', '.join(COMPUTE)}")
+        self._compute = value
+
+    # Running ---------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``[..., K]`` by the weight; the result is ``[..., N]`` in x's dtype.
+
+        Raises
+        ------
+        InputError
+            If the last dimension of `x` is not ``in_features``.
+        """
+        tracing = torch.compiler.is_compiling()
+        if tracing:
+            # Before anything is looked at: a tracer goes on with what it saw first.
+            self._packed_by_now()
+        elif self.layout is None:
+            if self._has_no_values():
+                return self._shape_only(x)
+            self.pack()
+        bias = self.bias
+        if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+            bias = bias.to(x.dtype)  # type: ignore[assignment]
+        # The handle skips the dispatcher, which costs more than a small product.
+        if not tracing and self._handle is not None and _is_plain_call(x, bias):
+            return self._handle(x, bias, "int8" if self._compute == "auto" else self._compute)
+        return self._dispatch(x, bias)
+
+    def _dispatch(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Call the torch op: what autograd, compilers, modes and profilers see."""
+        blob = self.blob
+        assert blob is not None
+        self._check_input(x)
+        if x.device != blob.device and not x.is_meta:
+            raise InputError(
+                f"input and weight must be on one device: got x on {x.device}, the weight on {blob.device}; "
+                "move the module to the device of x"
+            )
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        compute = resolve_compute(self._compute, x, self.scheme, needs_grad=needs_grad)
+        out: Tensor = torch.ops.qkern.dequant_matmul(
+            x, blob, bias, self.layout, self.out_features, self.in_features, self._spelling, compute
+        )
+        return out
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.in_features or x.dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"x must be fp32, fp16 or bf16 [..., {self.in_features}], the in_features of this layer: "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
+
+    def _has_no_values(self) -> bool:
+        """Whether the weight is a shape only: on the meta device, or a fake tensor."""
+        return self.codes is not None and (self.codes.is_meta or type(self.codes) is not Tensor)
+
+    def _shape_only(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        if not x.is_meta and type(x) is Tensor:
+            raise InputError(
+                "the weight is on the meta device and has no values: load a state_dict with assign=True first"
+            )
+        return x.new_empty(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shape, scheme and state, for ``repr``."""
+        state = "loading" if self.layout is None else self.layout
+        return f"{super().extra_repr()}, bias={self.bias is not None}, compute={self.compute}, {state}"
+
+
+def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[N, K]`` and bias ``[N]`` of a linear layer."""
+    if isinstance(linear, nn.Linear):
+        return linear.weight.detach(), linear.bias
+    if is_conv1d(linear):
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        return weight.detach().t(), linear.bias  # type: ignore[return-value]
+    raise UnsupportedError(
+        f"from_linear takes an nn.Linear or a transformers Conv1D: got {type(linear).__name__}; "
+        "quantize its weight with qkern.ops.quantize_groupwise and use from_quantized"
+    )
+
+
+@contextmanager
+def _outside_of_modes() -> Iterator[None]:
+    """Real tensors, made as if no mode of torch were active.
+
+    Inference tensors could not take part in autograd later, fake ones have no address, and a default
+    device would move what the native kernels are about to fill.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+    ):
+        yield
+
+
+def _handle_of(packed: PackedWeight) -> LinearHandle | None:
+    return LinearHandle(packed) if packed.layout == CPU_LAYOUT else None
+
+
+def _needs_grad(x: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody but the caller would notice that the call bypasses torch's dispatcher."""
+    return (
+        not _needs_grad(x, bias)
+        and type(x) is Tensor
+        and x.is_cpu
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+        and forward_ad._current_level < 0
+    )
+
+
+def _moves(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
+    """Whether a module conversion gives `tensor` another device or other storage than its own."""
+    probe = tensor[:1]
+    moved = fn(probe)
+    return moved.device != tensor.device or (
+        moved.dtype == probe.dtype and moved.data_ptr() != tensor.data_ptr()
+    )

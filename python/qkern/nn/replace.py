@@ -1,0 +1,223 @@
+"""Finding the linear layers of a model, and putting quantized ones in their place."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from qkern.errors import InputError, UnsupportedError
+from qkern.nn.embedding import QuantEmbedding
+from qkern.nn.linear import COMPUTE, QuantLinear, is_conv1d
+from qkern.schemes import Scheme, as_scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+__all__ = [
+    "compute_mode",
+    "expert_parameters",
+    "name_matches",
+    "named_linears",
+    "quant_linears",
+    "replace_linears",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def name_matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted name is one of `patterns`, ends with one at a dot, or fits one as a glob."""
+    return any(
+        name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
+        for pattern in patterns
+    )
+
+
+def named_linears(model: nn.Module, *, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Linear layers of a model by name: exact ``nn.Linear``, transformers' ``Conv1D`` and `QuantLinear`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    skip : sequence of str
+        Names to leave out, as in `name_matches`.
+
+    Returns
+    -------
+    dict of str to nn.Module
+        In the model's order; a module with several names appears under the first.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or is_conv1d(module) or isinstance(module, QuantLinear))
+        and not name_matches(name, skip)
+    }
+
+
+def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """Every `QuantLinear` of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def expert_parameters(model: nn.Module, *, skip: Sequence[str] = ()) -> list[str]:
+    """Names of weights that are stacks of matrices ``[E, N, K]``, as mixtures of experts store them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+    skip : sequence of str
+        Names of parameters or of the modules that own them to leave out, as in `name_matches`.
+    """
+    found = []
+    for owner, module in model.named_modules():
+        # Convolutions of torch have three dimensions too, and are no experts.
+        if type(module).__module__.startswith("torch.nn.") or name_matches(owner, skip):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{owner}.{name}" if owner else name
+            if parameter.dim() == 3 and parameter.is_floating_point() and not name_matches(full, skip):
+                found.append(full)
+    return found
+
+
+def replace_linears(
+    model: nn.Module,
+    scheme: Scheme | str,
+    *,
+    skip: Sequence[str] = ("lm_head",),
+    modules: Collection[str] | None = None,
+    **quantize: Any,
+) -> list[str]:
+    """Quantize the linear layers of a model in place, rounding to the nearest code.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    scheme : Scheme or str
+        For example ``"w4g128"``.
+    skip : sequence of str
+        Layers to leave as they are: exact names, name suffixes (``"down_proj"``) or globs
+        (``"*.layers.0.*"``).
+    modules : collection of str, optional
+        Replace only these names; each must be a linear layer.
+    **quantize
+        Further arguments of `qkern.ops.quantize_groupwise`, such as ``search="mse"``.
+
+    Returns
+    -------
+    list of str
+        Names of the layers that were replaced.
+
+    Raises
+    ------
+    InputError
+        If nothing matched, if a name in `modules` is no linear layer, or if a weight has NaN or Inf (the
+        message names it; layers before it are replaced already).
+    UnsupportedError
+        If the model stores experts as 3-D parameters that neither `skip` nor `modules` leaves out.
+    """
+    scheme = as_scheme(scheme)
+    wanted = {
+        name: module
+        for name, module in named_linears(model, skip=skip).items()
+        if not isinstance(module, QuantLinear)
+    }
+    if modules is None:
+        _refuse_experts(model, skip)
+        _report_subclasses(model, skip)
+    else:
+        unknown = sorted(set(modules) - set(wanted))
+        if unknown:
+            raise InputError(
+                f"not linear layers that can be replaced: {', '.join(unknown)}; "
+                f"allowed are {', '.join(wanted)}"
+            )
+        wanted = {name: module for name, module in wanted.items() if name in modules}
+    if not wanted:
+        raise InputError(
+            f"no linear layer to replace in {type(model).__name__}: skip={tuple(skip)!r} leaves none; "
+            "pass a model with nn.Linear or Conv1D layers, or skip fewer"
+        )
+    if "" in wanted:
+        raise InputError("the model is itself a linear layer: use QuantLinear.from_linear instead")
+    places = _places(model)
+    replaced = []
+    for name in list(wanted):
+        # Popped, so that the old layer goes at once: the peak is the model and one layer, not two models.
+        module = wanted.pop(name)
+        try:
+            made = QuantLinear.from_linear(module, scheme, **quantize)
+        except InputError as error:
+            raise InputError(f"{name}.weight: {error}") from error
+        for parent, attribute in places[id(module)]:
+            setattr(parent, attribute, made)
+        replaced.append(name)
+    return replaced
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Parents and attribute names of every module, by the module's id: a shared module has several."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent.named_children():
+            places.setdefault(id(child), []).append((parent, attribute))
+    return places
+
+
+def _refuse_experts(model: nn.Module, skip: Sequence[str]) -> None:
+    experts = expert_parameters(model, skip=skip)
+    if experts:
+        shown = ", ".join(experts[:8]) + (f" and {len(experts) - 8} more" if len(experts) > 8 else "")
+        raise UnsupportedError(
+            f"3-D parameters, which look like stacks of experts, cannot be replaced by QuantLinear: {shown}; "
+            f"name them in skip to leave them as they are"
+        )
+
+
+def _report_subclasses(model: nn.Module, skip: Sequence[str]) -> None:
+    left = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and not name_matches(name, skip)
+    ]
+    if left:
+        logger.warning(
+            "left unquantized, as subclasses of nn.Linear may compute something else: %s", ", ".join(left)
+        )
+
+
+@contextmanager
+def compute_mode(model: nn.Module, compute: str) -> Iterator[None]:
+    """Make every quantized layer of `model` use one kind of arithmetic inside the block.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model with `QuantLinear` or `QuantEmbedding` modules, or with none.
+    compute : str
+        ``"auto"``, ``"float"`` or ``"int8"``.
+
+    Raises
+    ------
+    InputError
+        On another name.
+    """
+    if compute not in COMPUTE:
+        raise InputError(f"unknown compute: got {compute!r}, allowed are {', '.join(COMPUTE)}")
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
+    before = [layer.compute for layer in layers]
+    for layer in layers:
+        layer.compute = compute
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.compute = value

@@ -1,0 +1,168 @@
+"""What every module with a quantized weight shares: the form-2 buffers and how they survive torch.
+
+nn.Module casts floating-point buffers on ``.half()``, casts what it loads to what it holds, and copies
+buffers one by one. A quantized weight is one value in several tensors, and none of that may touch it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from qkern.errors import InputError, UnsupportedError
+from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["FORM", "QuantModule"]
+
+FORM: Final = ("codes", "scales", "zeros", "offsets", "group_index")
+"""Names of the form-2 buffers, as in a state_dict."""
+
+# Integers of the same width stand in for floats while nn.Module moves a buffer: it casts floats only.
+_STAND_IN: Final = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+class QuantModule(nn.Module):
+    """Base of the modules with a quantized weight; in its *loading* state the weight is the form-2 buffers.
+
+    Parameters
+    ----------
+    scheme : Scheme
+        Scheme of the weight.
+    out_features, in_features : int
+        N and K of the weight.
+    """
+
+    codes: Tensor | None
+    scales: Tensor | None
+    zeros: Tensor | None
+    offsets: Tensor | None
+    group_index: Tensor | None
+
+    def __init__(self, scheme: Scheme, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.out_features = out_features
+        self.in_features = in_features
+        for name in FORM:
+            self.register_buffer(name, None)
+
+    # The two hooks by which a subclass with a second form of the weight takes part.
+
+    def _restore(self) -> None:
+        """Make the form-2 buffers hold the weight."""
+
+    def _forget(self) -> None:
+        """Drop everything that was derived from the form-2 buffers: they may change now."""
+
+    def quantized(self) -> QuantizedWeight:
+        """Return the weight in its neutral form; in the loading state it shares the module's buffers."""
+        if self.codes is None or self.scales is None:
+            raise InputError(f"{type(self).__name__} has no weight yet: make it with from_quantized")
+        return QuantizedWeight(
+            codes=self.codes,
+            scales=self.scales,
+            shape=(self.out_features, self.in_features),
+            scheme=self.scheme,
+            zeros=self.zeros,
+            offsets=self.offsets,
+            group_index=self.group_index,
+        )
+
+    def _adopt(self, weight: QuantizedWeight) -> None:
+        """Take the tensors of `weight`, without a copy, as the form-2 buffers."""
+        _refuse_unsupported(weight)
+        for name in FORM:
+            setattr(self, name, getattr(weight, name))
+        self._forget()
+
+    def _adopt_empty(
+        self,
+        *,
+        scale_dtype: torch.dtype,
+        offsets: bool,
+        group_index: bool,
+        device: torch.device | str | None,
+    ) -> None:
+        N, K = self.out_features, self.in_features
+        shape = self.scheme.scale_shape(N, K)
+        self.codes = torch.empty(N, self.scheme.code_words(K), dtype=torch.int32, device=device)
+        self.scales = torch.empty(shape, dtype=scale_dtype, device=device)
+        if self.scheme.zero_point and not offsets:
+            self.zeros = torch.empty(shape, dtype=torch.uint8, device=device)
+        if offsets:
+            self.offsets = torch.empty(shape, dtype=scale_dtype, device=device)
+        if group_index:
+            self.group_index = torch.empty(K, dtype=torch.int32, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+        self._restore()
+        held = {name: self._buffers[name] for name in FORM}
+        for name in FORM:
+            self._buffers[name] = None  # hidden from nn.Module
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers.update(held)
+        for name, tensor in held.items():
+            if tensor is not None:
+                self._buffers[name] = _moved(tensor, fn)
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Also when nothing of the weight arrives: strict loading then names what is missing.
+        self._restore()
+        for name in FORM:
+            self._fit_buffer(name, state_dict.get(prefix + name))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._forget()
+
+    def _fit_buffer(self, name: str, arriving: Tensor | None) -> None:
+        """Give a buffer the dtype of what will be copied into it, and with act-order its group count."""
+        held = self._buffers[name]
+        if arriving is None or held is None or arriving.device.type == "meta":
+            return
+        shape = held.shape
+        if name in ("scales", "zeros", "offsets") and self.group_index is not None and arriving.dim() == 2:
+            # Files may number more groups than K / group_size.
+            shape = torch.Size((shape[0], arriving.shape[1]))
+        dtype = (
+            arriving.dtype if name in ("scales", "offsets") and arriving.dtype in FLOAT_DTYPES else held.dtype
+        )
+        if arriving.dtype != dtype:
+            raise InputError(
+                f"{name} of {type(self).__name__} must be {dtype}: got {arriving.dtype}; "
+                "load tensors that qkern wrote, or convert the checkpoint with qkern.load"
+            )
+        if (held.dtype, held.shape) != (dtype, shape):
+            self._buffers[name] = torch.empty(shape, dtype=dtype, device=held.device)
+
+    def extra_repr(self) -> str:
+        """Shape and scheme, for ``repr``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
+
+
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a module conversion to a tensor without letting it change the dtype."""
+    stand_in = _STAND_IN.get(tensor.dtype)
+    plain = tensor if stand_in is None else tensor.view(stand_in)
+    moved = fn(plain)
+    if moved.dtype != plain.dtype:  # Module.type() casts integers too
+        moved = plain.to(moved.device)
+    return moved if stand_in is None else moved.view(tensor.dtype)
+
+
+def _refuse_unsupported(weight: QuantizedWeight) -> None:
+    if len(weight.shape) != 2:
+        raise UnsupportedError(
+            f"a module holds one matrix [N, K]: got a weight of shape {weight.shape}; split the experts first"
+        )
+    if weight.nested is not None or weight.scheme.double_quant:
+        raise UnsupportedError(
+            f"modules do not hold double-quantized scales yet: got scheme {weight.scheme}; quantize without d"
+        )

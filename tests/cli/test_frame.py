@@ -1,0 +1,97 @@
+"""The frame of the command line: exit codes, streams, logging."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+
+import qkern
+from qkern import cli
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments)
+    output = capsys.readouterr()
+    return exit_info.value.code, output.out, output.err
+
+
+def test_help_lists_every_command(capsys):
+    code, out, err = run(capsys, "--help")
+    assert (code, err) == (0, "")
+    assert all(f" {name} " in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_and_a_docstring(capsys, name):
+    code, out, err = run(capsys, name, "--help")
+    assert (code, err) == (0, "")
+    assert "Usage: qkern" in out
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"qkern {qkern.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("info", "--nonsense"),
+        ("perplexity",),
+        ("perplexity", "x", "--text", "y", "--compute", "fp8"),
+    ],
+)
+def test_usage_errors_exit_2(capsys, arguments):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert "Usage: qkern" in err
+
+
+def test_failures_exit_1_with_one_line(capsys, tmp_path):
+    code, out, err = run(capsys, "perplexity", "model", "--text", str(tmp_path / "missing.txt"))
+    assert (code, out) == (1, "")
+    assert err.startswith("qkern: error: cannot read the text file")
+    assert err.count("\n") == 1
+
+
+def test_unforeseen_operating_system_error_is_one_line_too(capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "out.bin")
+
+    monkeypatch.setattr("qkern.cli.info.collect", full)
+    code, out, err = run(capsys, "info")
+    assert (code, out, err) == (1, "", "qkern: error: [Errno 28] No space left on device: 'out.bin'\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "level"), [((), logging.INFO), (("-v",), logging.DEBUG), (("-q",), logging.WARNING)]
+)
+def test_log_level_and_stream(capsys, monkeypatch, flags, level):
+    def log():
+        logging.getLogger("qkern.somewhere").info("worked for 3 s")
+        return {}
+
+    monkeypatch.setattr("qkern.cli.info.collect", log)
+    monkeypatch.setenv("QKERN_NO_PROGRESS", "")  # restored afterwards: -q sets it
+    code, out, err = run(capsys, *flags, "info", "--json")
+    assert (code, out) == (0, "{}\n")
+    assert ("worked for 3 s" in err) == (level <= logging.INFO)
+    assert logging.getLogger("qkern").level == level
+
+
+@pytest.fixture(autouse=True)
+def _leave_logging_as_it_was():
+    logger = logging.getLogger("qkern")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:], logger.level = handlers, level
+    logger.manager._clear_cache()
+
+
+def test_python_dash_m(tmp_path):
+    command = [sys.executable, "-m", "qkern", "info", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(result.stdout)["qkern"] == qkern.__version__

@@ -1,0 +1,118 @@
+import numpy as np
+import pytest
+import torch
+
+from qkern import InputError
+from qkern.evaluation import MIN_POSITIONS, kl_divergence, paired_bootstrap, window_logits
+
+VOCABULARY = 13
+
+
+def model(seed, noise=0.0):
+    table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    table += noise * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    return lambda ids: table[ids]
+
+
+def random_ids(length):
+    return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(1))
+
+
+def test_is_the_definition_at_every_position():
+    ids = random_ids(70)
+    found = kl_divergence(model(0), model(2, 0.3), ids, window=16, batch_size=3, allow_short=True)
+    assert found.shape == (64,)
+    p = torch.softmax(model(0)(ids[:64]).double(), -1)
+    q = torch.softmax(model(2, 0.3)(ids[:64]).double(), -1)
+    np.testing.assert_allclose(found, (p * (p / q).log()).sum(-1).numpy(), rtol=1e-6)
+
+
+def test_is_zero_for_the_same_model_and_not_symmetric():
+    ids = random_ids(64)
+    arguments = {"window": 16, "allow_short": True}
+    assert kl_divergence(model(0), model(0), ids, **arguments).max() == 0
+    forth = kl_divergence(model(0), model(2, 1.0), ids, **arguments).mean()
+    back = kl_divergence(model(2, 1.0), model(0), ids, **arguments).mean()
+    assert forth > 0
+    assert abs(forth - back) > 1e-3 * forth
+
+
+def test_tiny_differences_survive():
+    # KL of a small logit error is half its variance; fp32 log-probabilities would drown it.
+    ids = random_ids(256)
+    mean = kl_divergence(model(0), model(2, 1e-5), ids, window=16, allow_short=True).mean()
+    assert 1e-11 < mean < 1e-10
+
+
+def test_certain_predictions_are_finite():
+    def certain(ids):
+        return torch.nn.functional.one_hot(ids, VOCABULARY).float() * torch.finfo(torch.float32).max
+
+    found = kl_divergence(certain, certain, random_ids(16), window=16, allow_short=True)
+    assert (found == 0).all()
+
+
+def test_reference_logits_give_the_same_and_are_checked():
+    ids = random_ids(80)
+    logits = window_logits(model(0), ids, window=16, batch_size=2)
+    assert logits.shape == (80, VOCABULARY)
+    assert logits.dtype == torch.float32
+    arguments = {"window": 16, "allow_short": True}
+    direct = kl_divergence(model(0), model(2, 0.3), ids, **arguments)
+    np.testing.assert_array_equal(kl_divergence(logits, model(2, 0.3), ids, **arguments), direct)
+    with pytest.raises(InputError, match="one row a position: got 79 rows for 80"):
+        kl_divergence(logits[1:], model(0), ids, **arguments)
+    with pytest.raises(InputError, match="share a vocabulary"):
+        kl_divergence(logits[:, 1:], model(0), ids, **arguments)
+
+
+def test_too_few_positions_are_refused():
+    with pytest.raises(InputError, match=f"at least {MIN_POSITIONS}"):
+        kl_divergence(model(0), model(0), random_ids(MIN_POSITIONS - 1), window=16)
+    long_enough = kl_divergence(model(0), model(0), random_ids(MIN_POSITIONS + 8), window=16, batch_size=64)
+    assert len(long_enough) == (MIN_POSITIONS + 8) // 16 * 16
+
+
+class TestPairedBootstrap:
+    def test_matches_the_normal_interval(self):
+        generator = np.random.default_rng(3)
+        first, second = generator.normal(1.0, 1, 4000), generator.normal(1.1, 1, 4000)
+        mean, low, high = paired_bootstrap(first, second)
+        difference = first - second
+        half = 1.96 * difference.std() / np.sqrt(difference.size)
+        assert mean == pytest.approx(difference.mean())
+        assert low == pytest.approx(mean - half, abs=0.1 * half)
+        assert high == pytest.approx(mean + half, abs=0.1 * half)
+
+    def test_covers_the_truth_95_times_in_100(self):
+        generator = np.random.default_rng(4)
+        covered = 0
+        for _ in range(300):
+            sample = generator.exponential(size=(2, 200))
+            _, low, high = paired_bootstrap(sample[0], sample[1], resamples=400)
+            covered += low <= 0 <= high
+        # Binomial(300, 0.95) lies in 270..297 with probability above 0.999.
+        assert 270 <= covered <= 297
+
+    def test_pairs_are_resampled_together(self):
+        common = np.random.default_rng(5).normal(0, 100, 500)
+        interval = paired_bootstrap(common, common + 0.01)
+        assert interval.is_below
+        assert interval.high == pytest.approx(-0.01)
+
+    def test_seed_and_confidence(self):
+        generator = np.random.default_rng(6)
+        first, second = generator.normal(size=500), generator.normal(size=500)
+        assert paired_bootstrap(first, second, seed=1) == paired_bootstrap(first, second, seed=1)
+        assert paired_bootstrap(first, second, seed=1) != paired_bootstrap(first, second, seed=2)
+        wide, narrow = (paired_bootstrap(first, second, confidence=level) for level in (0.99, 0.5))
+        assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+        assert not wide.is_below
+
+    def test_errors(self):
+        with pytest.raises(InputError, match="paired and not empty: got 2 and 3"):
+            paired_bootstrap([1, 2], [1, 2, 3])
+        with pytest.raises(InputError, match="got 0 and 0"):
+            paired_bootstrap([], [])
+        with pytest.raises(InputError, match="confidence"):
+            paired_bootstrap([1], [1], confidence=1.0)
