@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def gguf_decode(raw: Tensor, type: str, *, backend: str = "auto") -> Tensor:  # 
             f"{kind.name} rows are uint8 in multiples of {kind.bytes} bytes: got {raw.dtype} {tuple(raw.shape)}"
         )
     implementation = select("gguf_decode", backend, Request(device=raw.device))
-    rows = raw.reshape(-1, raw.shape[-1]).contiguous()
+    rows = raw.reshape(math.prod(raw.shape[:-1]), raw.shape[-1]).contiguous()
     K = raw.shape[-1] // kind.bytes * kind.block
     if kind.name == "f32":
         return rows.clone().view(torch.float32).reshape(*raw.shape[:-1], K)

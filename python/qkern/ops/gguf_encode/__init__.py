@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def gguf_encode(x: Tensor, type: str, *, importance: Tensor | None = None, backe
             f"{kind.name} stores blocks of {kind.block} weights: got rows of {K}; choose a type whose block divides {K}"
         )
     implementation = select("gguf_encode", backend, Request(device=x.device, dtype=x.dtype))
-    rows = x.detach().to(torch.float32).reshape(-1, K).contiguous()
+    rows = x.detach().to(torch.float32).reshape(math.prod(x.shape[:-1]), K).contiguous()
     weights = None if importance is None else _check_importance(importance, K)
     if kind.name == "f32":
         return rows.clone().view(torch.uint8).reshape(*x.shape[:-1], 4 * K)

@@ -1,0 +1,59 @@
+"""Models and files that the GGUF tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import qkern
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """Folder of the model that lies in the package."""
+    return Path(qkern.__file__).parent / "demo" / "data" / "bible"
+
+
+@pytest.fixture(scope="session")
+def exported(shipped, tmp_path_factory):
+    """Maker of GGUF files of the shipped model: ``exported("q4_k_m")``; each is made once."""
+    from qkern.pipelines import export_gguf
+
+    folder = tmp_path_factory.mktemp("gguf")
+    made = {}
+
+    def make(kind, **options):
+        key = (kind, *sorted(options.items()))
+        if key not in made:
+            made[key] = folder / f"{len(made)}-{kind}.gguf"
+            export_gguf(shipped, made[key], kind, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny, shipped, tmp_path_factory):
+    """Maker of folders with a tiny random model and the shipped tokenizer: ``model_folder("llama")``."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shipped)
+
+    def make(model_type, **overrides):
+        folder = tmp_path_factory.mktemp(model_type)
+        settings = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        model = tiny(model_type, **{**settings, "pad_token_id": None, "sliding_window": None, **overrides})
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder, model
+
+    return make
+
+
+@pytest.fixture
+def run_gguf():
+    """Maker of llama.cpp runners with an fp32 cache; the proof of this package is another's reading."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'qkern[llama]'")
+    from qkern.evaluation.llama_cpp import LlamaCpp
+
+    return lambda path: LlamaCpp(path, context=512, threads=torch.get_num_threads(), f32_cache=True)
