@@ -78,7 +78,7 @@ class GPTQConfig:
     block_size: int = 128
     act_order: ActOrder = "group-aware"
     static_groups: bool = False
-    search: ScaleSearch = "minmax"
+    search: ScaleSearch = "mse"
     candidates: int = 12
     scale_dtype: torch.dtype = torch.float16
 
