@@ -81,7 +81,7 @@ def save(
         for name, layer in layers.items():
             writer.add_quantized(name, layer.quantized(), layer.bias)
         dtype = None
-        for name, tensor in _plain_tensors(model, layers):
+        for name, tensor in _plain_tensors(model):
             writer.add_tensor(name, tensor)
             if dtype is None and tensor.is_floating_point():
                 dtype = str(tensor.dtype).removeprefix("torch.")  # runtimes load everything in one dtype
@@ -122,14 +122,25 @@ def _choose_format(
     )
 
 
-def _plain_tensors(model: Any, layers: Mapping[str, QuantLinear]) -> Iterator[tuple[str, Tensor]]:
-    """All other parameters and persistent buffers; of tied ones the first."""
-    quantized = tuple(f"{name}." for name in layers)
+def _plain_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and persistent buffers outside `QuantLinear` modules; of tied ones the first."""
     seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if (quantized and name.startswith(quantized)) or id(tensor) in seen:
+    for owner, module in model.named_modules():
+        if isinstance(module, QuantLinear):
             continue
-        seen.add(id(tensor))
-        if tensor.device.type == "meta":
-            raise InputError(f"{name} has no value (meta device): load the weights before saving")
-        yield name, tensor.detach()
+        stored = {
+            **module._parameters,
+            **{
+                name: buffer
+                for name, buffer in module._buffers.items()
+                if name not in module._non_persistent_buffers_set
+            },
+        }
+        for leaf, tensor in stored.items():
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            name = f"{owner}.{leaf}" if owner else leaf
+            if tensor.is_meta:
+                raise InputError(f"{name} has no value (meta device): load the weights before saving")
+            yield name, tensor.detach()
