@@ -40,7 +40,14 @@ from qkern.models import inject
 from qkern.nn import named_linears
 from qkern.ops import dequantize_groupwise
 from qkern.pipelines import quantize
-from qkern.quantizers import GPTQConfig, HessianAccumulator, quantize_gptq, quantize_rtn, search_clip, search_scales
+from qkern.quantizers import (
+    GPTQConfig,
+    HessianAccumulator,
+    quantize_gptq,
+    quantize_rtn,
+    search_clip,
+    search_scales,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,7 +91,14 @@ def peer(python: str, *arguments: object) -> tuple[dict[str, Tensor], dict[str, 
     """Run a peer in its own process: its decoded tensors and metadata, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output.safetensors"
-        command = [python, str(PEERS), str(arguments[0]), str(arguments[1]), str(output), *map(str, arguments[2:])]
+        command = [
+            python,
+            str(PEERS),
+            str(arguments[0]),
+            str(arguments[1]),
+            str(output),
+            *map(str, arguments[2:]),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines()
@@ -116,6 +130,7 @@ class Judge:
         self.baselines: dict[str, float] = {}
 
     def row(self, method: str, scheme: str, model: nn.Module, *, bits: float, seconds: float) -> Row:
+        """Measure one quantized model; the row of plain RTN is what later ones are compared with."""
         values = kl_divergence(self.reference, model, self.ids)
         interval = paired_bootstrap(values, np.zeros_like(values))
         if method == "RTN":
@@ -215,9 +230,7 @@ def ggml_rows(arguments: argparse.Namespace, judge: Judge, model: Any, ids: Tens
             tensors, facts = found
             changed = load(arguments.model)
             changed.load_state_dict(tensors, strict=False)
-            yield judge.row(
-                label, kind, changed, bits=float(facts["bits"]), seconds=float(facts["seconds"])
-            )
+            yield judge.row(label, kind, changed, bits=float(facts["bits"]), seconds=float(facts["seconds"]))
 
 
 def mean_squares(model: Any, linears: dict[str, Any], ids: Tensor) -> dict[str, Tensor]:
@@ -248,6 +261,7 @@ class Layer:
     fresh: Tensor
 
     def error(self, weight: Tensor) -> float:
+        """Squared error of the outputs on fresh activations, relative to the outputs."""
         change = self.fresh @ (weight - self.weight).T
         return float(change.square().sum() / (self.fresh @ self.weight.T).square().sum())
 
@@ -273,7 +287,9 @@ def make_layer(rows: int, columns: int, seed: int) -> Layer:
 
 def our_layer(layer: Layer, method: str, scheme: str) -> Tensor:
     if method.startswith("RTN"):
-        return dequantize_groupwise(quantize_rtn(layer.weight, scheme, search="mse" if "mse" in method else "minmax"))
+        return dequantize_groupwise(
+            quantize_rtn(layer.weight, scheme, search="mse" if "mse" in method else "minmax")
+        )
     statistics = HessianAccumulator(layer.weight.shape[1])
     for batch in layer.seen.split(2048):
         statistics.add(batch)
@@ -320,7 +336,12 @@ def compare_layers(arguments: argparse.Namespace) -> list[Row]:
 
 
 def layer_row(
-    method: str, scheme: str, layers: dict[str, Layer], weights: dict[str, Tensor], bits: float, seconds: float
+    method: str,
+    scheme: str,
+    layers: dict[str, Layer],
+    weights: dict[str, Tensor],
+    bits: float,
+    seconds: float,
 ) -> Row:
     errors = {name: layer.error(weights[name]) for name, layer in layers.items()}
     note(f"{method} {scheme}: " + ", ".join(f"{error:.6f}" for error in errors.values()))
@@ -400,7 +421,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--schemes", nargs="+", default=["w4g128", "w4g128z", "w3g128", "w2g64"])
     parser.add_argument("--ggml-types", nargs="*", default=list(GGML_TYPES))
     parser.add_argument("--samples", type=int, default=128, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of each, at most the model's context")
+    parser.add_argument(
+        "--length", type=int, default=2048, help="tokens of each, at most the model's context"
+    )
     parser.add_argument("--windows", type=int, default=48, help="held-out windows of 512 tokens")
     parser.add_argument("--gptqmodel-python", help="interpreter of an environment that has GPTQModel")
     parser.add_argument("--layers", action="store_true", help="7B-shaped layers instead of a model")

@@ -1,4 +1,4 @@
-"""Other quantizers for `bench/quality.py`, each run in a process (and, if need be, an environment) of its own.
+"""Other quantizers for `bench/quality.py`, each in a process and, if need be, an environment of its own.
 
     python bench/quality_peers.py gptqmodel INPUT OUTPUT --model FOLDER --scheme w4g128 [--method awq]
     python bench/quality_peers.py gptqmodel-layers INPUT OUTPUT --scheme w4g128
@@ -151,8 +151,9 @@ def run_gptqmodel_layers(arguments: argparse.Namespace) -> None:
 
 
 def run_ggml(arguments: argparse.Namespace) -> None:
-    import gguf
     import llama_cpp
+
+    import gguf
 
     library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
     quantize = library.ggml_quantize_chunk

@@ -30,7 +30,14 @@ def codes_of(quantized: QuantizedWeight) -> Tensor:
 
 
 def textbook(
-    weight: Tensor, hessian: Tensor, scheme: Scheme, *, damp: float, order: list[int], groups: list[int], static: bool
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: Scheme,
+    *,
+    damp: float,
+    order: list[int],
+    groups: list[int],
+    static: bool,
 ) -> tuple[Tensor, Tensor]:
     """GPTQ as published, in float64, one column at a time: (dequantized weight, codes).
 
@@ -95,9 +102,7 @@ def test_equals_the_textbook(spelling: str, act_order: Any, static: bool) -> Non
         scheme,
         GPTQConfig(act_order=act_order, static_groups=static, search="minmax", block_size=40),
     )
-    expected, codes = textbook(
-        weight, hessian, scheme, damp=0.05, order=order, groups=groups, static=static
-    )
+    expected, codes = textbook(weight, hessian, scheme, damp=0.05, order=order, groups=groups, static=static)
     if groups == sorted(groups):
         assert result.weight.group_index is None
     else:
@@ -112,7 +117,9 @@ def test_equals_the_textbook(spelling: str, act_order: Any, static: bool) -> Non
     assert energy(weight - dequantize_groupwise(result.weight), hessian) == pytest.approx(least, rel=0.01)
 
 
-@pytest.mark.parametrize("spelling", ["w2g16", "w3g32", "w4g64", "w8", "w2g32z", "w4g100z", "w4t", "nf4g32", "fp4g64"])
+@pytest.mark.parametrize(
+    "spelling", ["w2g16", "w3g32", "w4g64", "w8", "w2g32z", "w4g100z", "w4t", "nf4g32", "fp4g64"]
+)
 @pytest.mark.parametrize("options", [
     {"act_order": "none"},
     {"act_order": "desc_act"},
@@ -190,7 +197,9 @@ def test_no_activation_at_all_is_rounding_to_nearest() -> None:
 
 
 @pytest.mark.parametrize("search", ["minmax", "mse", "loss"])
-def test_a_poisoned_hessian_falls_to_rtn_for_this_layer(search: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_poisoned_hessian_falls_to_rtn_for_this_layer(
+    search: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     weight, hessian = problem()
     hessian[5, 6] = torch.nan
     with caplog.at_level(logging.WARNING):
@@ -218,7 +227,9 @@ def test_a_hopeless_hessian_falls_to_rtn() -> None:
     hessian = torch.full((K, K), 5.0)
     hessian.diagonal().fill_(1.0)
     result = quantize_gptq(weight, hessian, "w4g32", GPTQConfig(search="minmax"))
-    assert result.notes == ("rounded to nearest: the Hessian is not positive definite even with full damping",)
+    assert result.notes == (
+        "rounded to nearest: the Hessian is not positive definite even with full damping",
+    )
     assert torch.equal(result.weight.codes, quantize_rtn(weight, "w4g32").codes)
 
 

@@ -224,7 +224,9 @@ def _statistics(weights: Sequence[Tensor], inputs: Tensor | HessianAccumulator) 
             f"inputs must be tokens of {K} features: got {statistics.tokens} tokens of {statistics.features}"
         )
     if not bool(torch.isfinite(statistics.diagonal).all()):
-        raise InputError("activations have NaN or Inf values: AWQ needs finite ones; check the calibration run")
+        raise InputError(
+            "activations have NaN or Inf values: AWQ needs finite ones; check the calibration run"
+        )
     return statistics
 
 
@@ -235,7 +237,7 @@ def _rounded(weight: Tensor, scheme: Scheme, search: Literal["minmax", "mse"]) -
 def _grouped(matrix: Tensor, length: int) -> Tensor:
     """``[N, G, length]``; a short last group is filled up with zeros."""
     missing = -matrix.shape[1] % length
-    return F.pad(matrix, (0, missing)).unflatten(1, (-1, length))
+    return F.pad(matrix, (0, missing)).reshape(matrix.shape[0], -(-matrix.shape[1] // length), length)
 
 
 def _diagonal_blocks(matrix: Tensor, length: int) -> Tensor:

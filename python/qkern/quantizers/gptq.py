@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -203,7 +204,7 @@ class _Run:
 
     def quantize(self) -> None:
         """Go through all columns once."""
-        K, block = self.weight.shape[1], self.config.block_size
+        block = self.config.block_size
         if self.config.static_groups:
             self._set_static_scales()
         for start, stop in self._runs():
@@ -238,7 +239,7 @@ class _Run:
         borders = [0, self.groups.numel()]
         if not self.config.static_groups:
             borders[1:1] = (1 + (self.groups[1:] != self.groups[:-1]).nonzero().flatten()).tolist()
-        return zip(borders[:-1], borders[1:], strict=True)
+        return pairwise(borders)
 
     def _searches_loss(self, length: int) -> bool:
         fits = length <= self.config.block_size and not self.scheme.per_tensor
@@ -251,9 +252,12 @@ class _Run:
             return weight
         pull = self.difference[:, :start] @ self.root[:start, start:stop]
         corner = self.root[start:stop, start:stop]
-        return weight + torch.linalg.solve_triangular(corner, pull, upper=True, left=False)
+        change: Tensor = torch.linalg.solve_triangular(corner, pull, upper=True, left=False)
+        return weight + change
 
-    def _grid(self, target: Tensor, scheme: Scheme, search: ScaleSearch, cost: Tensor) -> tuple[Tensor, Tensor]:
+    def _grid(
+        self, target: Tensor, scheme: Scheme, search: ScaleSearch, cost: Tensor
+    ) -> tuple[Tensor, Tensor]:
         minmax = search == "minmax"
         grid = quantize_groupwise(
             target,
@@ -266,7 +270,7 @@ class _Run:
         return grid.scales.to(torch.float32), zeros
 
     def _cost(self, start: int, stop: int) -> Tensor:
-        """What a unit error of each column adds to the loss once later columns made up for it."""
+        """Return what a unit error of each column adds to the loss once later columns made up for it."""
         return self.root.diagonal()[start:stop].square()
 
     def _set_static_scales(self) -> None:
@@ -347,7 +351,9 @@ def _ratios(scheme: Scheme, count: int) -> list[float]:
     least = {2: 0.4, 3: 0.5, 4: 0.6, 8: 0.9}[scheme.bits]
     ratios = torch.linspace(1.0, least, count).tolist()
     # A symmetric grid has one more level below zero than above; a negative scale turns it round.
-    return ratios if scheme.zero_point or scheme.codebook else [sign * ratio for ratio in ratios for sign in (1.0, -1.0)]
+    if scheme.zero_point or scheme.codebook:
+        return ratios
+    return [sign * ratio for ratio in ratios for sign in (1.0, -1.0)]
 
 
 def _trivial_groups(K: int, scheme: Scheme, device: torch.device) -> Tensor:
@@ -355,7 +361,7 @@ def _trivial_groups(K: int, scheme: Scheme, device: torch.device) -> Tensor:
 
 
 def _column_order(diagonal: Tensor, scheme: Scheme, config: GPTQConfig) -> tuple[Tensor, Tensor]:
-    """Processing order (int64 ``[K]``, original columns) and the group of each processed column."""
+    """Return the order of the columns (int64 ``[K]``) and, in that order, their groups (int32 ``[K]``)."""
     K = diagonal.numel()
     trivial = _trivial_groups(K, scheme, diagonal.device)
     # A Hessian with NaN has no order; the run falls back before it is used.

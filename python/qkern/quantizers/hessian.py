@@ -160,7 +160,9 @@ def factorize(hessian: Tensor, damp: float) -> Factor | None:
             return None
         raised = min(max(2 * relative, FIRST_DAMP), MAX_DAMP)
         logger.warning(
-            "Hessian is not positive definite with damping %g of its mean diagonal: trying %g", relative, raised
+            "Hessian is not positive definite with damping %g of its mean diagonal: trying %g",
+            relative,
+            raised,
         )
         relative = raised
 
@@ -168,4 +170,5 @@ def factorize(hessian: Tensor, damp: float) -> Factor | None:
 def triangular_inverse(upper: Tensor) -> Tensor:
     """Inverse of a small upper triangular matrix ``[B, B]``, upper triangular too."""
     identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse
