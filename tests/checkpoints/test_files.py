@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import struct
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -243,6 +242,7 @@ def test_any_failure_leaves_nothing(tmp_path: Path) -> None:
 @contextmanager
 def file_size_limit(count: int) -> Iterator[None]:
     """Writes beyond `count` bytes of a file fail as on a full disk, with another errno."""
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
     try:

@@ -287,6 +287,16 @@ def test_names_of_a_bare_decoder(tmp_path: Path) -> None:
     assert torch.equal(logits(load(folder, compute="float")), expected)
 
 
+def test_a_loaded_model_does_not_depend_on_its_file(tmp_path: Path) -> None:
+    folder = quantized_folder(tmp_path)
+    loaded = load(folder, compute="float")
+    expected = logits(loaded)
+    file = folder / "model.safetensors"
+    with file.open("r+b") as raw:
+        raw.write(b"\xff" * file.stat().st_size)
+    assert torch.equal(logits(loaded), expected)
+
+
 def test_a_bias_that_the_architecture_lacks_is_kept(tmp_path: Path) -> None:
     folder = quantized_folder(tmp_path)
     bias = torch.randn(64).half()

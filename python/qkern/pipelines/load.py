@@ -216,7 +216,7 @@ def _fill(
     left_over, mismatched = [], []
     for stored in plain:
         name = names[stored]
-        if name not in slots:
+        if name not in slots or name in filled:
             if not any(re.search(pattern, name) for pattern in ignored):
                 left_over.append(stored)
             continue
@@ -224,7 +224,8 @@ def _fill(
         if tensor.shape != slots[name].shape:
             mismatched.append(stored)
             continue
-        filled[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        # Copied, since what safetensors returns is a view of the file, which may change later.
+        filled[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
     missing = [
         name
         for name, tensor in slots.items()
