@@ -8,6 +8,15 @@ import torch
 import qkern
 
 
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Small models: a second thread only waits for the first, and llama.cpp's spin while they wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def shipped():
     """Folder of the model that lies in the package."""
@@ -41,7 +50,11 @@ def model_folder(tiny, shipped, tmp_path_factory):
 
     def make(model_type, **overrides):
         folder = tmp_path_factory.mktemp(model_type)
-        settings = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        settings = {
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        }
         model = tiny(model_type, **{**settings, "pad_token_id": None, "sliding_window": None, **overrides})
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -56,4 +69,4 @@ def run_gguf():
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'qkern[llama]'")
     from qkern.evaluation.llama_cpp import LlamaCpp
 
-    return lambda path: LlamaCpp(path, context=512, threads=torch.get_num_threads(), f32_cache=True)
+    return lambda path: LlamaCpp(path, context=512, threads=1, f32_cache=True)

@@ -11,7 +11,13 @@ from qkern.pipelines import export_gguf
 # llama-cpp-python leaves /dev/null open when it silences llama.cpp.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-PROMPTS = ["In the beginning God", "And Moses said unto", "Blessed are they", "7 kings, 12 sons:\n", "The word"]
+PROMPTS = [
+    "In the beginning God",
+    "And Moses said unto",
+    "Blessed are they",
+    "7 kings, 12 sons:\n",
+    "The word",
+]
 
 
 def model_and_tokenizer(folder):
@@ -60,7 +66,9 @@ def test_tokens_equal_those_of_transformers(shipped, exported, run_gguf):
     assert runner.llama.token_eos() == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q6_k", "f16", "bf16", "f32"])
+@pytest.mark.parametrize(
+    "kind", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q6_k", "f16", "bf16", "f32"]
+)
 def test_perplexity_equals_ours_on_the_decoded_weights(kind, shipped, exported, run_gguf):
     model, tokenizer = model_and_tokenizer(shipped)
     path = exported(kind)
@@ -120,7 +128,9 @@ def test_logits_equal_those_of_transformers(variant, model_folder, run_gguf, tmp
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k_m", "q6_k", "f16", "bf16"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_types_equal_those_of_llama_quantize(kind, tied, exported, model_folder, shipped, tmp_path):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'qkern[llama]'")
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed: pip install 'qkern[llama]'"
+    )
     from qkern.gguf import mixture_for
 
     if tied:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, quants
 
+from gguf import GGMLQuantizationType, quants
 from qkern.errors import InputError
 from qkern.ops import gguf_decode
 from qkern.ops._native import force_tier, usable_tiers
@@ -45,12 +45,21 @@ def half(value):
 GOLDEN = {
     "q4_0": (half(0.5) + [0x1F] + [0x88] * 15, {0: 3.5, 16: -3.5, 1: 0.0}),
     "q4_1": (half(0.5) + half(-1) + [0x1F] + [0] * 15, {0: 6.5, 16: -0.5, 1: -1.0}),
-    "q5_0": (half(2) + [1, 0, 0, 0x80] + [0x03] + [0] * 14 + [0x50], {0: 6.0, 16: -32.0, 31: 10.0, 15: -32.0}),
+    "q5_0": (
+        half(2) + [1, 0, 0, 0x80] + [0x03] + [0] * 14 + [0x50],
+        {0: 6.0, 16: -32.0, 31: 10.0, 15: -32.0},
+    ),
     "q5_1": (half(2) + half(1) + [2, 0, 1, 0] + [0] * 16, {0: 1.0, 1: 33.0, 16: 33.0}),
     "q8_0": (half(0.25) + [127, 128] + [0] * 30, {0: 31.75, 1: -32.0, 2: 0.0}),
     # scale[0] = 63, min[0] = 1; scale[4] = 0b110001 and min[4] = 0b010010 are split over two bytes.
     "q4_k": (
-        half(0.5) + half(2) + [0xFF, 0, 0, 0, 0x41, 0, 0, 0, 0x21, 0, 0, 0] + [0x0F] + [0] * 63 + [0x02] + [0] * 63,
+        half(0.5)
+        + half(2)
+        + [0xFF, 0, 0, 0, 0x41, 0, 0, 0, 0x21, 0, 0, 0]
+        + [0x0F]
+        + [0] * 63
+        + [0x02]
+        + [0] * 63,
         {0: 470.5, 1: -2.0, 32: 0.0, 128: 13.0, 129: -36.0},
     ),
     "q5_k": (

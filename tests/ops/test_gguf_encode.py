@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gguf import GGMLQuantizationType, quants
 from qkern.errors import InputError
 from qkern.ops import gguf_decode, gguf_encode
 from qkern.ops._native import force_tier, usable_tiers
@@ -192,7 +192,9 @@ def ggml_library():
     folder = Path(llama_cpp.__file__).parent / "lib"
     library = ctypes.CDLL(str(next(folder.glob("libggml-base.*"))))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
+    library.ggml_quantize_chunk.argtypes = (
+        [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
+    )
     return library
 
 

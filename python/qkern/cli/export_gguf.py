@@ -15,7 +15,8 @@ def command(
     kind: Annotated[
         str,
         typer.Option(
-            "--type", help="q8_0, q4_0, q4_1, q5_0, q5_1, q4_k_m, q6_k, f16, bf16 or f32 (llama.cpp's mixtures)."
+            "--type",
+            help="q8_0, q4_0, q4_1, q5_0, q5_1, q4_k_m, q6_k, f16, bf16 or f32 (llama.cpp's mixtures).",
         ),
     ] = "q4_k_m",
     pure: Annotated[bool, typer.Option(help="The base type for every matrix.")] = False,

@@ -88,7 +88,7 @@ class GGUFArchitecture:
         return bool(config.get("attention_bias"))
 
     def names(self, config: Config) -> dict[str, str]:
-        """transformers' tensor names to llama.cpp's."""
+        """Transformers' tensor names to llama.cpp's."""
         import gguf
 
         number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
@@ -97,7 +97,9 @@ class GGUFArchitecture:
         for name in self.shapes(config, tied=False):
             mapped = table.get_name(name, try_suffixes=(".weight", ".bias"))
             if mapped is None:
-                raise UnsupportedError(f"the gguf package has no name for {name} of {self.name}; upgrade gguf")
+                raise UnsupportedError(
+                    f"the gguf package has no name for {name} of {self.name}; upgrade gguf"
+                )
             names[name] = mapped
         return names
 
@@ -136,7 +138,9 @@ class GGUFArchitecture:
             If the model uses what llama.cpp does not compute for this architecture.
         """
         if config["hidden_act"] != "silu":
-            raise UnsupportedError(f"hidden_act {config['hidden_act']!r}: llama.cpp's {self.name} has silu only")
+            raise UnsupportedError(
+                f"hidden_act {config['hidden_act']!r}: llama.cpp's {self.name} has silu only"
+            )
         head = head_dim(config)
         writer.add_context_length(config["max_position_embeddings"])
         writer.add_embedding_length(config["hidden_size"])

@@ -29,7 +29,19 @@ _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
 _MAX_DIMENSIONS: Final = 4
 _DEFAULT_ALIGNMENT: Final = 32
-_SCALARS: Final = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS: Final = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _STRING, _ARRAY = 8, 9
 # Arrays in arrays are legal but unused; deeper ones would only serve to exhaust the stack.
 _MAX_DEPTH: Final = 4
@@ -134,7 +146,9 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         try:
             self._parse(_Cursor(memoryview(self._data)))
         except FormatError as error:
-            raise FormatError(f"{self.path} is not a readable GGUF: {error}; fetch or export it again") from None
+            raise FormatError(
+                f"{self.path} is not a readable GGUF: {error}; fetch or export it again"
+            ) from None
 
     def _parse(self, cursor: _Cursor) -> None:
         if bytes(cursor.take(4)) != _MAGIC:
@@ -160,13 +174,17 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         name = cursor.string()
         dimensions = cursor.number("<I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise FormatError(f"tensor {name!r} has {dimensions} dimensions, allowed are 1 to {_MAX_DIMENSIONS}")
+            raise FormatError(
+                f"tensor {name!r} has {dimensions} dimensions, allowed are 1 to {_MAX_DIMENSIONS}"
+            )
         shape = tuple(int(cursor.number("<Q")) for _ in range(dimensions))
         if 0 in shape or math.prod(shape) >= 2**63:
             raise FormatError(f"tensor {name!r} has the shape {shape}")
         return name, shape[::-1], int(cursor.number("<I")), int(cursor.number("<Q"))
 
-    def _place(self, found: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int, size: int) -> None:
+    def _place(
+        self, found: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int, size: int
+    ) -> None:
         """Check that the tensors lie within the file and do not overlap, and enter them."""
         ends: list[tuple[int, int, str]] = []
         for name, shape, type_id, offset in found:
@@ -253,7 +271,9 @@ class GGUFFile(Mapping[str, GGUFTensor]):
             if file_name == "rope_freqs.weight":  # follows from the configuration
                 continue
             if file_name not in names:
-                raise FormatError(f"{self.path}: tensor {file_name!r} is no part of a {architecture.name} model")
+                raise FormatError(
+                    f"{self.path}: tensor {file_name!r} is no part of a {architecture.name} model"
+                )
             name = names[file_name]
             weight = self[file_name].decode()
             try:

@@ -87,7 +87,9 @@ def read_sentencepiece(file: Path) -> Pieces:
     if not tokens:
         raise FormatError(f"{file} is no SentencePiece model: it has no pieces; fetch it again")
     if algorithm != _BPE:
-        raise UnsupportedError(f"{file} is no BPE model (algorithm {algorithm}): only BPE is exported to GGUF")
+        raise UnsupportedError(
+            f"{file} is no BPE model (algorithm {algorithm}): only BPE is exported to GGUF"
+        )
     return Pieces(tokens=tokens, scores=scores, adds_space_prefix=prefix)
 
 

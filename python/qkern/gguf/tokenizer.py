@@ -17,6 +17,7 @@ from qkern.gguf.sentencepiece import Pieces, TokenType, read_sentencepiece
 
 __all__ = ["PRE_TOKENIZERS", "add_tokenizer"]
 
+_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CONTRACTIONS: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _WORDS: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -96,12 +97,17 @@ def _is_byte_level(folder: Path) -> bool:
 def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    # transformers makes an empty tokenizer of a folder that has none.
+    if not any((folder / file).is_file() for file in _FILES):
+        raise FormatError(f"{folder} has no tokenizer: one of {', '.join(_FILES)} is needed; copy it there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise FormatError(f"{folder} has no tokenizer that transformers reads: {error}") from error
     if not tokenizer.is_fast:
-        raise UnsupportedError(f"{folder}: the tokenizer has no tokenizer.json form; save a fast one beside it")
+        raise UnsupportedError(
+            f"{folder}: the tokenizer has no tokenizer.json form; save a fast one beside it"
+        )
     return tokenizer
 
 

@@ -67,7 +67,7 @@ class GGUFReport:
 def export_gguf(
     model: str | Path,
     output: str | Path,
-    type: str = "q4_k_m",  # noqa: A002
+    type: str = "q4_k_m",
     *,
     pure: bool = False,
     pre_tokenizer: str | None = None,
@@ -127,7 +127,9 @@ def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False).to_dict()
+        config: dict[str, Any] = AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=False
+        ).to_dict()
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         file = checkpoint.folder / "config.json"
         raise FormatError(f"{file} is no configuration that transformers reads: {error}") from error
@@ -208,7 +210,11 @@ def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:
 
 
 def _read(
-    checkpoint: QuantizedCheckpoint, stored: str, name: str, architecture: GGUFArchitecture, config: dict[str, Any]
+    checkpoint: QuantizedCheckpoint,
+    stored: str,
+    name: str,
+    architecture: GGUFArchitecture,
+    config: dict[str, Any],
 ) -> Tensor:
     value = checkpoint[stored]
     tensor = dequantize_groupwise(value) if isinstance(value, QuantizedWeight) else value

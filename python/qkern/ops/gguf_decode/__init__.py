@@ -15,12 +15,14 @@ from qkern.ops.registry import Backend, Implementation, Request, register, selec
 __all__ = ["gguf_decode"]
 
 register(
-    Implementation(op="gguf_decode", backend=Backend.REFERENCE, call=reference.decode, why_not=lambda request: None)
+    Implementation(
+        op="gguf_decode", backend=Backend.REFERENCE, call=reference.decode, why_not=lambda request: None
+    )
 )
 register(Implementation(op="gguf_decode", backend=Backend.CPU, call=cpu.decode, why_not=cpu.why_not))
 
 
-def gguf_decode(raw: Tensor, type: str, *, backend: str = "auto") -> Tensor:  # noqa: A002
+def gguf_decode(raw: Tensor, type: str, *, backend: str = "auto") -> Tensor:
     """Decode rows of GGUF blocks.
 
     Parameters

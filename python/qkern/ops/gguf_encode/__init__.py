@@ -17,7 +17,7 @@ __all__ = ["gguf_encode"]
 register(Implementation(op="gguf_encode", backend=Backend.CPU, call=cpu.encode, why_not=cpu.why_not))
 
 
-def gguf_encode(x: Tensor, type: str, *, importance: Tensor | None = None, backend: str = "auto") -> Tensor:  # noqa: A002
+def gguf_encode(x: Tensor, type: str, *, importance: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Encode the rows of a tensor as GGUF blocks, with the scales that leave the least squared error.
 
     Parameters
@@ -61,7 +61,9 @@ def gguf_encode(x: Tensor, type: str, *, importance: Tensor | None = None, backe
 
 def _check_importance(importance: Tensor, K: int) -> Tensor:
     if tuple(importance.shape) != (K,):
-        raise InputError(f"importance must have shape [{K}], one weight a column: got {tuple(importance.shape)}")
+        raise InputError(
+            f"importance must have shape [{K}], one weight a column: got {tuple(importance.shape)}"
+        )
     values = importance.detach().to(device="cpu", dtype=torch.float32)
     if not torch.isfinite(values).all() or bool((values < 0).any()):
         raise InputError("importance must be finite and at least 0: got NaN, Inf or a negative value")

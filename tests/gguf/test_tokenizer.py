@@ -1,0 +1,189 @@
+"""Tokenizers in a file split text as they do in transformers."""
+
+import json
+import struct
+
+import pytest
+
+from qkern.errors import FormatError, UnsupportedError
+from qkern.evaluation import read_text
+from qkern.gguf import GGUFFile
+from qkern.gguf.sentencepiece import TokenType, read_sentencepiece
+from qkern.gguf.tokenizer import PRE_TOKENIZERS
+from qkern.pipelines import export_gguf
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+TEXTS = [
+    "And he said, 12345 men;  they've gone \u2014 caf\u00e9!",
+    " leading space",
+    "x\n\n  y\tz",
+    "HeLLo WORLD's \u4f60\u597d \U0001f600",
+]
+
+
+def byte_level(splits, text):
+    """A byte-level BPE with the given split, trained on the spot."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if split == "digits"
+        else pre_tokenizers.Split(Regex(split), behavior="isolated")
+        for split in splits
+    ]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.split("\n\n"), trainer)
+    return tokenizer
+
+
+def sentencepiece_like(text):
+    """A BPE over characters with byte fallback, as Llama 2 has it: tokenizer, vocabulary and merges."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(text.split("\n"), trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.ByteFallback()
+    return tokenizer, vocabulary, merges
+
+
+def put_tokenizer(folder, tokenizer, **special):
+    from transformers import PreTrainedTokenizerFast
+
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / file).unlink(missing_ok=True)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.mark.parametrize("splits", PRE_TOKENIZERS, ids=PRE_TOKENIZERS.values())
+def test_pre_tokenizers_are_recognized_and_split_alike(splits, shipped, model_folder, run_gguf, tmp_path):
+    tokenizer = byte_level(splits, read_text(shipped / "search.txt")[:30_000])
+    folder, _ = model_folder("llama", vocab_size=tokenizer.get_vocab_size() + 3)
+    fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>")
+    export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert file.metadata["tokenizer.ggml.pre"] == PRE_TOKENIZERS[splits]
+        assert file.metadata["tokenizer.ggml.token_type"][-3:] == [TokenType.UNUSED] * 3
+        assert file.metadata["tokenizer.ggml.add_bos_token"] is False
+    runner = run_gguf(tmp_path / "model.gguf")
+    for text in TEXTS:
+        assert runner.tokenize(text).tolist() == fast(text)["input_ids"]
+
+
+def test_bos_is_added_where_the_tokenizer_adds_it(shipped, model_folder, run_gguf, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_level(next(iter(PRE_TOKENIZERS)), read_text(shipped / "search.txt")[:5_000])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    folder, _ = model_folder("llama", vocab_size=tokenizer.get_vocab_size())
+    fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>")
+    export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    runner = run_gguf(tmp_path / "model.gguf")
+    assert runner.bos == 0
+    assert runner.tokenize("In the").tolist() == fast("In the")["input_ids"]
+
+
+def test_an_unknown_pre_tokenizer_is_refused_unless_named(shipped, model_folder, tmp_path):
+    tokenizer = byte_level((r"\p{L}+|\P{L}+",), read_text(shipped / "search.txt")[:5_000])
+    folder, _ = model_folder("llama", vocab_size=tokenizer.get_vocab_size())
+    put_tokenizer(folder, tokenizer, eos_token="</s>")
+    with pytest.raises(UnsupportedError, match=r"pre-tokenizer .*known are gpt-2, qwen2.*--pre-tokenizer"):
+        export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    assert list(tmp_path.iterdir()) == []
+    export_gguf(folder, tmp_path / "model.gguf", "q8_0", pre_tokenizer="qwen2")
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert file.metadata["tokenizer.ggml.pre"] == "qwen2"
+
+
+def varint(number):
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def message(field, content):
+    return varint(field << 3 | 2) + varint(len(content)) + content
+
+
+def sentencepiece_bytes(vocabulary, merges, algorithm=2):
+    """A tokenizer.model as the sentencepiece package would write it."""
+    rank = {"".join(pair): number for number, pair in reversed(list(enumerate(merges)))}
+    data = b""
+    for text in vocabulary:
+        kind = 2 if text == "<unk>" else 3 if text in ("<s>", "</s>") else 6 if text.startswith("<0x") else 1
+        score = struct.pack("<f", -float(rank.get(text, len(merges))))
+        data += message(1, message(1, text.encode()) + b"\x15" + score + b"\x18" + varint(kind))
+    return data + message(2, b"\x18" + varint(algorithm)) + message(3, b"\x18\x01")
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_sentencepiece_bpe(from_file, shipped, model_folder, run_gguf, tmp_path):
+    tokenizer, vocabulary, merges = sentencepiece_like(read_text(shipped / "search.txt")[:30_000])
+    folder, _ = model_folder("mistral", vocab_size=len(vocabulary))
+    fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    if from_file:
+        (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(vocabulary, merges))
+        settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert file.metadata["tokenizer.ggml.model"] == "llama"
+        kinds = file.metadata["tokenizer.ggml.token_type"]
+        assert kinds[:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
+        assert file.metadata["tokenizer.ggml.eos_token_id"] == 2
+    runner = run_gguf(tmp_path / "model.gguf")
+    for text in TEXTS:
+        assert runner.tokenize(text).tolist() == fast(text)["input_ids"]
+
+
+def test_damaged_sentencepiece_files_are_refused(tmp_path):
+    whole = sentencepiece_bytes({"<unk>": 0, "a": 1}, [])
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(whole)
+    assert read_sentencepiece(file).tokens == {0: ("<unk>", TokenType.UNKNOWN), 1: ("a", TokenType.NORMAL)}
+    for damaged in (b"", whole[:7], b"\xff" * 20, message(1, message(1, b"\xff"))):
+        file.write_bytes(damaged)
+        with pytest.raises(FormatError, match="no SentencePiece model"):
+            read_sentencepiece(file)
+    file.write_bytes(sentencepiece_bytes({"<unk>": 0}, [], algorithm=1))
+    with pytest.raises(UnsupportedError, match="no BPE model"):
+        read_sentencepiece(file)
+
+
+def test_more_tokens_than_rows_are_refused(model_folder, tmp_path):
+    folder, _ = model_folder("qwen2", vocab_size=2000)
+    with pytest.raises(FormatError, match="ids up to 2047, but the embedding has 2000 rows"):
+        export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+
+
+def test_a_folder_without_tokenizer_is_refused(model_folder, tmp_path):
+    folder, _ = model_folder("qwen2")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(FormatError, match="no tokenizer"):
+        export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    assert list(tmp_path.iterdir()) == []
