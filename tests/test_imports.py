@@ -8,40 +8,54 @@ import pytest
 
 import qkern
 
-HEAVY = ("transformers", "gguf", "typer", "rich", "matplotlib", "pymoo", "llama_cpp", "datasets", "triton")
+HEAVY = {"transformers", "gguf", "matplotlib", "pymoo", "llama_cpp", "datasets", "triton"}
+STAGES = ("qkern", "qkern.ops, qkern.nn, qkern.evaluation", "qkern.cli")
+# Torch itself may load some of them (triton, where it is installed): only what qkern adds counts.
+PROGRAM = """
+import json, sys, time
+import torch
+known, facts = set(sys.modules), []
+for stage in STAGES:
+    start = time.perf_counter()
+    exec(f"import {stage}")
+    seconds = time.perf_counter() - start
+    facts.append({"seconds": seconds, "added": sorted({m.split(".")[0] for m in set(sys.modules) - known})})
+print(json.dumps(facts))
+"""
 
 
-def run(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def measure(stages):
+    program = PROGRAM.replace("STAGES", repr(stages))
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return json.loads(result.stdout)
 
 
-def loaded_after(statement: str) -> set[str]:
-    listing = "import json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
-    return set(json.loads(run(f"import sys\n{statement}\n{listing}")))
+@pytest.fixture(scope="module")
+def facts():
+    return measure(STAGES)
 
 
-def test_import_is_light():
-    # Torch itself may load some of them (triton, where it is installed): only what qkern adds counts.
-    added = loaded_after("import qkern") - loaded_after("import torch")
+def test_import_loads_nothing_heavy(facts):
+    added = set(facts[0]["added"])
     assert "qkern" in added
-    assert not added & set(HEAVY)
+    assert not added & (HEAVY | {"typer", "rich"})
 
 
-def test_import_costs_under_300_ms_beyond_torch():
-    code = "import torch, time; t = time.perf_counter(); import qkern; print(time.perf_counter() - t)"
-    assert min(float(run(code)) for _ in range(3)) < 0.3
+def test_kernels_and_evaluation_load_nothing_heavy(facts):
+    assert not set(facts[1]["added"]) & (HEAVY | {"typer"})
 
 
-def test_nn_and_ops_load_no_transformers():
-    added = loaded_after("import qkern.ops, qkern.nn, qkern.evaluation") - loaded_after("import torch")
-    assert not added & {"transformers", "gguf", "typer", "matplotlib", "pymoo", "llama_cpp", "datasets"}
+def test_command_line_loads_nothing_heavy(facts):
+    assert not set(facts[2]["added"]) & HEAVY
 
 
-def test_command_line_help_loads_no_transformers():
-    added = loaded_after("import qkern.cli") - loaded_after("import torch")
-    assert not added & {"transformers", "gguf", "matplotlib", "pymoo", "llama_cpp", "datasets"}
+def test_import_costs_under_300_ms_beyond_torch(facts):
+    # The best of three: a busy machine may slow one down.
+    for seconds in (facts[0]["seconds"], *(measure(STAGES[:1])[0]["seconds"] for _ in range(2))):
+        if seconds < 0.3:
+            return
+    pytest.fail(f"import qkern costs {seconds:.2f} s beyond torch in three tries")
 
 
 @pytest.mark.parametrize("name", qkern.__all__)

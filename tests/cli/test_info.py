@@ -63,4 +63,4 @@ def test_missing_native_module_is_reported(capsys, monkeypatch):
         "qkern.ops._native.why_not_cpu", lambda device: "the native module does not load (reason)"
     )
     cpu = json.loads(run(capsys, "--json"))["cpu"]
-    assert cpu == {"native_module": "it does not load (reason)"}
+    assert cpu == {"native_module": "the native module does not load (reason)"}

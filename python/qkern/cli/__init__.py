@@ -24,6 +24,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: Final = (
     "info",
+    "quantize",
     "demo",
     "export-gguf",
     "perplexity",

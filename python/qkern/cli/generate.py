@@ -17,12 +17,10 @@ def command(
 ) -> None:
     """Generate text from a prompt, streaming to stdout."""
     import torch
-    from transformers import AutoTokenizer
 
-    from qkern.pipelines import load
+    from qkern.cli._loading import load_model
 
-    loaded = load(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded, tokenizer = load_model(model)
     inputs = _encode(tokenizer, prompt, chat).to(loaded.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:

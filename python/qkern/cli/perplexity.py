@@ -60,13 +60,10 @@ def command(
 
 
 def _open(model: str, text: str) -> tuple[Any, Any, int | None, str]:
-    from transformers import AutoTokenizer
-
+    from qkern.cli._loading import load_model
     from qkern.evaluation import bos_if_added, token_ids
-    from qkern.pipelines import load
 
-    loaded = load(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded, tokenizer = load_model(model)
     return loaded, token_ids(tokenizer, text), bos_if_added(tokenizer), "qkern"
 
 
