@@ -3,14 +3,16 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from qkern.ops import dequantize_groupwise, pack_bits, unpack_bits
 from qkern.quantizers import quantize_rtn
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -78,7 +80,7 @@ def test_the_peers_gptq_decoder_reads_gptq_files(peers: ModuleType, bits: int, f
     weight = quantize_rtn(torch.randn(64, 96, generator=generator), f"w{bits}g32z")
     assert weight.zeros is not None
     zeros = weight.zeros.T.contiguous()
-    stored = ((zeros.int() - first_version) % 2**bits).to(torch.uint8)
+    stored = ((zeros.int() - int(first_version)) % 2**bits).to(torch.uint8)
     entry: dict[str, Any] = {
         "qweight": pack_bits(unpack_bits(weight.codes, bits, shape=(64, 96)), bits, layout="gptq"),
         "qzeros": pack_bits(stored, bits),
