@@ -1,0 +1,58 @@
+"""``qkern demo``: quantize the shipped model by every method and show what it costs and what it gains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    output: Annotated[
+        Path, typer.Option(help="New or empty folder for checkpoints, GGUF files and report.")
+    ] = Path("qkern-demo"),
+) -> None:
+    """Quantize the model that ships with qkern, run it, save it, reload it, export it; about two minutes."""
+    import platform
+    import time
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from qkern.demo import report, run, speed
+    from qkern.ops._native import core
+
+    started = time.perf_counter()
+    run.make_output(output)
+    console = Console()
+
+    def show(title: str, table: report.Table) -> None:
+        header, rows = table
+        printed = Table(title=title, title_justify="left")
+        for name in header:
+            printed.add_column(
+                name, justify="left" if name in ("scheme", "method", "format", "type") else "right"
+            )
+        for row in rows:
+            printed.add_row(*row)
+        console.print(printed, markup=False)
+
+    machine = (
+        f"{platform.machine()}, CPU tier {core().active_tier()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
+    )
+    console.print(machine, highlight=False)
+    quality = run.run_quality(output)
+    show("The shipped model, quantized (held-out KL in nats, perplexity)", report.quality_table(quality))
+    mlp = speed.run_speed()
+    show("One token through a 7B-shaped MLP, weights rotated over 512 MB", report.speed_table(mlp))
+    gguf = run.run_gguf(output)
+    show("GGUF", report.gguf_table(gguf))
+    path = report.write_report(output, quality, mlp, gguf, machine=machine)
+    console.print(
+        f"Every checkpoint was reloaded and gives the same logits. Written to {output}/; report: {path} "
+        f"({time.perf_counter() - started:.0f} s)",
+        highlight=False,
+    )

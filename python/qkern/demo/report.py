@@ -1,0 +1,121 @@
+"""The demo's Markdown report, and its picture where matplotlib is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from qkern.demo.run import GgufRow, QualityRow
+    from qkern.demo.speed import SpeedRow
+
+__all__ = ["gguf_table", "quality_table", "speed_table", "write_picture", "write_report"]
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+"""Header and rows, all text."""
+
+
+def quality_table(rows: Sequence[QualityRow]) -> Table:
+    """Scheme, method, sizes and quality of each checkpoint."""
+    header = ("scheme", "method", "format", "bpw_linear", "bpw_file", "MB", "KL", "perplexity", "reload")
+    return header, [
+        (
+            row.scheme,
+            row.method,
+            row.format,
+            f"{row.bpw_linear:.3f}",
+            f"{row.bpw_file:.3f}",
+            f"{row.file_bytes / 1e6:.2f}",
+            f"{row.kl:.5f}",
+            f"{row.perplexity:.3f}",
+            "-" if row.format == "-" else "equal",
+        )
+        for row in rows
+    ]
+
+
+def speed_table(rows: Sequence[SpeedRow]) -> Table:
+    """Time a token and resident megabytes of the MLP."""
+    header = ("weights", "ms a token", "times bf16", "resident MB")
+    return header, [
+        (row.weights, f"{row.ms_a_token:.2f}", f"{row.speedup:.2f}", f"{row.resident_bytes / 1e6:.1f}")
+        for row in rows
+    ]
+
+
+def gguf_table(rows: Sequence[GgufRow]) -> Table:
+    """Size of each GGUF file and what llama.cpp makes of a prompt with it."""
+    header = ("type", "MB", "bpw_file", "llama.cpp continues")
+    return header, [
+        (
+            row.type,
+            f"{row.file_bytes / 1e6:.2f}",
+            f"{row.bpw_file:.3f}",
+            "not run: llama-cpp-python is not installed" if row.continuation is None else row.continuation,
+        )
+        for row in rows
+    ]
+
+
+def _markdown(table: Table) -> str:
+    header, rows = table
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("\n", " ") for cell in line) + " |" for line in lines)
+
+
+def write_report(
+    output: Path,
+    quality: Sequence[QualityRow],
+    speed: Sequence[SpeedRow],
+    gguf: Sequence[GgufRow],
+    *,
+    machine: str,
+) -> Path:
+    """Write ``report.md`` into `output` and return its path."""
+    picture = write_picture(output, quality)
+    parts = [
+        "# qkern demo",
+        machine,
+        "## The shipped model, quantized",
+        "KL(original || quantized) in nats and perplexity on held-out text, activations in float. Each "
+        "checkpoint was saved, reloaded and gave the same logits.",
+        _markdown(quality_table(quality)),
+        *([f"![size against KL]({picture.name})"] if picture else []),
+        "## One token through a 7B-shaped MLP",
+        "Random weights, rotated over more than 512 MB so that no cache holds them; int8 activations; "
+        "medians of interleaved runs.",
+        _markdown(speed_table(speed)),
+        "## GGUF",
+        _markdown(gguf_table(gguf)),
+    ]
+    path = output / "report.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def write_picture(output: Path, rows: Sequence[QualityRow]) -> Path | None:
+    """Draw size against KL to ``size-kl.png``; None where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    methods = dict.fromkeys(row.method for row in rows if row.kl > 0)
+    for method, marker in zip(methods, "os^Dv", strict=False):
+        chosen = [row for row in rows if row.method == method]
+        axes.plot([row.bpw_linear for row in chosen], [row.kl for row in chosen], marker, label=method)
+        for row in chosen:
+            axes.annotate(
+                row.scheme, (row.bpw_linear, row.kl), xytext=(4, 4), textcoords="offset points", fontsize=7
+            )
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight of the linear layers")
+    axes.set_ylabel("KL(original || quantized), nats")
+    axes.legend()
+    path = output / "size-kl.png"
+    figure.savefig(path, dpi=150)
+    return path
