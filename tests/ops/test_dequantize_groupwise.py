@@ -1,4 +1,4 @@
-"""dequantize_groupwise: the formula in NumPy, every backend bit for bit, row ranges into a caller's buffer."""
+"""dequantize_groupwise: the formula in NumPy, every backend bit for bit, rows into a caller's buffer."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("spelling", SCHEMES)
 def test_dequantize_groupwise_follows_the_formula(backend: str, spelling: str) -> None:
-    for shape in [(1, 1), (3, 17), (5, 300), (2, 3, 40)]:
+    for shape in [(1, 1), (3, 17), (2, 130), (2, 3, 40)]:
         qw, codes = random_weight(shape, spelling)
         assert np.array_equal(dequantize_groupwise(qw, backend=backend).numpy(), formula(qw, codes)), shape
 
@@ -86,18 +86,21 @@ def test_dequantize_groupwise_follows_the_formula(backend: str, spelling: str) -
 @pytest.mark.parametrize("spelling", SCHEMES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_dequantize_groupwise_equals_reference(cpu_tier: str, spelling: str, dtype: torch.dtype) -> None:
-    for shape in [*SHAPES, (3, 5, 65), (2, 0, 8), (0, 4, 8)]:
-        for scale_dtype in FLOAT_DTYPES:
-            qw, _ = random_weight(shape, spelling, scale_dtype=scale_dtype)
-            expected = dequantize_groupwise(qw, dtype, backend="reference")
-            assert same_bits(dequantize_groupwise(qw, dtype, backend="cpu"), expected), (shape, scale_dtype)
+    for i, shape in enumerate([*SHAPES, (3, 5, 65), (2, 0, 8), (0, 4, 8)]):
+        qw, _ = random_weight(shape, spelling, scale_dtype=FLOAT_DTYPES[i % 3])
+        expected = dequantize_groupwise(qw, dtype, backend="reference")
+        assert same_bits(dequantize_groupwise(qw, dtype, backend="cpu"), expected), shape
 
 
 @pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_dequantize_groupwise_with_offsets_and_group_index(backend: str, offsets: bool, act_order: bool) -> None:
+def test_dequantize_groupwise_with_offsets_and_group_index(
+    backend: str, offsets: bool, act_order: bool
+) -> None:
     for shape in [(3, 17), (4, 300), (2, 3, 65)]:
-        qw, codes = random_weight(shape, "w4g32z", offsets=offsets, act_order=act_order, scale_dtype=torch.float32)
+        qw, codes = random_weight(
+            shape, "w4g32z", offsets=offsets, act_order=act_order, scale_dtype=torch.float32
+        )
         assert np.array_equal(dequantize_groupwise(qw, backend=backend).numpy(), formula(qw, codes)), shape
 
 
@@ -107,7 +110,9 @@ def test_dequantize_groupwise_with_group_index_on_a_codebook(backend: str) -> No
 
 
 @given(N=st.integers(0, 9), K=st.integers(0, 600), bits=st.sampled_from([2, 3, 4, 8]), g=st.integers(1, 300))
-def test_dequantize_groupwise_equals_reference_for_any_shape(cpu_tier: str, N: int, K: int, bits: int, g: int) -> None:
+def test_dequantize_groupwise_equals_reference_for_any_shape(
+    cpu_tier: str, N: int, K: int, bits: int, g: int
+) -> None:
     qw, _ = random_weight((N, K), f"w{bits}g{g}z")
     expected = dequantize_groupwise(qw, torch.bfloat16, backend="reference")
     assert same_bits(dequantize_groupwise(qw, torch.bfloat16, backend="cpu"), expected)
@@ -124,7 +129,9 @@ def test_dequantize_groupwise_rounds_every_scale_as_torch_does(cpu_tier: str, dt
         (torch.arange(65536, dtype=torch.int64) * 4096 + 0x38000000).to(torch.int32).view(torch.float32),
     ):
         codes = torch.full((65536, 1), 9, dtype=torch.int32)
-        qw = QuantizedWeight(codes=codes, scales=scales[:, None], shape=(65536, 1), scheme=Scheme.parse("w4g1"))
+        qw = QuantizedWeight(
+            codes=codes, scales=scales[:, None], shape=(65536, 1), scheme=Scheme.parse("w4g1")
+        )
         got = dequantize_groupwise(qw, dtype, backend="cpu")[:, 0]
         expected = scales.float().to(dtype)
         number = ~expected.isnan()

@@ -13,7 +13,19 @@ from qkern.ops import gptq_update
 from qkern.ops.codebooks import codebook as find_codebook
 
 OP = "gptq_update"
-SHAPES = [(1, 1), (3, 2), (16, 16), (17, 15), (31, 17), (5, 64), (40, 128), (33, 100), (2, 333), (0, 5), (5, 0)]
+SHAPES = [
+    (1, 1),
+    (3, 2),
+    (16, 16),
+    (17, 15),
+    (31, 17),
+    (5, 64),
+    (40, 128),
+    (33, 100),
+    (2, 333),
+    (0, 5),
+    (5, 0),
+]
 
 
 def problem(
@@ -31,7 +43,9 @@ def problem(
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a, b) if a.dtype == torch.uint8 else torch.equal(a.view(torch.int32), b.view(torch.int32))
+    return (
+        torch.equal(a, b) if a.dtype == torch.uint8 else torch.equal(a.view(torch.int32), b.view(torch.int32))
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -54,7 +68,9 @@ def test_gptq_update_follows_the_formula(backend: str, bits: int) -> None:
 def test_gptq_update_follows_the_formula_of_codebooks(backend: str, name: str) -> None:
     weight, hinv, scales, _, group_index = problem(4, 12)
     scales = scales * 8
-    codes, errors = gptq_update(weight, hinv, scales, None, group_index, bits=4, codebook=name, backend=backend)
+    codes, errors = gptq_update(
+        weight, hinv, scales, None, group_index, bits=4, codebook=name, backend=backend
+    )
     table, h = find_codebook(name).values.numpy(), hinv.numpy()
     for n in range(weight.shape[0]):
         w = weight[n].numpy().copy()
@@ -79,7 +95,9 @@ def test_gptq_update_equals_reference(cpu_tier: str, name: str | None) -> None:
 
 
 @given(N=st.integers(1, 40), B=st.integers(1, 70), bits=st.sampled_from([2, 3, 4, 8]), seed=st.integers(0, 9))
-def test_gptq_update_equals_reference_for_any_shape(cpu_tier: str, N: int, B: int, bits: int, seed: int) -> None:
+def test_gptq_update_equals_reference_for_any_shape(
+    cpu_tier: str, N: int, B: int, bits: int, seed: int
+) -> None:
     weight, hinv, scales, zeros, group_index = problem(N, B, bits, groups=1 + seed, seed=seed)
     weight[:, ::3] *= 10.0 ** (seed - 4)
     expected = gptq_update(weight, hinv, scales, zeros, group_index, bits=bits, backend="reference")
@@ -114,7 +132,13 @@ def test_gptq_update_reads_strided_inputs(backend: str) -> None:
     tall[6:54, 5:53] = hinv
     for w, h in ((wide[:, 20:68], tall[6:54, 5:53]), (weight.T.contiguous().T, hinv.T.contiguous().T)):
         codes, errors = gptq_update(
-            w, h, scales.T.contiguous().T, zeros.T.contiguous().T, group_index.repeat(2)[:48], bits=4, backend=backend
+            w,
+            h,
+            scales.T.contiguous().T,
+            zeros.T.contiguous().T,
+            group_index.repeat(2)[:48],
+            bits=4,
+            backend=backend,
         )
         assert same_bits(codes, expected[0])
         assert same_bits(errors, expected[1])

@@ -14,7 +14,19 @@ from qkern.ops.pack_bits.reference import AWQ_ORDER
 
 OP = "pack_bits"
 BITS = (2, 3, 4, 8)
-SHAPES = [(8, 1), (8, 31), (16, 32), (24, 33), (8, 64), (136, 100), (8, 513), (40, 1029), (8, 0), (0, 8), (0, 0)]
+SHAPES = [
+    (8, 1),
+    (8, 31),
+    (16, 32),
+    (24, 33),
+    (8, 64),
+    (136, 100),
+    (8, 513),
+    (40, 1029),
+    (8, 0),
+    (0, 8),
+    (0, 0),
+]
 CASES = [(bits, layout) for bits in BITS for layout in LAYOUTS if layout != "awq" or bits == 4]
 
 
@@ -41,7 +53,10 @@ def expected_words(codes: torch.Tensor, bits: int, layout: str) -> torch.Tensor:
     N, K = codes.shape
     if layout == "awq":
         rows = [
-            [signed(sum(int(codes[8 * c + AWQ_ORDER[i], k]) << (4 * i) for i in range(8))) for c in range(N // 8)]
+            [
+                signed(sum(int(codes[8 * c + AWQ_ORDER[i], k]) << (4 * i) for i in range(8)))
+                for c in range(N // 8)
+            ]
             for k in range(K)
         ]
         return torch.tensor(rows, dtype=torch.int32).reshape(K, N // 8)
@@ -54,7 +69,9 @@ def expected_words(codes: torch.Tensor, bits: int, layout: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(("bits", "layout"), CASES)
 @pytest.mark.parametrize("shape", [(8, 1), (16, 33), (24, 100), (8, 0), (0, 8)])
-def test_pack_bits_gives_the_declared_words(backend: str, bits: int, layout: str, shape: tuple[int, int]) -> None:
+def test_pack_bits_gives_the_declared_words(
+    backend: str, bits: int, layout: str, shape: tuple[int, int]
+) -> None:
     codes = random_codes(*shape, bits)
     packed = pack_bits(codes, bits, layout=layout, backend=backend)
     assert torch.equal(packed, expected_words(codes, bits, layout))
@@ -96,7 +113,9 @@ def test_pack_bits_reads_strided_codes(backend: str, bits: int, layout: str) -> 
         assert torch.equal(packed, pack_bits(codes.contiguous(), bits, layout=layout, backend="reference"))
         strided = torch.zeros(packed.shape[0], 2 * packed.shape[1], dtype=torch.int32)[:, ::2]
         strided.copy_(packed)
-        assert torch.equal(unpack_bits(strided, bits, tuple(codes.shape), layout=layout, backend=backend), codes)
+        assert torch.equal(
+            unpack_bits(strided, bits, tuple(codes.shape), layout=layout, backend=backend), codes
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -16,9 +16,8 @@ using namespace qk;
 struct Shrinks {
     int first, unit, count;
 };
-constexpr Shrinks kShrinksLow = {34, 32, 26};       // up to 4 bits
-constexpr Shrinks kShrinksEight = {259, 256, 26};   // 8 bits
-constexpr Shrinks kShrinksBook = {48, 32, 36};      // codebooks
+constexpr Shrinks kShrinks2 = {49, 32, 41}, kShrinks3 = {38, 32, 30}, kShrinks4 = {35, 32, 27};
+constexpr Shrinks kShrinks8 = {259, 256, 26}, kShrinksBook = {48, 32, 36};
 constexpr int kRefinements = 3;
 
 // Columns whose codes are collected before they are squeezed to bits: a whole number of words for any bits.
@@ -143,7 +142,11 @@ struct Quantizer {
         const float top = static_cast<float>((1 << args.bits) - 1);
         const float none = float_of(0x7f800000u);
         Search search{start, fit(first, last, start, top).error, start, none};
-        const Shrinks shrinks = kBook ? kShrinksBook : args.bits == 8 ? kShrinksEight : kShrinksLow;
+        const Shrinks shrinks = kBook            ? kShrinksBook
+                                : args.bits == 2 ? kShrinks2
+                                : args.bits == 3 ? kShrinks3
+                                : args.bits == 4 ? kShrinks4
+                                                 : kShrinks8;
         for (int i = 0; i < shrinks.count; ++i) {
             const float shrink = static_cast<float>(shrinks.first - i) / static_cast<float>(shrinks.unit);
             if (args.asymmetric) {

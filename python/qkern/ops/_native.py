@@ -42,7 +42,10 @@ def _load() -> tuple[Any, str | None]:
     try:
         from qkern import _core
     except ImportError as error:
-        return None, f"the native module qkern._core does not load ({error}); reinstall qkern with a C++17 compiler"
+        return (
+            None,
+            f"the native module qkern._core does not load ({error}); reinstall qkern with a C++17 compiler",
+        )
     tier = _env.cpu_tier()
     if tier is not None and not _core.set_tier(tier):
         raise InputError(
@@ -92,7 +95,7 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-class force_tier:  # noqa: N801 - reads as a verb: with force_tier("avx2")
+class force_tier:
     """Context manager that makes one CPU tier the active one.
 
     Raises

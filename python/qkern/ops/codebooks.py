@@ -63,7 +63,7 @@ class Codebook:
 
     def nearest(self, x: Tensor) -> Tensor:
         """Position of the nearest of the ordered values, int64; NaN gives the last position."""
-        return torch.bucketize(x, self.thresholds)
+        return torch.bucketize(x.contiguous(), self.thresholds)
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def codebook(name: str, device: torch.device | None = None) -> Codebook:
     ordered = values[codes]
     thresholds = ((ordered[:-1].astype(np.float64) + ordered[1:]) / 2).astype(np.float32)
     if name == "fp4":
-        # A tie goes to the smaller magnitude, as in bitsandbytes: below zero the midpoint itself counts as above.
+        # A tie goes to the smaller magnitude, as in bitsandbytes: below zero the midpoint counts as above.
         below = np.nextafter(thresholds, np.float32(-np.inf))
         thresholds = np.where(thresholds < 0, below, thresholds)
     return Codebook(

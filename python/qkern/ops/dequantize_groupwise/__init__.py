@@ -14,10 +14,15 @@ __all__ = ["dequantize_groupwise", "dequantize_rows"]
 
 register(
     Implementation(
-        op="dequantize_groupwise", backend=Backend.REFERENCE, call=reference.dequantize, why_not=lambda request: None
+        op="dequantize_groupwise",
+        backend=Backend.REFERENCE,
+        call=reference.dequantize,
+        why_not=lambda request: None,
     )
 )
-register(Implementation(op="dequantize_groupwise", backend=Backend.CPU, call=cpu.dequantize, why_not=cpu.why_not))
+register(
+    Implementation(op="dequantize_groupwise", backend=Backend.CPU, call=cpu.dequantize, why_not=cpu.why_not)
+)
 
 
 def _check_index(qw: QuantizedWeight) -> None:
@@ -89,7 +94,11 @@ def dequantize_rows(qw: QuantizedWeight, begin: int, end: int, out: Tensor) -> T
     if len(qw.shape) != 2 or not 0 <= begin <= end <= qw.N:
         raise InputError(f"rows must lie in a matrix [N, K]: got {begin}..{end} of {qw.shape}")
     shape = (end - begin, qw.K)
-    if tuple(out.shape) != shape or out.dtype not in FLOAT_DTYPES or (out.shape[1] > 1 and out.stride(1) != 1):
+    if (
+        tuple(out.shape) != shape
+        or out.dtype not in FLOAT_DTYPES
+        or (out.shape[1] > 1 and out.stride(1) != 1)
+    ):
         raise InputError(
             f"out must be fp32, fp16 or bf16 {shape} with adjacent columns: "
             f"got {out.dtype} {tuple(out.shape)}, strides {out.stride()}"

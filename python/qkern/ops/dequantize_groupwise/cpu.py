@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qkern.ops import _native
 from qkern.ops.codebooks import CODEBOOK_CODES
-from qkern.ops.registry import Request
-from qkern.schemes import QuantizedWeight
+
+if TYPE_CHECKING:
+    from qkern.ops.registry import Request
+    from qkern.schemes import QuantizedWeight
 
 __all__ = ["dequantize", "dequantize_into", "why_not"]
 

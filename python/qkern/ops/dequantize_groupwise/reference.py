@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qkern.ops.codebooks import codebook
 from qkern.ops.pack_bits.reference import unpack_dense
-from qkern.schemes import QuantizedWeight
+
+if TYPE_CHECKING:
+    from qkern.schemes import QuantizedWeight
 
 __all__ = ["dequantize"]
 

@@ -76,8 +76,8 @@ def gptq_update(
     """
     if weight.dim() != 2 or weight.dtype != torch.float32 or weight.shape[1] > MAX_COLUMNS:
         raise InputError(
-            f"weight must be fp32 [N, B] with B at most {MAX_COLUMNS}: got {weight.dtype} {tuple(weight.shape)}; "
-            "process a wider matrix in blocks"
+            f"weight must be fp32 [N, B] with B at most {MAX_COLUMNS}: "
+            f"got {weight.dtype} {tuple(weight.shape)}; process a wider matrix in blocks"
         )
     N, B = weight.shape
     if bits not in BITS or (codebook is not None and bits != 4):
@@ -85,7 +85,9 @@ def gptq_update(
     if codebook is not None and codebook not in CODEBOOKS:
         raise InputError(f"unknown codebook {codebook!r}: allowed are {CODEBOOKS}")
     if (zeros is None) != (codebook is not None):
-        raise InputError(f"zeros and codebook exclude each other: got zeros={zeros is not None}, {codebook=}; pass one")
+        raise InputError(
+            f"zeros and codebook exclude each other: got zeros={zeros is not None}, {codebook=}; pass one"
+        )
     if scales.dim() != 2 or scales.shape[0] != N:
         raise InputError(f"scales must be fp32 [{N}, G]: got {scales.dtype} {tuple(scales.shape)}")
     G = scales.shape[1]
@@ -102,5 +104,7 @@ def gptq_update(
             f"group_index must lie in 0..{G - 1}: got {int(group_index.min())}..{int(group_index.max())}"
         )
     implementation = select("gptq_update", backend, Request(device=weight.device))
-    result: tuple[Tensor, Tensor] = implementation.call(weight, hinv, scales, zeros, group_index, bits, codebook)
+    result: tuple[Tensor, Tensor] = implementation.call(
+        weight, hinv, scales, zeros, group_index, bits, codebook
+    )
     return result

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qkern.ops import _native
 from qkern.ops.codebooks import CODEBOOK_CODES
-from qkern.ops.registry import Request
+
+if TYPE_CHECKING:
+    from qkern.ops.registry import Request
 
 __all__ = ["update", "why_not"]
 

@@ -18,9 +18,7 @@ for _op, _reference, _cpu in (
     ("pack_bits", reference.pack, cpu.pack),
     ("unpack_bits", reference.unpack, cpu.unpack),
 ):
-    register(
-        Implementation(op=_op, backend=Backend.REFERENCE, call=_reference, why_not=lambda request: None)
-    )
+    register(Implementation(op=_op, backend=Backend.REFERENCE, call=_reference, why_not=lambda request: None))
     register(Implementation(op=_op, backend=Backend.CPU, call=_cpu, why_not=cpu.why_not))
 
 
@@ -31,7 +29,8 @@ def _check(bits: int, layout: str, N: int) -> None:
         raise InputError(f"unknown bit layout: got {layout!r}, allowed are {LAYOUTS}")
     if layout == "awq" and (bits != 4 or N % 8):
         raise InputError(
-            f"layout 'awq' holds 4-bit codes of a multiple of 8 rows: got bits={bits}, N={N}; use another layout"
+            f"layout 'awq' holds 4-bit codes of a multiple of 8 rows: got bits={bits}, N={N}; "
+            "use another layout"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch import Tensor
 from qkern.errors import InputError
 from qkern.ops import _native
 from qkern.ops.pack_bits.reference import code_range_message
-from qkern.ops.registry import Request
+
+if TYPE_CHECKING:
+    from qkern.ops.registry import Request
 
 __all__ = ["LAYOUT_CODES", "pack", "packed_shape", "unpack", "why_not"]
 
@@ -21,7 +23,12 @@ LAYOUT_CODES: Final = {"dense": 0, "gptq": 1, "awq": 2, "words": 3}
 def packed_shape(N: int, K: int, bits: int, layout: str) -> tuple[int, int]:
     """Shape of the packed words of ``[N, K]`` codes."""
     dense = -(-K * bits // 32)
-    shapes = {"dense": (N, dense), "gptq": (dense, N), "awq": (K, N // 8), "words": (N, -(-K // (32 // bits)))}
+    shapes = {
+        "dense": (N, dense),
+        "gptq": (dense, N),
+        "awq": (K, N // 8),
+        "words": (N, -(-K // (32 // bits))),
+    }
     return shapes[layout]
 
 

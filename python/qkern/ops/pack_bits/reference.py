@@ -10,17 +10,23 @@ from torch import Tensor
 
 from qkern.errors import InputError
 
-__all__ = ["AWQ_ORDER", "pack", "pack_dense", "unpack", "unpack_dense"]
+__all__ = ["AWQ_ORDER", "pack", "pack_dense", "split_last", "unpack", "unpack_dense"]
 
 # Nibble i of an AWQ word holds output column 8c + AWQ_ORDER[i].
 AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def split_last(values: Tensor, size: int) -> Tensor:
+    """Last dimension to pieces of `size`, filled with zeros: ``[..., ceil(K / size), size]``."""
+    padded = F.pad(values, (0, -values.shape[-1] % size))
+    return padded.reshape(*padded.shape[:-1], padded.shape[-1] // size, size)
 
 
 def pack_dense(codes: Tensor, bits: int) -> Tensor:
     """Little-endian bit stream along the last dimension: 32 codes fill `bits` words."""
     K = codes.shape[-1]
     words = -(-K * bits // 32)
-    blocks = F.pad(codes, (0, -K % 32)).to(torch.int32).unflatten(-1, (-1, 32))
+    blocks = split_last(codes, 32).to(torch.int32)
     packed = torch.zeros(*blocks.shape[:-1], bits, dtype=torch.int32, device=codes.device)
     for i in range(32):
         word, shift = divmod(i * bits, 32)
@@ -32,7 +38,7 @@ def pack_dense(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_dense(packed: Tensor, bits: int, K: int) -> Tensor:
     """Undo `pack_dense`: uint8 ``[..., K]``."""
-    blocks = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    blocks = split_last(packed, bits)
     codes = torch.empty(*blocks.shape[:-1], 32, dtype=torch.uint8, device=packed.device)
     for i in range(32):
         word, shift = divmod(i * bits, 32)
@@ -46,7 +52,7 @@ def unpack_dense(packed: Tensor, bits: int, K: int) -> Tensor:
 
 def _pack_words(codes: Tensor, bits: int) -> Tensor:
     per_word = 32 // bits
-    blocks = F.pad(codes, (0, -codes.shape[-1] % per_word)).to(torch.int32).unflatten(-1, (-1, per_word))
+    blocks = split_last(codes, per_word).to(torch.int32)
     packed = torch.zeros_like(blocks[..., 0])
     for i in range(per_word):
         packed |= blocks[..., i] << (i * bits)
@@ -70,7 +76,7 @@ def pack(codes: Tensor, bits: int, layout: str) -> Tensor:
     if layout == "words":
         return _pack_words(codes, bits)
     order = torch.tensor(AWQ_ORDER, device=codes.device)
-    return _pack_words(codes.T.unflatten(1, (-1, 8))[..., order].flatten(1), bits)
+    return _pack_words(split_last(codes.T, 8)[..., order].flatten(1), bits)
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, int], layout: str) -> Tensor:
@@ -83,7 +89,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, int], layout: str) -> Te
     if layout == "words":
         return _unpack_words(packed, bits, K)
     inverse = torch.tensor(AWQ_ORDER, device=packed.device).argsort()
-    nibbles = _unpack_words(packed, bits, N).unflatten(1, (-1, 8))
+    nibbles = split_last(_unpack_words(packed, bits, N), 8)
     return nibbles[..., inverse].flatten(1).T.contiguous()
 
 

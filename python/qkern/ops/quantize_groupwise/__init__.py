@@ -16,7 +16,10 @@ SEARCHES = ("minmax", "mse")
 
 register(
     Implementation(
-        op="quantize_groupwise", backend=Backend.REFERENCE, call=reference.quantize, why_not=lambda request: None
+        op="quantize_groupwise",
+        backend=Backend.REFERENCE,
+        call=reference.quantize,
+        why_not=lambda request: None,
     )
 )
 register(Implementation(op="quantize_groupwise", backend=Backend.CPU, call=cpu.quantize, why_not=cpu.why_not))
@@ -82,7 +85,9 @@ def quantize_groupwise(
 
 def _check_importance(importance: Tensor, weight: Tensor, search: str) -> None:
     if search != "mse":
-        raise InputError(f"importance needs search='mse': got search={search!r}; pass search='mse' or no importance")
+        raise InputError(
+            f"importance needs search='mse': got search={search!r}; pass search='mse' or no importance"
+        )
     shapes = ((weight.shape[-1],), tuple(weight.shape[-2:]), tuple(weight.shape))
     if importance.dtype != torch.float32 or tuple(importance.shape) not in shapes:
         raise InputError(
@@ -92,4 +97,6 @@ def _check_importance(importance: Tensor, weight: Tensor, search: str) -> None:
     if importance.device != weight.device:
         raise InputError(f"importance must be on {weight.device} like the weight: got {importance.device}")
     if not (torch.isfinite(importance) & (importance >= 0)).all():
-        raise InputError("importance must be finite and not negative: got NaN, Inf or a negative value; clean it")
+        raise InputError(
+            "importance must be finite and not negative: got NaN, Inf or a negative value; clean it"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,10 @@ from qkern.errors import InputError
 from qkern.ops import _native
 from qkern.ops.codebooks import CODEBOOK_CODES
 from qkern.ops.quantize_groupwise.reference import NON_FINITE_MESSAGE, scale_overflow_message
-from qkern.ops.registry import Request
 from qkern.schemes import QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from qkern.ops.registry import Request
 
 __all__ = ["quantize", "why_not"]
 
@@ -72,19 +76,22 @@ def quantize(
 ) -> QuantizedWeight:
     """Quantize ``[N, K]`` or ``[E, N, K]``; arguments are validated by the caller."""
     *experts, N, K = weight.shape
+    E = experts[0] if experts else 1
     shape = (*experts, *scheme.scale_shape(N, K))
     codes = torch.empty(*experts, N, scheme.code_words(K), dtype=torch.int32)
     scales = torch.empty(shape, dtype=scale_dtype)
     zeros = torch.empty(shape, dtype=torch.uint8) if scheme.zero_point else None
     if importance is not None:
-        importance = importance.contiguous() if importance.dim() == 1 else importance.expand(weight.shape).contiguous()
+        importance = (
+            importance.contiguous() if importance.dim() == 1 else importance.expand(weight.shape).contiguous()
+        )
     if scheme.per_tensor:
         # One group: the matrix as a single row chooses the grid, then its rows are encoded on it.
-        whole = weight.reshape(-1, N * K)
+        whole = weight.reshape(E, N * K)
         if importance is not None:
             importance = importance.expand(weight.shape).reshape(whole.shape).contiguous()
         _run(whole, scheme, scales, zeros, None, importance=importance, search=search)
-        _run(weight.reshape(-1, K), scheme, scales, zeros, codes, rows_per_grid=max(N, 1))
+        _run(weight.reshape(E * N, K), scheme, scales, zeros, codes, rows_per_grid=max(N, 1))
     else:
         rows = weight if weight.dim() == 2 else weight.flatten(0, 1)
         _run(rows, scheme, scales, zeros, codes, importance=importance, search=search)

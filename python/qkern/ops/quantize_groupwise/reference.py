@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qkern.errors import InputError
 from qkern.ops.codebooks import codebook
-from qkern.ops.pack_bits.reference import pack_dense
+from qkern.ops.pack_bits.reference import pack_dense, split_last
 from qkern.schemes import QuantizedWeight, Scheme
 
 __all__ = ["choose_grid", "encode", "quantize", "search_grid"]
@@ -21,11 +21,9 @@ _LANES: Final = 16
 
 def shrinks(scheme: Scheme) -> tuple[float, ...]:
     """Scale candidates of the MSE search, as fractions of the min-max scale. Shared with kernel.h."""
-    if scheme.codebook:
-        return tuple((48 - i) / 32 for i in range(36))
-    if scheme.bits == 8:
-        return tuple((259 - i) / 256 for i in range(26))
-    return tuple((34 - i) / 32 for i in range(26))
+    by_bits = {2: (49, 32, 41), 3: (38, 32, 30), 4: (35, 32, 27), 8: (259, 256, 26)}
+    first, unit, count = (48, 32, 36) if scheme.codebook else by_bits[scheme.bits]
+    return tuple((first - i) / unit for i in range(count))
 
 
 def split_groups(values: Tensor, scheme: Scheme) -> Tensor:
@@ -77,7 +75,7 @@ def _lane_sum(values: Tensor) -> Tensor:
 
     Sixteen running sums (element i goes to sum i mod 16), then sum i plus sum i + 8, + 4, + 2, + 1.
     """
-    blocks = F.pad(values, (0, -values.shape[-1] % _LANES)).unflatten(-1, (-1, _LANES))
+    blocks = split_last(values, _LANES)
     total = torch.zeros_like(blocks[..., 0, :])
     for i in range(blocks.shape[-2]):
         total = total + blocks[..., i, :]
@@ -108,7 +106,9 @@ def _fit(groups: Tensor, importance: Tensor | None, scale: Tensor, zero: Tensor,
 class _Search:
     """The best grid so far, and the grid whose unrounded optimal scale promises the smallest error."""
 
-    def __init__(self, groups: Tensor, importance: Tensor | None, scheme: Scheme, scale: Tensor, zero: Tensor) -> None:
+    def __init__(
+        self, groups: Tensor, importance: Tensor | None, scheme: Scheme, scale: Tensor, zero: Tensor
+    ) -> None:
         self._groups, self._importance, self._scheme = groups, importance, scheme
         self.scale, self.zero = scale, zero
         self.error = _fit(groups, importance, scale, zero, scheme).error
@@ -190,15 +190,12 @@ def quantize(
 ) -> QuantizedWeight:
     """Quantize ``[N, K]`` or ``[E, N, K]``; arguments are validated by the caller."""
     *experts, N, K = weight.shape
-    rows = weight.reshape(-1, K)
-    if scheme.per_tensor:
-        # One group: the matrix as a single row.
-        whole = weight.reshape(-1, N * K)
-        flat = None if importance is None else importance.expand(weight.shape).reshape(whole.shape)
-        scale, zero = grid(whole, scheme, importance=flat, search=search, scale_dtype=scale_dtype)
-    else:
-        flat = None if importance is None else importance.expand(weight.shape).reshape(rows.shape)
-        scale, zero = grid(rows, scheme, importance=flat, search=search, scale_dtype=scale_dtype)
+    E = experts[0] if experts else 1
+    rows = weight.reshape(E * N, K)
+    # Per tensor: one group, the matrix as a single row.
+    whole = weight.reshape(E, N * K) if scheme.per_tensor else rows
+    weights = None if importance is None else importance.expand(weight.shape).reshape(whole.shape)
+    scale, zero = grid(whole, scheme, importance=weights, search=search, scale_dtype=scale_dtype)
     repeat = N if scheme.per_tensor else 1
     codes, _ = encode(
         split_groups(rows, scheme),
@@ -208,7 +205,7 @@ def quantize(
     )
     shape = (*experts, *scheme.scale_shape(N, K))
     return QuantizedWeight(
-        codes=pack_dense(codes.flatten(1)[:, :K], scheme.bits).reshape(*experts, N, -1),
+        codes=pack_dense(codes.flatten(1)[:, :K], scheme.bits).reshape(*experts, N, scheme.code_words(K)),
         scales=scale.to(scale_dtype).reshape(shape),
         zeros=zero.to(torch.uint8).reshape(shape) if scheme.zero_point else None,
         shape=tuple(weight.shape),
@@ -216,9 +213,11 @@ def quantize(
     )
 
 
-NON_FINITE_MESSAGE: Final = "weight has NaN or Inf values: qkern quantizes finite weights only; repair the tensor"
+NON_FINITE_MESSAGE: Final = (
+    "weight has NaN or Inf values: qkern quantizes finite weights only; repair the tensor"
+)
 
 
 def scale_overflow_message(scale_dtype: torch.dtype) -> str:
     """Say that the scales need a wider dtype."""
-    return f"a scale of this weight overflows {scale_dtype}: pass scale_dtype=torch.float32 or rescale the weight"
+    return f"a scale of this weight overflows {scale_dtype}: pass scale_dtype=torch.float32 or rescale it"
