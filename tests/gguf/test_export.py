@@ -150,7 +150,7 @@ def test_what_is_not_offered_is_named(model_folder, tmp_path):
 def test_paths_that_cannot_be(shipped, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         export_gguf(tmp_path / "none", tmp_path / "model.gguf", "q8_0")
-    with pytest.raises(InputError, match="the folder .* does not exist"):
+    with pytest.raises(InputError, match=r"the folder .* does not exist"):
         export_gguf(shipped, tmp_path / "none" / "model.gguf", "q8_0")
     (tmp_path / "model.gguf").write_bytes(b"mine")
     with pytest.raises(InputError, match=r"model\.gguf exists"):

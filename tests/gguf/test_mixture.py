@@ -1,4 +1,4 @@
-"""Mixtures against the rules of the facts that llama.cpp publishes; test_llama_cpp.py asks llama.cpp itself."""
+"""Mixtures against llama.cpp's rules; test_llama_cpp.py asks llama.cpp itself."""
 
 import pytest
 

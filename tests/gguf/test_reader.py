@@ -18,12 +18,15 @@ def text(value):
     return struct.pack("<Q", len(raw)) + raw
 
 
+PLAIN = text("k") + struct.pack("<II", 4, 7)
+
+
 def build(
     *,
     magic=b"GGUF",
     version=3,
     tensors=(("a", (32, 2), 2, 0), ("b", (8,), 0, 64)),
-    metadata=((text("k") + struct.pack("<II", 4, 7)),),
+    metadata=(PLAIN,),
     tensor_count=None,
     data=96,
 ):

@@ -88,7 +88,7 @@ class GGUFArchitecture:
         return bool(config.get("attention_bias"))
 
     def names(self, config: Config) -> dict[str, str]:
-        """Transformers' tensor names to llama.cpp's."""
+        """Map transformers' tensor names to llama.cpp's."""
         import gguf
 
         number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
@@ -108,14 +108,14 @@ class GGUFArchitecture:
         heads = self._rotary_heads(name, config)
         if heads is None:
             return tensor
-        return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
     def from_file_order(self, name: str, tensor: Tensor, config: Config) -> Tensor:
         """Undo `to_file_order`."""
         heads = self._rotary_heads(name, config)
         if heads is None:
             return tensor
-        return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
     def _rotary_heads(self, name: str, config: Config) -> int | None:
         if self.interleaved_rope and ".q_proj." in name:
@@ -247,6 +247,6 @@ def _warn_of_window(config: Config) -> None:
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True) and window < config["max_position_embeddings"]:
         logger.warning(
-            "sliding_window %d is not written: llama.cpp attends to all positions, so results differ beyond it",
+            "sliding_window %d is not written: llama.cpp attends to all positions; results differ beyond it",
             window,
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkern.errors import UnsupportedError
 from qkern.ops.gguf_types import GGUFType, gguf_type
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["ALIASES", "MIXTURES", "Mixture", "Rule", "choose_type", "mixture_for"]
 

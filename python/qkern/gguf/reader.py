@@ -6,13 +6,13 @@ hostile file costs a FormatError and no more memory than its own size.
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.gguf.architectures import ARCHITECTURES, GGUFArchitecture
 from qkern.gguf.tensors import GGUFTensor
 from qkern.ops.gguf_types import GGUFType, gguf_type_by_id
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 __all__ = ["GGUFFile", "TensorInfo"]
 
@@ -91,7 +94,7 @@ class _Cursor:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def count(self, least_bytes: int, what: str) -> int:
-        """A 64-bit count of items that take at least `least_bytes` each."""
+        """Read a 64-bit count of items that take at least `least_bytes` each."""
         count = int(self.number("<Q"))
         if count * least_bytes > len(self.data) - self.at:
             raise FormatError(f"{count} {what} do not fit in the rest of the file")
@@ -140,11 +143,12 @@ class GGUFFile(Mapping[str, GGUFTensor]):
             raise InputError(f"no GGUF file at {self.path}; name an existing .gguf file")
         size = self.path.stat().st_size
         # An empty file cannot be mapped.
-        self._data: Any = np.memmap(self.path, mode="r") if size else np.empty(0, np.uint8)
+        data: Any = np.memmap(self.path, mode="r") if size else np.empty(0, np.uint8)
+        self._data = data
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
-            self._parse(_Cursor(memoryview(self._data)))
+            self._parse(_Cursor(memoryview(data)))
         except FormatError as error:
             raise FormatError(
                 f"{self.path} is not a readable GGUF: {error}; fetch or export it again"
@@ -199,7 +203,7 @@ class GGUFFile(Mapping[str, GGUFTensor]):
             ends.append((begin, end, name))
             self.tensors[name] = TensorInfo(name=name, type_id=type_id, shape=shape, offset=begin)
         ends.sort()
-        for (_, end, first), (begin, _, second) in zip(ends, ends[1:], strict=False):
+        for (_, end, first), (begin, _, second) in itertools.pairwise(ends):
             if begin < end:
                 raise FormatError(f"tensors {first!r} and {second!r} overlap")
 
@@ -304,4 +308,4 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], type_id: int) -> int:
         raise FormatError(f"tensor {name!r} has the unknown type {type_id}") from None
     if shape[-1] % block:
         raise FormatError(f"tensor {name!r} has rows of {shape[-1]}, which blocks of {block} do not divide")
-    return math.prod(shape) // block * size
+    return math.prod(shape) // int(block) * int(size)

@@ -76,12 +76,12 @@ def read_sentencepiece(file: Path) -> Pieces:
             if field == 1:
                 piece = dict(_fields(_bytes(value)))
                 number = len(tokens)
-                tokens[number] = (_bytes(piece[1]).decode("utf-8"), TokenType(piece.get(3, 1)))
+                tokens[number] = (_bytes(piece[1]).decode("utf-8"), TokenType(_number(piece.get(3, 1))))
                 scores[number] = struct.unpack("<f", _bytes(piece.get(2, bytes(4))))[0]
             elif field == 2:
-                algorithm = int(dict(_fields(_bytes(value))).get(3, 1))
+                algorithm = _number(dict(_fields(_bytes(value))).get(3, 1))
             elif field == 3:
-                prefix = bool(dict(_fields(_bytes(value))).get(3, 1))
+                prefix = bool(_number(dict(_fields(_bytes(value))).get(3, 1)))
     except (ValueError, KeyError, IndexError, struct.error) as error:
         raise FormatError(f"{file} is no SentencePiece model: {error!r}; fetch it again") from None
     if not tokens:
@@ -91,6 +91,12 @@ def read_sentencepiece(file: Path) -> Pieces:
             f"{file} is no BPE model (algorithm {algorithm}): only BPE is exported to GGUF"
         )
     return Pieces(tokens=tokens, scores=scores, adds_space_prefix=prefix)
+
+
+def _number(value: int | bytes) -> int:
+    if isinstance(value, bytes):
+        raise ValueError("bytes stand where a number belongs")
+    return value
 
 
 def _bytes(value: int | bytes) -> bytes:

@@ -8,12 +8,14 @@ not known is refused: a file with the wrong one would split text in another way 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.gguf.sentencepiece import Pieces, TokenType, read_sentencepiece
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 __all__ = ["PRE_TOKENIZERS", "add_tokenizer"]
 
@@ -87,11 +89,8 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: 
 
 def _is_byte_level(folder: Path) -> bool:
     """Whether ``tokenizer.json`` holds a byte-level BPE, which then decides over ``tokenizer.model``."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return False
-    model = json.loads(file.read_text(encoding="utf-8"))["model"]
-    return model["type"] == "BPE" and not model.get("byte_fallback")
+    model = _json(folder / "tokenizer.json").get("model", {})
+    return model.get("type") == "BPE" and not model.get("byte_fallback")
 
 
 def _load(folder: Path) -> Any:
@@ -185,22 +184,23 @@ def _pieces_of_merges(content: Mapping[str, Any]) -> Pieces:
             tokens[number] = (text, TokenType.UNKNOWN)
     # A piece that no merge makes is found by no merge; its score is never compared.
     floor = -float(len(scores))
-    prefix = any(kind in ("Prepend", "Metaspace") for kind in _prefixing(content))
     return Pieces(
         tokens=tokens,
         scores={number: scores.get(text, floor) for number, (text, _) in tokens.items()},
-        adds_space_prefix=prefix,
+        adds_space_prefix=_adds_space(content),
     )
 
 
-def _prefixing(content: Mapping[str, Any]) -> list[str]:
-    """Types of the steps that put a space before the text."""
-    found = []
+def _adds_space(content: Mapping[str, Any]) -> bool:
+    """Whether a step of the tokenizer puts a space before the text."""
+    steps: list[Mapping[str, Any]] = []
     for step in (content.get("normalizer"), content.get("pre_tokenizer")):
-        for part in (step or {}).get("normalizers") or (step or {}).get("pretokenizers") or [step or {}]:
-            if part.get("prepend_scheme") != "never":
-                found.append(str(part.get("type")))
-    return found
+        if step is not None:
+            steps += step.get("normalizers") or step.get("pretokenizers") or [step]
+    return any(
+        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
+        for step in steps
+    )
 
 
 def _add_pieces(writer: Any, pieces: Pieces, vocab_size: int) -> None:
@@ -220,8 +220,8 @@ def _add_sentencepiece_file(writer: Any, folder: Path, vocab_size: int) -> None:
     for number, token in settings.get("added_tokens_decoder", {}).items():
         known = pieces.tokens.get(int(number))
         if known is None or known[1] is TokenType.NORMAL:
-            kind = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
-            pieces.tokens[int(number)] = (token["content"], kind)
+            role = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
+            pieces.tokens[int(number)] = (token["content"], role)
     _add_pieces(writer, pieces, vocab_size)
     ids = {text: number for number, (text, _) in pieces.tokens.items()}
     for kind, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", None)):
@@ -240,9 +240,13 @@ def _add_sentencepiece_file(writer: Any, folder: Path, vocab_size: int) -> None:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if there is no such file."""
     if not file.is_file():
         return {}
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{file} is not valid JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
         raise FormatError(f"{file} must hold a JSON object: got {type(content).__name__}")
     return content

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -18,6 +16,9 @@ from qkern.errors import InputError, QkernError
 from qkern.ops.gguf_encode import gguf_encode
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
     from qkern.ops.gguf_types import GGUFType
 
 __all__ = ["PlannedTensor", "write_gguf"]

@@ -82,8 +82,9 @@ def export_gguf(
     output : str or Path
         The file; must not exist.
     type : str
-        ``q8_0``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q4_k_m``, ``q6_k``, ``f16``, ``bf16`` or ``f32``. The
-        quantized ones are llama.cpp's mixtures: the output matrix, and in ``q4_k_m`` some others, get more bits.
+        ``q8_0``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q4_k_m``, ``q6_k``, ``f16``, ``bf16`` or ``f32``.
+        The quantized ones are llama.cpp's mixtures: the output matrix, and in ``q4_k_m`` some others,
+        get more bits.
     pure : bool
         The mixture's base type for every matrix.
     pre_tokenizer : str, optional
@@ -123,7 +124,7 @@ def export_gguf(
 
 
 def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
-    """The configuration with transformers' defaults filled in."""
+    """Read the configuration with transformers' defaults filled in."""
     from transformers import AutoConfig
 
     try:
@@ -155,7 +156,8 @@ def _plan(
     ]
     if missing or left_over:
         raise FormatError(
-            f"{checkpoint.folder} does not fit its config.json: missing are {missing[:8]}, left over are {left_over[:8]}"
+            f"{checkpoint.folder} does not fit its config.json: missing are {missing[:8]}, "
+            f"left over are {left_over[:8]}; fetch it again"
         )
     names = architecture.names(config)
     tensors = []

@@ -47,7 +47,8 @@ def gguf_decode(raw: Tensor, type: str, *, backend: str = "auto") -> Tensor:
     kind = gguf_type(type)
     if raw.dtype != torch.uint8 or raw.dim() == 0 or raw.shape[-1] % kind.bytes:
         raise InputError(
-            f"{kind.name} rows are uint8 in multiples of {kind.bytes} bytes: got {raw.dtype} {tuple(raw.shape)}"
+            f"{kind.name} rows are uint8 in multiples of {kind.bytes} bytes: "
+            f"got {raw.dtype} {tuple(raw.shape)}"
         )
     implementation = select("gguf_decode", backend, Request(device=raw.device))
     rows = raw.reshape(math.prod(raw.shape[:-1]), raw.shape[-1]).contiguous()

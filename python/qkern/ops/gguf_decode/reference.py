@@ -1,4 +1,4 @@
-"""gguf_decode in plain torch; reads like the formulas of csrc/include/qkern/gguf_blocks.h, runs on any device.
+"""gguf_decode in plain torch; reads like the formulas of gguf_blocks.h, runs on any device.
 
 Each decoder takes uint8 blocks ``[B, bytes]`` and returns fp32 ``[B, weights]``. Products are rounded in
 the written order, so the bits equal those of every other decoder of the format.
@@ -6,20 +6,21 @@ the written order, so the bits equal those of every other decoder of the format.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qkern.ops.gguf_types import GGUFType
 
 __all__ = ["decode"]
 
 
 def _half(blocks: Tensor, offset: int) -> Tensor:
-    """The fp16 at a byte offset, as fp32 ``[B, 1]``."""
+    """Read the fp16 at a byte offset, as fp32 ``[B, 1]``."""
     return blocks[:, offset : offset + 2].contiguous().view(torch.float16).float()
 
 

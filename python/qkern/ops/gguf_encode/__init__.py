@@ -25,7 +25,8 @@ def gguf_encode(x: Tensor, type: str, *, importance: Tensor | None = None, backe
     x : Tensor
         fp32, fp16 or bf16 ``[..., K]``, any strides; K is a multiple of the type's block.
     type : str
-        ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q4_k``, ``q5_k`` or ``q6_k``.
+        ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q4_k``, ``q5_k`` or
+        ``q6_k``.
     importance : Tensor or None
         ``[K]``, at least 0: weight of each column's squared error; None: all alike.
     backend : str
@@ -39,8 +40,8 @@ def gguf_encode(x: Tensor, type: str, *, importance: Tensor | None = None, backe
     Raises
     ------
     InputError
-        On an unknown type, a K that the block does not divide, a bad importance, or values that are NaN, Inf or
-        beyond the range of the type's fp16 scales.
+        On an unknown type, a K that the block does not divide, a bad importance, or values that are
+        NaN, Inf or beyond the range of the type's fp16 scales.
     """
     kind = gguf_type(type)
     if x.dim() == 0 or not x.is_floating_point():
@@ -48,7 +49,8 @@ def gguf_encode(x: Tensor, type: str, *, importance: Tensor | None = None, backe
     K = x.shape[-1]
     if K % kind.block:
         raise InputError(
-            f"{kind.name} stores blocks of {kind.block} weights: got rows of {K}; choose a type whose block divides {K}"
+            f"{kind.name} stores blocks of {kind.block} weights: got rows of {K}; "
+            f"choose a type whose block divides {K}"
         )
     implementation = select("gguf_encode", backend, Request(device=x.device, dtype=x.dtype))
     rows = x.detach().to(torch.float32).reshape(math.prod(x.shape[:-1]), K).contiguous()

@@ -38,7 +38,7 @@ def encode(rows: Tensor, kind: GGUFType, importance: Tensor | None) -> Tensor:
     if not finite:
         largest = rows.abs().max().item()
         raise InputError(
-            f"{kind.name} cannot hold the values: the largest magnitude is {largest}, allowed are finite values "
-            "below 65504 (fp16 scales); repair the tensor or use bf16 or f32"
+            f"{kind.name} cannot hold the values: the largest magnitude is {largest}, allowed are finite "
+            "values below 65504 (fp16 scales); repair the tensor or use bf16 or f32"
         )
     return out
