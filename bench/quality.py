@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,7 +213,7 @@ def gptqmodel_rows(arguments: argparse.Namespace, judge: Judge, ids: Tensor, sch
 
 def ggml_rows(arguments: argparse.Namespace, judge: Judge, model: Any, ids: Tensor) -> Iterator[Row]:
     """llama.cpp's block types on the linears, without and with the importance of the same tokens."""
-    linears = named_linears(model)
+    linears = named_linears(model, skip=("lm_head",))
     importance = {f"{name}.importance": value for name, value in mean_squares(model, linears, ids).items()}
     weights = {f"{name}.weight": module.weight.detach().contiguous() for name, module in linears.items()}
     for kind in arguments.ggml_types:
@@ -238,7 +239,10 @@ def mean_squares(model: Any, linears: dict[str, Any], ids: Tensor) -> dict[str, 
     sums = {name: torch.zeros(module.in_features) for name, module in linears.items()}
 
     def watch(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: sums[name].add_(inputs[0].flatten(0, -2).square().sum(0))
+        def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            sums[name] += inputs[0].flatten(0, -2).square().sum(0)
+
+        return hook
 
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
     with torch.inference_mode():
@@ -252,13 +256,22 @@ def mean_squares(model: Any, linears: dict[str, Any], ids: Tensor) -> dict[str, 
 # --- single layers ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
     """A linear and what goes through it."""
 
     weight: Tensor
     seen: Tensor
     fresh: Tensor
+
+    @cached_property
+    def statistics(self) -> tuple[HessianAccumulator, float]:
+        """What GPTQ and AWQ need to know of the activations, and the seconds that took."""
+        started = time.monotonic()
+        statistics = HessianAccumulator(self.weight.shape[1])
+        for batch in self.seen.split(2048):
+            statistics.add(batch)
+        return statistics, time.monotonic() - started
 
     def error(self, weight: Tensor) -> float:
         """Squared error of the outputs on fresh activations, relative to the outputs."""
@@ -285,21 +298,25 @@ def make_layer(rows: int, columns: int, seed: int) -> Layer:
     return Layer(weight=0.02 * normal / squares.sqrt(), seen=tokens[:SEEN], fresh=tokens[SEEN:])
 
 
-def our_layer(layer: Layer, method: str, scheme: str) -> Tensor:
-    if method.startswith("RTN"):
-        return dequantize_groupwise(
-            quantize_rtn(layer.weight, scheme, search="mse" if "mse" in method else "minmax")
-        )
-    statistics = HessianAccumulator(layer.weight.shape[1])
-    for batch in layer.seen.split(2048):
-        statistics.add(batch)
+def our_layer(layer: Layer, method: str, scheme: str) -> tuple[Tensor, float]:
+    """Quantize one layer: the weight its codes stand for and the seconds it took."""
+    needs_statistics = not method.startswith("RTN")
+    statistics, spent = layer.statistics if needs_statistics else (None, 0.0)
+    started = time.monotonic()
+    scales = torch.ones(())
     if method.startswith("GPTQ"):
+        assert statistics is not None
         search: Any = method.partition(", ")[2]
         config = GPTQConfig(search=search) if search else GPTQConfig()
-        return dequantize_groupwise(quantize_gptq(layer.weight, statistics.value, scheme, config).weight)
-    scales = search_scales([layer.weight], statistics, scheme)
-    clipped = search_clip(layer.weight * scales, statistics.scaled(scales), scheme)
-    return dequantize_groupwise(quantize_rtn(clipped, scheme)) / scales
+        quantized = quantize_gptq(layer.weight, statistics.value, scheme, config).weight
+    elif statistics is None:
+        quantized = quantize_rtn(layer.weight, scheme, search="mse" if "mse" in method else "minmax")
+    else:
+        scales = search_scales([layer.weight], statistics, scheme)
+        clipped = search_clip(layer.weight * scales, statistics.scaled(scales), scheme)
+        quantized = quantize_rtn(clipped, scheme)
+    seconds = spent + time.monotonic() - started
+    return dequantize_groupwise(quantized) / scales, seconds
 
 
 def compare_layers(arguments: argparse.Namespace) -> list[Row]:
@@ -307,13 +324,12 @@ def compare_layers(arguments: argparse.Namespace) -> list[Row]:
     layers = {name: make_layer(*shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
     rows = []
     for scheme in arguments.schemes:
-        bits = 0.0
+        probe = quantize_rtn(next(iter(layers.values())).weight, scheme)
+        bits = probe.stored_bits / (probe.N * probe.K)
         for method in METHODS:
-            started = time.monotonic()
-            weights = {name: our_layer(layer, method, scheme) for name, layer in layers.items()}
-            seconds = time.monotonic() - started
-            probe = quantize_rtn(next(iter(layers.values())).weight[:8], scheme)
-            bits = probe.stored_bits / (probe.N * probe.K)
+            results = {name: our_layer(layer, method, scheme) for name, layer in layers.items()}
+            weights = {name: weight for name, (weight, _) in results.items()}
+            seconds = sum(spent for _, spent in results.values())
             rows.append(layer_row(method, scheme, layers, weights, bits, seconds))
         rows.append(
             peer_layers(
