@@ -2,6 +2,8 @@
 
 from qkern.ops.dequant_matmul import dequant_matmul, pack_weight, unpack_weight
 from qkern.ops.dequantize_groupwise import dequantize_groupwise
+from qkern.ops.gguf_decode import gguf_decode
+from qkern.ops.gguf_encode import gguf_encode
 from qkern.ops.gptq_update import gptq_update
 from qkern.ops.pack_bits import pack_bits, unpack_bits
 from qkern.ops.quantize_activations import quantize_activations
@@ -10,6 +12,8 @@ from qkern.ops.quantize_groupwise import quantize_groupwise
 __all__ = [
     "dequant_matmul",
     "dequantize_groupwise",
+    "gguf_decode",
+    "gguf_encode",
     "gptq_update",
     "pack_bits",
     "pack_weight",
