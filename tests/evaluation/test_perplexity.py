@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from qkern import InputError
-from qkern.evaluation import perplexity, read_text, token_ids, token_losses
+from qkern import InputError, QuantLinear
+from qkern.evaluation import kl_divergence, perplexity, read_text, token_ids, token_losses
 from qkern.evaluation.windows import bos_if_added, split_windows
+from qkern.ops import dequantize_groupwise
 
 VOCABULARY = 11
 
@@ -81,6 +82,39 @@ def test_module_runs_in_evaluation_mode_and_is_left_as_it_was():
     perplexity(model, random_ids(64), window=16, batch_size=2)
     assert model.calls == [(False, False)] * 2
     assert model.training
+
+
+class Quantized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, 32)
+        self.head = QuantLinear.from_linear(nn.Linear(32, VOCABULARY), "w4g16")
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids) * 3)
+
+
+def test_activations_stay_float_unless_int8_is_named():
+    model, ids = Quantized(), random_ids(200)
+    dense = nn.Linear(32, VOCABULARY)
+    with torch.no_grad():
+        dense.weight.copy_(dequantize_groupwise(model.head.quantized()))
+        dense.bias.copy_(model.head.bias)
+    expected = perplexity(nn.Sequential(model.embedding, Times3(), dense), ids, window=16)
+    assert perplexity(model, ids, window=16) == pytest.approx(expected, rel=1e-5)
+    assert model.head.compute == "auto"
+    int8 = perplexity(model, ids, window=16, compute="int8")
+    assert abs(int8 / expected - 1) > 1e-5
+    # One model against itself: the reference runs in float, the other side in int8.
+    divergence = kl_divergence(model, model, ids, window=16, compute="int8", allow_short=True)
+    assert divergence.mean() > 1e-7
+    assert kl_divergence(model, model, ids, window=16, allow_short=True).max() == 0
+
+
+class Times3(nn.Module):
+    def forward(self, x):
+        return x * 3
 
 
 def test_short_text_names_both_lengths():

@@ -207,6 +207,40 @@ def test_vmap_equals_a_loop():
     torch.testing.assert_close(torch.vmap(layer)(x), torch.stack([layer(row) for row in x]))
 
 
+def test_export():
+    model = nn.Sequential(QuantLinear.from_linear(make_linear(), "w4g32").pack())
+    x = inputs(3)
+    program = torch.export.export(model, (x,))
+    assert torch.equal(program.module()(x), model(x))
+    assert "qkern.dequant_matmul" in program.graph_module.code
+    with pytest.raises(InputError, match=r"call pack\(\) on the module before"):
+        torch.export.export(nn.Sequential(QuantLinear.from_linear(make_linear(), "w4g32")), (x,))
+
+
+def test_fake_tensors_and_a_default_device():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer = QuantLinear.from_linear(make_linear(), "w4g32")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.empty(4, K)).shape == (4, N)
+    layer.unpack().compute = "float"
+    x = inputs(40)
+    with torch.device("meta"):
+        y = layer(x)
+    assert_close(y, expected(layer, x))
+
+
+def test_forward_mode_is_refused():
+    from torch.autograd import forward_ad
+
+    layer = QuantLinear.from_linear(make_linear(), "w4g32").pack()
+    x = inputs(2)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
+            layer(dual)
+
+
 def test_profiler_sees_the_op():
     layer = QuantLinear.from_linear(make_linear(), "w4g32").pack()
     with torch.profiler.profile() as profile:

@@ -207,9 +207,14 @@ class QuantLinear(QuantModule):
 
     def _pack(self) -> None:
         weight = self.quantized()
-        if self._has_no_values():
+        if weight.codes.is_meta:
             raise InputError(
-                "the weight is on the meta device and has no values: load a state_dict with assign=True"
+                "the weight is on the meta device and has no values: load a state_dict with assign=True first"
+            )
+        if type(weight.codes) is not Tensor:
+            raise InputError(
+                f"a weight in a {type(weight.codes).__name__} cannot be packed: call pack() on the module "
+                "before tracing or exporting it"
             )
         with _outside_of_modes():
             packed = pack_weight(weight)
@@ -339,10 +344,11 @@ class QuantLinear(QuantModule):
                 f"input and weight must be on one device: got x on {x.device}, the weight on {blob.device}; "
                 "move the module to the device of x"
             )
-        needs_grad = torch.is_grad_enabled() and (
-            x.requires_grad or (bias is not None and bias.requires_grad)
-        )
-        compute = resolve_compute(self._compute, x, self.scheme, needs_grad=needs_grad)
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnsupportedError(
+                "QuantLinear has no forward-mode derivative: use reverse mode (backward, torch.func.vjp)"
+            )
+        compute = resolve_compute(self._compute, x, self.scheme, needs_grad=_needs_grad(x, bias))
         out: Tensor = torch.ops.qkern.dequant_matmul(
             x, blob, bias, self.layout, self.out_features, self.in_features, self._spelling, compute
         )
