@@ -43,7 +43,7 @@ def test_jsonl_of_texts_and_messages(tmp_path):
 def test_messages_need_a_chat_template(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
-    with pytest.raises(InputError, match="line 1 holds chat messages.*no chat template"):
+    with pytest.raises(InputError, match=r"line 1 holds chat messages.*no chat template"):
         load_texts(path)
 
 

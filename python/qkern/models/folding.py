@@ -129,8 +129,8 @@ def pair_channels(config: Any, pair: LinearPair, first: nn.Module, second: nn.Mo
         share = torch.arange(columns) if channels == columns else None
     if share is None:
         raise InputError(
-            f"{pair.first} has {outputs} outputs and {pair.second} reads {columns} columns: the model does not "
-            f"fit the data of its architecture, {config.model_type}"
+            f"{pair.first} has {outputs} outputs and {pair.second} reads {columns} columns: the model does "
+            f"not fit the data of its architecture, {config.model_type}"
         )
     return slice(outputs - channels, outputs), share
 

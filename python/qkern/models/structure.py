@@ -45,7 +45,7 @@ def describe(model: Any) -> Structure:
     """Find the decoder layers and the head of a transformers causal LM.
 
     An architecture without data is taken apart by shape alone: its decoder layers are the longest
-    `ModuleList`, of several equally long ones the one with the most parameters.
+    `ModuleList` that is not inside another, of several equally long ones the one with the most parameters.
 
     Raises
     ------
@@ -66,11 +66,12 @@ def describe(model: Any) -> Structure:
             ) from None
         path = architecture.layers
     else:
-        lists = [
-            (len(module), sum(p.numel() for p in module.parameters()), name)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) > 0
-        ]
+        lists: list[tuple[int, int, str]] = []
+        for name, module in model.named_modules():
+            # Outer lists come first; a list inside another one holds the experts of a layer, not layers.
+            inside = any(name.startswith(f"{outer}.") for _, _, outer in lists)
+            if isinstance(module, nn.ModuleList) and len(module) > 0 and not inside:
+                lists.append((len(module), sum(p.numel() for p in module.parameters()), name))
         if not lists:
             raise UnsupportedError(
                 f"{type(model).__name__} has no list of decoder layers (nn.ModuleList): "

@@ -101,7 +101,7 @@ def choose_targets(model: Any, structure: Structure, skip: Sequence[str], includ
         raise UnsupportedError(
             f"{len(experts)} 3-D parameters, which hold several experts each, cannot be quantized: "
             f"{', '.join(experts[:4])}{', ...' if len(experts) > 4 else ''}; leave them 16-bit with "
-            f"skip={sorted({name.rpartition('.')[2] for name in experts})!r} (--skip)"
+            f"skip={sorted({name.split('.')[-2] for name in experts})!r} (--skip)"
         )
     layers: list[list[str]] = [[] for _ in range(structure.count)]
     kept: dict[str, str] = {}
@@ -127,9 +127,7 @@ def choose_targets(model: Any, structure: Structure, skip: Sequence[str], includ
         else:
             index, _, rest = name.removeprefix(inside).partition(".")
             layers[int(index)].append(rest)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-            kept[name] = f"a {type(module).__name__}, which may compute something else"
+    kept |= _strangers(model)
     unused = [
         pattern
         for pattern in (*skip, *include)
@@ -143,6 +141,18 @@ def choose_targets(model: Any, structure: Structure, skip: Sequence[str], includ
     if not any(layers) and not head:
         raise InputError(f"nothing to quantize in {type(model).__name__}: every linear is skipped")
     return Targets(layers=layers, head=head, kept=kept)
+
+
+def _strangers(model: nn.Module) -> dict[str, str]:
+    """Modules with a matrix of weights that are no plain linear and no embedding."""
+    plain = {id(module) for module in named_linears(model).values()}
+    return {
+        name: f"a {type(module).__name__}, no plain linear"
+        for name, module in model.named_modules()
+        if id(module) not in plain
+        and not isinstance(module, nn.Embedding)
+        and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    }
 
 
 def _names_parameter(model: nn.Module, pattern: str) -> bool:

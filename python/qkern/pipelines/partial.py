@@ -115,8 +115,9 @@ class Partial:
             },
         )
 
-    def __len__(self) -> int:
-        """Return the number of finished layers."""
+    @property
+    def count(self) -> int:
+        """Number of finished layers."""
         return len(list(self.folder.glob("*.safetensors")))
 
     def remove(self) -> None:
@@ -134,6 +135,6 @@ class Partial:
     def _cannot_write(self, error: Exception) -> QkernError:
         reason = getattr(error, "strerror", None) or error
         return QkernError(
-            f"cannot write {self.folder}: {reason}; no output was made and {len(self)} finished layers are "
+            f"cannot write {self.folder}: {reason}; no output was made and {self.count} finished layers are "
             "kept there: free space and run the same command again to go on, or remove the folder"
         )

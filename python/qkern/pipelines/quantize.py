@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -128,9 +128,7 @@ def quantize(
     if format is not None:
         format_named(format)
         if folder is None or scale_only:
-            raise InputError(
-                f"format {format!r} needs an output folder and quantized weights; drop one of them"
-            )
+            raise InputError(f"format {format!r} needs an output folder and quantized weights: drop format")
     target_device = _device(device)
     source = open_source(model)
     structure = describe(source.model)
@@ -164,8 +162,8 @@ def quantize(
     }
     if ids is not None:
         facts["calibration"] = {"shape": list(ids.shape), "seed": seed, "sha256": calibration_hash(ids)}
-    summing = _Summing(settings, targets, facts, started)
     run = _Run(source, structure, targets, settings, ids, target_device)
+    summing = _Summing(settings, targets, facts, started)
     if folder is None:
         layers = list(run.layers(None))
         for finished in layers:
@@ -174,33 +172,31 @@ def quantize(
         result.qkern_report = summing.report()
         return result
     partial = Partial(folder, {**_key(source), **facts}, resume=resume)
-    try:
+    with _keeping(partial):
         for _ in run.layers(partial):
             pass
+    with CheckpointWriter(folder, format=format, max_shard_size=max_shard_size) as writer:
+        with _keeping(partial):
+            _write_tensors(writer, source, partial, run.names(), summing)
+        report = summing.report(folder, format)
+        _finish(writer, source, targets, settings, report, tokenizer)
+    partial.remove()
+    return report
+
+
+@contextmanager
+def _keeping(partial: Partial) -> Iterator[None]:
+    """On an error, keep the finished layers only if a later run can use them."""
+    try:
+        yield
     except (InputError, FormatError):
-        # The input has to change, so nothing that was made from it is of use.
+        # The model has to change, so nothing that was made from it is of use.
         partial.remove()
         raise
     except BaseException:
-        if len(partial) == 0:
+        if partial.count == 0:
             partial.remove()
         raise
-    with CheckpointWriter(folder, format=format, max_shard_size=max_shard_size) as writer:
-        _write(writer, source, partial, run.names(), summing)
-        if source.folder is None and getattr(source.model, "generation_config", None) is not None:
-            writer.add_json(
-                "generation_config.json", json.loads(source.model.generation_config.to_json_string())
-            )
-        report = summing.report(folder, format)
-        writer.finish(
-            source.config,
-            report.recipe,
-            tokenizer_from=tokenizer if source.folder is None else source.folder,
-            skipped=list(targets.kept),
-            details={"damp_percent": damp} if method == "gptq" and format in ("gptq", "gptq_v2") else None,
-        )
-    partial.remove()
-    return report
 
 
 def _device(name: str) -> torch.device:
@@ -268,16 +264,16 @@ class _Run:
         stream = LayerStream(
             self.source.model, structure.layers, self.source.weights, head=structure.head, device=self.device
         )
-        done = 0 if partial is None else len(partial)
-        if done:
-            logger.info("going on after %d finished layers in %s", done, partial.folder if partial else "")
+        done = 0 if partial is None else partial.count
+        if partial is not None and done:
+            logger.info("going on after %d finished layers in %s", done, partial.folder)
         total = structure.count + self.targets.head
         if self.ids is not None and done < total:
             stream.embed(self.ids)
         with _progress.task(f"{settings.method} {settings.scheme}", total=total, unit="layer") as progress:
             for index in range(structure.count):
                 name = self.names()[index]
-                finished = partial.load(name) if partial else None
+                finished = None if partial is None else partial.load(name)
                 found = finished is not None
                 # A finished layer is run only when a later one needs its outputs.
                 runs = self.ids is not None and done < total
@@ -291,17 +287,17 @@ class _Run:
                         finished.put_into(layer, stream.prefix(index))
                     if runs and index + 1 < total:
                         stream.advance(index)
-                if partial and not found:
+                if partial is not None and not found:
                     partial.save(name, finished)
                 progress.advance(note=_summary(finished))
                 if not found:
                     _log_layer(index, structure.count, finished, time.monotonic() - started)
                 yield finished
             if self.targets.head and structure.head is not None:
-                finished = partial.load(_HEAD_FILE) if partial else None
+                finished = None if partial is None else partial.load(_HEAD_FILE)
                 if finished is None:
                     finished = quantize_head(stream, structure.head, settings)
-                    if partial:
+                    if partial is not None:
                         partial.save(_HEAD_FILE, finished)
                 progress.advance(note=_summary(finished))
                 yield finished
@@ -391,7 +387,7 @@ class _Summing:
         )
 
 
-def _write(
+def _write_tensors(
     writer: CheckpointWriter, source: Source, partial: Partial, names: Sequence[str], summing: _Summing
 ) -> None:
     """Write all tensors, from the finished layers and, for the rest, the source."""
@@ -411,3 +407,24 @@ def _write(
     for name in source.stored_once():
         if name not in written:
             writer.add_tensor(name, source.weights.get(name))
+
+
+def _finish(
+    writer: CheckpointWriter,
+    source: Source,
+    targets: Targets,
+    settings: Settings,
+    report: QuantizationReport,
+    tokenizer: Any,
+) -> None:
+    """Write what a folder holds beside tensors."""
+    if source.folder is None and getattr(source.model, "generation_config", None) is not None:
+        writer.add_json("generation_config.json", json.loads(source.model.generation_config.to_json_string()))
+    gptq = settings.method == "gptq" and report.format in ("gptq", "gptq_v2")
+    writer.finish(
+        source.config,
+        report.recipe,
+        tokenizer_from=tokenizer if source.folder is None else source.folder,
+        skipped=list(targets.kept),
+        details={"damp_percent": settings.gptq.damp} if gptq else None,
+    )

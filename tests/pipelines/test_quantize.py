@@ -1,0 +1,348 @@
+"""The verb on whole models: every architecture, method and format, from folders and from memory."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from qkern.calibration import streaming
+from qkern.errors import InputError, UnsupportedError
+from qkern.models import describe, inject, known_architectures
+from qkern.nn import QuantLinear, compute_mode, named_linears, quant_linears
+from qkern.ops import dequantize_groupwise, unpack_bits
+from qkern.pipelines import load, quantize
+from qkern.pipelines.checks import default_format
+from qkern.quantizers import GPTQConfig, HessianAccumulator, quantize_gptq, quantize_rtn
+from qkern.schemes import Scheme
+
+IDS = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(1))
+ALL = (*known_architectures(), "gpt_neox")
+
+
+def logits(model):
+    with torch.no_grad(), compute_mode(model, "float"):
+        return model(input_ids=IDS).logits.float()
+
+
+def codes(weight):
+    return unpack_bits(weight.codes, weight.scheme.bits, (weight.N, weight.K), layout="dense")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """A Llama in bf16, in several shards."""
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny("llama", dtype=torch.bfloat16).save_pretrained(path, max_shard_size="40KB")
+    assert (path / "model.safetensors.index.json").exists()
+    return path
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+@pytest.mark.parametrize("model_type", ALL)
+def test_every_architecture_and_method(tiny, tmp_path, model_type, method):
+    model = tiny(model_type, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    options = {"method": method, "scheme": "w4g32z", "calibration": IDS}
+    report = quantize(tmp_path / "model", **options, output=tmp_path / "out", format="gptq_v2")
+    # Every linear is quantized or named.
+    assert set(report.layers) | set(report.kept) == set(named_linears(model))
+    assert set(report.kept) == {"lm_head"}
+    # 4 bits, 16 for a scale and 4 for a zero point in 32; a short last group costs a little more.
+    assert 4.6 < report.bpw_linear < 4.8
+    assert not (tmp_path / "out.partial").exists()
+    loaded = load(tmp_path / "out")
+    assert set(quant_linears(loaded)) == set(report.layers)
+    # The same from memory, and after the reload.
+    returned = quantize(model, **options)
+    assert torch.equal(logits(loaded), logits(returned))
+    # Close to the original, and not the original.
+    original = logits(model)
+    error = (logits(loaded) - original).square().mean() / original.square().mean()
+    assert 1e-6 < error < 0.05
+
+
+def test_the_given_model_is_not_modified(tiny):
+    model, again = tiny("qwen2"), tiny("qwen2")
+    result = quantize(model, method="awq", calibration=IDS, scheme="w4g32z")
+    for before, after in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(before, after)
+    assert not quant_linears(model)
+    # What was not quantized or folded is shared, not copied, and still tied.
+    assert result.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert result.lm_head.weight is result.model.embed_tokens.weight
+    assert not any(parameter.is_meta for parameter in result.parameters())
+    assert result.qkern_report.scheme == "w4g32z"
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_sharded_folder_gives_what_the_model_in_memory_gives(folder, tiny, method):
+    options = {"method": method, "calibration": IDS, "scheme": "w3g32"}
+    one = quantize(folder, **options)
+    two = quantize(tiny("llama", dtype=torch.bfloat16), **options)
+    assert one.model.norm.weight.dtype == one.config.dtype == torch.bfloat16
+    assert torch.equal(logits(one), logits(two))
+
+
+def test_rtn_rounds_every_linear(folder, tiny):
+    result = quantize(folder, method="rtn", scheme="w4g32")
+    for name, linear in named_linears(tiny("llama", dtype=torch.bfloat16)).items():
+        if name == "lm_head":
+            continue
+        made = result.get_submodule(name).quantized()
+        wanted = quantize_rtn(linear.weight.detach().float(), "w4g32")
+        assert torch.equal(made.codes, wanted.codes), name
+        assert torch.equal(made.scales, wanted.scales), name
+
+
+def test_gptq_is_true_sequential(tiny, monkeypatch):
+    """Each group sees what its quantized predecessors, in its layer and before, make of the text."""
+    monkeypatch.setattr(streaming, "CHUNK_TOKENS", 64)
+    result = quantize(tiny("llama"), calibration=IDS, scheme="w2g32")
+    model, float_model = tiny("llama"), tiny("llama")
+    groups = describe(model).architecture.sequential
+
+    def hessian(model, name):
+        seen = HessianAccumulator(model.get_submodule(name).in_features)
+        handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.add(args[0]))
+        with torch.no_grad():
+            for chunk in IDS.split(2):
+                model(input_ids=chunk)
+        handle.remove()
+        return seen.value
+
+    for index in range(2):
+        for group in groups:
+            value = hessian(model, f"model.layers.{index}.{group[0]}")
+            if (index, group[0]) != (0, "self_attn.q_proj"):
+                blind = hessian(float_model, f"model.layers.{index}.{group[0]}")
+                assert (value - blind).abs().max() > 1e-2 * blind.abs().max()
+            for part in group:
+                name = f"model.layers.{index}.{part}"
+                linear = model.get_submodule(name)
+                wanted = quantize_gptq(linear.weight.detach(), value, "w2g32", GPTQConfig())
+                made = result.get_submodule(name).quantized()
+                # Rounding of the Hessian may move a code that lies on an edge.
+                assert (codes(made) == codes(wanted.weight)).float().mean() > 0.999, name
+                record = result.qkern_report.layers[name]
+                assert record.error == pytest.approx(wanted.error, rel=1e-2)
+                linear.weight.data = dequantize_groupwise(made)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma2", "gpt2"])
+def test_awq_folds_scales_that_help(tiny, model_type):
+    model = inject(tiny(model_type))
+    rounded = quantize(model, method="rtn", scheme="w3g32z")
+    awq = quantize(model, method="awq", scheme="w3g32z", calibration=IDS)
+    assert 0 < awq.qkern_report.mean_error < rounded.qkern_report.mean_error
+    reference = logits(model)
+    assert (logits(awq) - reference).square().mean() < 0.7 * (logits(rounded) - reference).square().mean()
+
+
+def test_awq_on_an_unknown_architecture_says_what_it_skips(tiny, caplog):
+    from qkern.pipelines import layerwise
+
+    layerwise._warn_no_folding.cache_clear()
+    with caplog.at_level(logging.WARNING, "qkern"):
+        quantize(tiny("gpt_neox"), method="awq", scheme="w4g32z", calibration=IDS)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "gpt_neox" in warnings[0]
+    assert "scales are skipped (norm to linears, linear to linear)" in warnings[0]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
+def test_scale_only_writes_the_same_function_in_16_bit(tiny, tmp_path, model_type):
+    model = inject(tiny(model_type))
+    report = quantize(
+        model, method="awq", scheme="w4g32z", calibration=IDS, scale_only=True, output=tmp_path / "out"
+    )
+    assert report.format is None
+    assert {record.scheme for record in report.layers.values()} == {"16-bit"}
+    loaded = load(tmp_path / "out")
+    assert not quant_linears(loaded)
+    reference = logits(model)
+    assert (logits(loaded) - reference).abs().max() < 1e-4 * reference.abs().max()
+    moved = [
+        name
+        for name, parameter in loaded.named_parameters()
+        if not torch.equal(parameter, model.get_parameter(name))
+    ]
+    assert len(moved) >= 6
+    # Rounding it is then as good as AWQ without its clipping, and far better than rounding the original.
+    plain, scaled = (quantize(m, method="rtn", scheme="w4g32z") for m in (model, loaded))
+    assert (logits(scaled) - reference).square().mean() < 0.5 * (logits(plain) - reference).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "wanted"),
+    [
+        ("w4g128", "gptq"),
+        ("w8", "gptq"),
+        ("w4g128z", "awq"),
+        ("w3g128", "compressed-tensors"),
+        ("w2g64", "compressed-tensors"),
+        ("w8g128z", "compressed-tensors"),
+    ],
+)
+def test_default_format_follows_the_scheme(scheme, wanted):
+    assert default_format(Scheme.parse(scheme))[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"method": "rtn", "scheme": "w4g32"}, "gptq"),
+        ({"method": "awq", "scheme": "w4g32z", "calibration": IDS}, "awq"),
+        # K = 96 is no multiple of 64, which only GPTQ can do without.
+        ({"method": "rtn", "scheme": "w4g64z"}, "gptq_v2"),
+        ({"method": "rtn", "scheme": "w3"}, "compressed-tensors"),
+        ({"method": "gptq", "scheme": "w4g32", "act_order": "desc_act", "calibration": IDS}, "gptq"),
+    ],
+)
+def test_written_format(folder, tmp_path, options, wanted):
+    report = quantize(folder, **options, output=tmp_path / "out")
+    assert report.format == wanted
+    assert torch.equal(logits(load(tmp_path / "out")), logits(quantize(folder, **options)))
+
+
+def test_format_that_cannot_hold_layers_is_refused_before_any_work(folder, tmp_path):
+    # The calibration does not even exist.
+    options = {"method": "awq", "scheme": "w4g64z", "calibration": tmp_path / "missing.txt"}
+    with pytest.raises(UnsupportedError, match=r"no work was done: awq does not hold model\.layers\.0\.mlp"):
+        quantize(folder, **options, output=tmp_path / "out", format="awq")
+    assert list(tmp_path.iterdir()) == []
+    # Skipping the layers makes it possible.
+    options["calibration"] = IDS
+    report = quantize(folder, **options, skip=["down_proj"], output=tmp_path / "out", format="awq")
+    assert report.kept["model.layers.1.mlp.down_proj"] == "named in skip"
+    assert len(report.layers) == 12
+
+
+def test_recipe_and_report(folder, tmp_path):
+    report = quantize(folder, calibration=IDS, scheme="w4g32", samples=4, output=tmp_path / "out")
+    recipe = json.loads((tmp_path / "out" / "qkern.json").read_text())
+    assert {"qkern", "torch", "transformers", "format"} <= set(recipe)
+    assert recipe["arguments"]["method"] == "gptq"
+    assert recipe["arguments"]["damp"] == 0.05
+    assert recipe["calibration"]["shape"] == [4, 32]
+    assert len(recipe["calibration"]["sha256"]) == 64
+    assert set(recipe["layers"]) == set(report.layers)
+    for name, facts in recipe["layers"].items():
+        assert facts["scheme"] == "w4g32"
+        assert facts["error"] == report.layers[name].error > 0
+    assert recipe["kept"] == {"lm_head": "output head"}
+    stated = json.loads(json.dumps(report.as_dict()))
+    assert stated["mean_error"] == report.mean_error
+    assert stated["layers"]["model.layers.0.mlp.up_proj"]["seconds"] > 0
+
+
+def test_head_is_quantized_when_included(folder, tiny, tmp_path):
+    report = quantize(folder, calibration=IDS, scheme="w4g32", include=["lm_head"], output=tmp_path / "out")
+    assert report.kept == {}
+    loaded = load(tmp_path / "out")
+    assert isinstance(loaded.lm_head, QuantLinear)
+    # Its Hessian comes from what the quantized layers make of the text.
+    body = quantize(folder, calibration=IDS, scheme="w4g32")
+    seen = HessianAccumulator(64)
+    body.lm_head.register_forward_pre_hook(lambda _, args: seen.add(args[0].float()))
+    logits(body.float())
+    wanted = quantize_gptq(body.lm_head.weight.detach(), seen.value, "w4g32", GPTQConfig())
+    assert (codes(loaded.lm_head.quantized()) == codes(wanted.weight)).float().mean() > 0.99
+
+
+def test_tied_head_cannot_be_quantized(tiny):
+    with pytest.raises(UnsupportedError, match="lm_head is tied to the input embedding"):
+        quantize(tiny("qwen2"), method="rtn", include=["lm_head"])
+
+
+def test_experts_in_three_dimensions_are_refused_by_name(tiny, tmp_path):
+    model = tiny("mixtral")
+    model.save_pretrained(tmp_path / "model")
+    for source in (model, tmp_path / "model"):
+        with pytest.raises(
+            UnsupportedError, match=r"4 3-D .* model\.layers\.0\.mlp\.experts\.gate_up_proj"
+        ) as info:
+            quantize(source, method="rtn")
+        assert "skip=['experts']" in str(info.value)
+    report = quantize(
+        tmp_path / "model", scheme="w4g32", calibration=IDS, skip=["experts"], output=tmp_path / "out"
+    )
+    assert len(report.layers) == 8
+    assert "no plain linear" in report.kept["model.layers.0.mlp.experts"]
+    assert "no plain linear" in report.kept["model.layers.1.mlp.gate"]
+    returned = quantize(model, scheme="w4g32", calibration=IDS, skip=["experts"])
+    assert torch.equal(logits(load(tmp_path / "out")), logits(returned))
+
+
+class Expert(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(64, 32), torch.nn.Linear(32, 64)
+
+    def forward(self, x):
+        return self.down(torch.nn.functional.silu(self.up(x)))
+
+
+class Experts(torch.nn.Module):
+    """Chooses by token between two experts; a third one is never chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(64, 2)
+        self.experts = torch.nn.ModuleList(Expert() for _ in range(3))
+
+    def forward(self, x):
+        first = (self.gate(x)[..., 0] > 0).unsqueeze(-1)
+        result = torch.zeros_like(x)
+        for expert, chosen in zip(self.experts, (first, ~first), strict=False):
+            rows = chosen.squeeze(-1)
+            result[rows] = expert(x[rows])
+        return result
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_experts_as_modules_are_quantized(tiny, method):
+    model = tiny("llama")
+    model.config.model_type = "mixture"
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = Experts()
+    result = quantize(model, method=method, scheme="w4g32z", calibration=IDS)
+    report = result.qkern_report
+    assert len(report.layers) == 2 * (4 + 6)
+    assert report.kept["model.layers.0.mlp.gate"] == "router"
+    notes = report.layers["model.layers.0.mlp.experts.2.up"].notes
+    assert len(notes) == 1
+    assert "no activation" in notes[0] or "no calibration token" in notes[0]
+    assert not report.layers["model.layers.0.mlp.experts.1.up"].notes
+    # Named, the router is quantized too.
+    named = quantize(model, method="rtn", scheme="w4g32z", include=["gate"])
+    assert isinstance(named.model.layers[0].mlp.gate, QuantLinear)
+
+
+def test_texts_go_through_the_tokenizer_beside_the_model(tiny, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, **{chr(97 + i): i + 3 for i in range(26)}}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    letters = [int(i) for i in torch.randint(26, (80,), generator=torch.Generator().manual_seed(2))]
+    (tmp_path / "a.txt").write_text(" ".join(chr(97 + i) for i in letters))
+    options = {"scheme": "w4g32", "length": 40}
+    with pytest.raises(InputError, match="no tokenizer that transformers loads"):
+        quantize(tmp_path / "model", calibration=tmp_path / "a.txt", **options)
+    with pytest.raises(InputError, match="came from no folder: pass tokenizer="):
+        quantize(model, calibration=tmp_path / "a.txt", **options)
+    tokenizer.save_pretrained(tmp_path / "model")
+    one = quantize(tmp_path / "model", calibration=tmp_path / "a.txt", **options)
+    two = quantize(model, calibration=tmp_path / "a.txt", tokenizer=tokenizer, **options)
+    three = quantize(model, calibration=[[i + 3 for i in letters]], **options)
+    assert torch.equal(logits(one), logits(three))
+    assert torch.equal(logits(two), logits(three))
+    quantize(tmp_path / "model", method="rtn", scheme="w4g32", output=tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").exists()

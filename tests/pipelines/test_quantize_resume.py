@@ -1,0 +1,188 @@
+"""A killed run goes on where it stopped and gives the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qkern.errors import InputError, QkernError
+from qkern.pipelines import quantize
+from qkern.pipelines import quantize as quantize_function
+
+IDS = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(1))
+module = sys.modules[quantize_function.__module__]
+
+KILLED = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from qkern.pipelines import partial, quantize
+save = partial.Partial.save
+
+def save_and_die(self, name, finished):
+    save(self, name, finished)
+    if name == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+partial.Partial.save = save_and_die
+ids = torch.tensor(eval(sys.argv[4]))
+quantize(sys.argv[1], output=sys.argv[2], calibration=ids, scheme="w4g32z", method="awq", include=["lm_head"])
+"""
+OPTIONS = {"calibration": IDS, "scheme": "w4g32z", "method": "awq", "include": ["lm_head"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny("llama", dtype=torch.bfloat16, num_hidden_layers=3).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def layers_done(monkeypatch):
+    """Indices of the layers that are quantized, not read back."""
+    done = []
+    original = module.quantize_layer
+
+    def counted(stream, structure, index, *rest):
+        done.append(index)
+        return original(stream, structure, index, *rest)
+
+    monkeypatch.setattr(module, "quantize_layer", counted)
+    return done
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Ends a run with Ctrl-C once the named layer is kept."""
+
+    def arm(last):
+        save = module.Partial.save
+
+        def save_and_stop(self, name, finished):
+            save(self, name, finished)
+            if name == last:
+                monkeypatch.setattr(module.Partial, "save", save)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(module.Partial, "save", save_and_stop)
+
+    return arm
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path, layers_done):
+    quantize(folder, output=tmp_path / "whole", **OPTIONS)
+    assert layers_done == [0, 1, 2]
+    layers_done.clear()
+    output = tmp_path / "out"
+    arguments = [str(folder), str(output), "layer-00001", repr(IDS.tolist())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "whole"]
+    quantize(folder, output=output, **OPTIONS)
+    assert layers_done == [2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("last", ["layer-00000", "layer-00002", "head"])
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_every_stop_leads_to_the_same_bytes(folder, tmp_path, layers_done, stop_after, last, method):
+    options = {**OPTIONS, "method": method}
+    quantize(folder, output=tmp_path / "whole", **options)
+    stop_after(last)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, output=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    layers_done.clear()
+    quantize(folder, output=tmp_path / "out", **options)
+    assert layers_done == ([1, 2] if last == "layer-00000" else [])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_another_run_does_not_use_the_layers(folder, tiny, tmp_path, stop_after, layers_done):
+    output = tmp_path / "out"
+    stop_after("layer-00001")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, output=output, **OPTIONS)
+    for change in (
+        {"scheme": "w3g32z"},
+        {"method": "gptq"},
+        {"calibration": IDS.flip(0)},
+        {"skip": ["up_proj"]},
+    ):
+        with pytest.raises(InputError, match=r"holds layers of another run.*resume=False"):
+            quantize(folder, output=output, **{**OPTIONS, **change})
+    other = tiny("llama", dtype=torch.bfloat16, num_hidden_layers=3, seed=1)
+    with pytest.raises(InputError, match=r"another run \(weights was"):
+        quantize(other, output=output, **OPTIONS)
+    # Another format is another way to write the same layers.
+    layers_done.clear()
+    report = quantize(folder, output=output, **OPTIONS, format="compressed-tensors")
+    assert layers_done == [2]
+    assert report.format == "compressed-tensors"
+
+
+def test_no_resume_starts_afresh(folder, tmp_path, stop_after, layers_done):
+    output = tmp_path / "out"
+    stop_after("layer-00001")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, output=output, **OPTIONS)
+    layers_done.clear()
+    quantize(folder, output=output, **{**OPTIONS, "scheme": "w3g32"}, resume=False)
+    assert layers_done == [0, 1, 2]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_model_in_memory_resumes_too(tiny, tmp_path, stop_after, layers_done):
+    model = tiny("gpt2", num_hidden_layers=3)
+    options = {"calibration": IDS, "scheme": "w4g32"}
+    quantize(model, output=tmp_path / "whole", **options)
+    stop_after("layer-00000")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, output=tmp_path / "out", **options)
+    layers_done.clear()
+    quantize(model, output=tmp_path / "out", **options)
+    assert layers_done == [1, 2]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_damaged_layer_is_an_error(folder, tmp_path, stop_after):
+    output = tmp_path / "out"
+    stop_after("layer-00001")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, output=output, **OPTIONS)
+    path = tmp_path / "out.partial" / "layer-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(QkernError, match=r"layer-00001\.safetensors is damaged"):
+        quantize(folder, output=output, **OPTIONS)
+
+
+def test_an_interrupt_before_the_first_layer_leaves_nothing(folder, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "quantize_layer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, output=tmp_path / "out", **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipe_has_no_time_in_it(folder, tmp_path):
+    quantize(folder, output=tmp_path / "out", method="rtn", scheme="w4g32")
+    recipe = json.loads((tmp_path / "out" / "qkern.json").read_text())
+    assert "seconds" not in json.dumps(recipe)
