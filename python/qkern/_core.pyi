@@ -1,0 +1,149 @@
+"""Types of the native module; raw pointers are integers. A test compares both."""
+
+from typing import Any
+
+__version__: str
+GPTQ_MAX_COLUMNS: int
+
+class Linear:
+    @property
+    def K(self) -> int: ...
+    @property
+    def N(self) -> int: ...
+    def __call__(
+        self,
+        x: int,
+        dtype: int,
+        M: int,
+        row_stride: int,
+        out: int,
+        bias: int,
+        bias_dtype: int,
+        int8: bool,
+        threads: int,
+    ) -> None: ...
+    def __init__(self, blob: int, bytes: int) -> None: ...
+    def decode(
+        self, out: int, dtype: int, out_stride: int, first_row: int, rows: int, threads: int
+    ) -> None: ...
+
+def active_tier() -> str: ...
+def compiled_tiers() -> list[str]: ...
+def cpu_features() -> str: ...
+def dequantize_groupwise(
+    codes: int,
+    begin: int,
+    end: int,
+    K: int,
+    group_size: int,
+    groups: int,
+    bits: int,
+    codebook: int,
+    scale_dtype: int,
+    scales: int,
+    zeros: int,
+    offsets: int,
+    group_index: int,
+    rows_per_scale: int,
+    out_dtype: int,
+    out: int,
+    out_stride: int,
+    threads: int,
+) -> None: ...
+def gguf_decode(type: int, raw: int, out: int, rows: int, K: int, threads: int) -> None: ...
+def gguf_encode(type: int, x: int, importance: int, out: int, rows: int, K: int, threads: int) -> bool: ...
+def gptq_update(
+    weight: int,
+    weight_stride: int,
+    N: int,
+    B: int,
+    hinv: int,
+    scales: int,
+    zeros: int,
+    groups: int,
+    group_index: int,
+    bits: int,
+    codebook: int,
+    codes: int,
+    errors: int,
+    threads: int,
+) -> None: ...
+def pack_bits(
+    codes: int, codes_stride: int, N: int, K: int, bits: int, layout: int, packed: int, threads: int
+) -> int: ...
+def pack_weight(
+    blob: int,
+    N: int,
+    K: int,
+    groups: int,
+    bits: int,
+    zero_kind: int,
+    scale_dtype: int,
+    per_tensor: bool,
+    has_index: bool,
+    group_start: int,
+    permutation: int,
+    codes: int,
+    scales: int,
+    zeros: int,
+    table: int,
+    scheme: str,
+    extra: int,
+    extra_bytes: int,
+    threads: int,
+) -> None: ...
+def packed_bytes(
+    N: int,
+    K: int,
+    groups: int,
+    bits: int,
+    zero_kind: int,
+    scale_dtype: int,
+    per_tensor: bool,
+    group_start: int,
+    permuted: bool,
+    extra_bytes: int,
+) -> int: ...
+def packed_header(blob: int, bytes: int) -> dict[str, Any]: ...
+def quantize_activations(
+    x: int,
+    dtype: int,
+    M: int,
+    K: int,
+    row_stride: int,
+    group_size: int,
+    codes: int,
+    scales: int,
+    threads: int,
+) -> None: ...
+def quantize_groupwise(
+    weight: int,
+    dtype: int,
+    N: int,
+    K: int,
+    row_stride: int,
+    group_size: int,
+    groups: int,
+    bits: int,
+    asymmetric: bool,
+    codebook: int,
+    search_mse: bool,
+    importance: int,
+    importance_stride: int,
+    scale_dtype: int,
+    scales: int,
+    zeros: int,
+    grid_given: bool,
+    rows_per_grid: int,
+    codes: int,
+    threads: int,
+) -> int: ...
+def set_tier(name: str) -> bool: ...
+def thread_pool() -> str: ...
+def unpack_bits(
+    codes: int, codes_stride: int, N: int, K: int, bits: int, layout: int, packed: int, threads: int
+) -> None: ...
+def unpack_weight(
+    blob: int, bytes: int, codes: int, scales: int, zeros: int, group_index: int, threads: int
+) -> None: ...
+def usable_tiers() -> list[str]: ...
