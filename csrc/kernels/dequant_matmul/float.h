@@ -9,8 +9,8 @@ namespace {
 enum class Mode { difference, affine, table };
 
 template <int BITS, Mode MODE, int BYTE>
-inline F weight_of(I codes, F zero, F scale, Isa::Table table) {
-    if constexpr (MODE == Mode::table) return Isa::lookup_floats(table, Isa::template byte<BYTE>(codes));
+QK_INLINE F weight_of(I codes, F zero, F scale, Isa::Table table) {
+    if constexpr (MODE == Mode::table) return Isa::template lookup_floats<BYTE>(table, codes);
     const F q = Isa::to_float(Isa::template byte<BYTE>(codes));
     if constexpr (MODE == Mode::affine) return Isa::fma(q, scale, zero);
     return Isa::sub_f(q, zero);
@@ -23,25 +23,33 @@ struct BlockFloat {
     const float* x;  // [M, x_stride]
     int64_t x_stride;
     const GroupHead* head;
-    const float* table;
+    const float* table;  // [16]
     float (*tile)[qk::kPanelRows];
 };
 
+// The values of a code as a table of 16: the codebook, or q - midpoint, repeated below 4 bits. Looking a
+// small integer up costs less than masking, converting and subtracting.
+inline const float* table_of(const qk::PackedView& view, float (&values)[16]) {
+    if (view.zero_kind == qk::ZeroKind::codebook) return view.table;
+    const int levels = 1 << (view.bits < 4 ? view.bits : 4);
+    for (int q = 0; q < 16; ++q) values[q] = static_cast<float>(q % levels - levels / 2);
+    return values;
+}
+
 // The vector that weight_of subtracts or adds.
 template <Mode MODE>
-inline F zero_of(const GroupHead& head, int64_t r) {
+QK_INLINE F zero_of(const GroupHead& head, int64_t r) {
     if constexpr (MODE == Mode::affine) return Isa::load_f(head.offset + r);
     return Isa::to_float(Isa::load_i(head.zero + r));
 }
 
 template <int BITS, Mode MODE, int MT, int NV, int T, int BYTE>
-inline void float_step(const float* x, int64_t x_stride, int64_t quads, const I* codes, const F* zero,
-                       const F* scale, Isa::Table table, F (*sums)[NV]) {
+QK_INLINE void float_step(const float* x, int64_t x_stride, int64_t quads, const I* codes, const F* zero,
+                       const F* scale, Isa::Table table, F* sums) {
     F weight[NV];
-    for (int v = 0; v < NV; ++v) weight[v] = weight_of<BITS, MODE, BYTE>(codes[v], zero[v], scale[v], table);
-    for (int m = 0; m < MT; ++m) {
-        const F value = Isa::splat_f(x[m * x_stride + 4 * T * quads + BYTE]);
-        for (int v = 0; v < NV; ++v) sums[m][v] = Isa::fma(weight[v], value, sums[m][v]);
+    QK_UNROLL for (int v = 0; v < NV; ++v) weight[v] = weight_of<BITS, MODE, BYTE>(codes[v], zero[v], scale[v], table);
+    QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
+        sums[i] = Isa::fma(weight[i % NV], Isa::splat_f(x[i / NV * x_stride + 4 * T * quads + BYTE]), sums[i]);
     }
     if constexpr (BYTE < 3) {
         float_step<BITS, MODE, MT, NV, T, BYTE + 1>(x, x_stride, quads, codes, zero, scale, table, sums);
@@ -49,10 +57,10 @@ inline void float_step(const float* x, int64_t x_stride, int64_t quads, const I*
 }
 
 template <int BITS, Mode MODE, int MT, int NV, int T>
-inline void float_run(const float* x, int64_t x_stride, int64_t quads, const I (*lines)[3], const F* zero,
-                      const F* scale, Isa::Table table, F (*sums)[NV]) {
+QK_INLINE void float_run(const float* x, int64_t x_stride, int64_t quads, const I (*lines)[3], const F* zero,
+                      const F* scale, Isa::Table table, F* sums) {
     I codes[NV];
-    for (int v = 0; v < NV; ++v) codes[v] = codes_of<BITS, T>(lines[v]);
+    QK_UNROLL for (int v = 0; v < NV; ++v) codes[v] = codes_of<BITS, T>(lines[v]);
     float_step<BITS, MODE, MT, NV, T, 0>(x, x_stride, quads, codes, zero, scale, table, sums);
     if constexpr (T + 1 < (BITS == 3 ? 8 : 8 / BITS)) {
         float_run<BITS, MODE, MT, NV, T + 1>(x, x_stride, quads, lines, zero, scale, table, sums);
@@ -60,29 +68,28 @@ inline void float_run(const float* x, int64_t x_stride, int64_t quads, const I (
 }
 
 template <int BITS, Mode MODE, int MT, int NV>
-inline void micro_float(const BlockFloat& b, int64_t r, int64_t m0) {
-    F sums[MT][NV], zero[NV], scale[NV];
-    for (int v = 0; v < NV; ++v) {
+QK_INLINE void micro_float(const BlockFloat& b, int64_t r, int64_t m0) {
+    F sums[MT * NV], zero[NV], scale[NV];
+    QK_UNROLL for (int v = 0; v < NV; ++v) {
         zero[v] = zero_of<MODE>(*b.head, r + v * Isa::kRows);
         scale[v] = Isa::load_f(b.head->scale + r + v * Isa::kRows);
-        for (int m = 0; m < MT; ++m) sums[m][v] = Isa::splat_f(0.0f);
     }
+    QK_UNROLL for (int i = 0; i < MT * NV; ++i) sums[i] = Isa::splat_f(0.0f);
     const Isa::Table table = Isa::load_float_table(b.table);
     const int64_t quads = b.padded / (4 * superline_steps(BITS));
     const uint8_t* codes = b.codes + 4 * r;
     const float* x = b.x + m0 * b.x_stride;
-    for (int64_t j = 0; j < quads; ++j) {
+    int64_t j = 0;
+    do {  // a block is never empty
         I lines[NV][3];
-        for (int v = 0; v < NV; ++v) load_lines<BITS>(codes + v * 4 * Isa::kRows, b.line, lines[v]);
+        QK_UNROLL for (int v = 0; v < NV; ++v) load_lines<BITS>(codes + v * 4 * Isa::kRows, b.line, lines[v]);
         float_run<BITS, MODE, MT, NV, 0>(x + 4 * j, b.x_stride, quads, lines, zero, scale, table, sums);
         codes += kLines<BITS> * b.line;
-    }
-    for (int m = 0; m < MT; ++m) {
-        for (int v = 0; v < NV; ++v) {
-            float* out = b.tile[m0 + m] + r + v * Isa::kRows;
-            const F total = Isa::load_f(out);
-            Isa::store_f(out, MODE == Mode::affine ? Isa::add(total, sums[m][v]) : Isa::fma(sums[m][v], scale[v], total));
-        }
+    } while (++j < quads);
+    QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
+        float* out = b.tile[m0 + i / NV] + r + i % NV * Isa::kRows;
+        const F total = Isa::load_f(out);
+        Isa::store_f(out, MODE == Mode::affine ? Isa::add(total, sums[i]) : Isa::fma(sums[i], scale[i % NV], total));
     }
 }
 
@@ -102,7 +109,7 @@ inline void product_float(const BlockFloat& b, int64_t R, int64_t M) {
 }
 
 template <int BITS, Mode MODE, int T, int BYTE>
-inline void decode_step(const qk::DecodeArgs& args, int64_t quads, int64_t j, const I* lines, F zero, F scale,
+QK_INLINE void decode_step(const qk::DecodeArgs& args, int64_t quads, int64_t j, const I* lines, F zero, F scale,
                         Isa::Table table, int64_t k, int64_t columns, int64_t column) {
     const int64_t i = 4 * (T * quads + j) + BYTE;
     if (i < columns) {
@@ -137,7 +144,13 @@ inline void decode_block(const qk::DecodeArgs& args, const BlockFloat& b, int64_
 // Calls action with the compile-time bits and mode of the weight.
 template <class Action>
 inline void with_mode(const qk::PackedView& view, Action&& action) {
-    if (view.zero_kind == qk::ZeroKind::codebook) return action.template operator()<4, Mode::table>();
+    if (view.zero_kind == qk::ZeroKind::codebook || (view.zero_kind == qk::ZeroKind::midpoint && view.bits < 8)) {
+        switch (view.bits) {
+            case 2: return action.template operator()<2, Mode::table>();
+            case 3: return action.template operator()<3, Mode::table>();
+            default: return action.template operator()<4, Mode::table>();
+        }
+    }
     if (view.zero_kind == qk::ZeroKind::offsets) {
         switch (view.bits) {
             case 2: return action.template operator()<2, Mode::affine>();
@@ -179,10 +192,12 @@ void run_float(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64
     alignas(64) float tile[qk::kMatmulRows][qk::kPanelRows];
     memset(tile, 0, static_cast<size_t>(M) * sizeof tile[0]);
     GroupHead head;
+    float values[16];
+    const float* table = table_of(view, values);
     for_each_block(view, panel, R, &head,
                    [&](int64_t, int64_t, int64_t, int64_t padded, int64_t packed, const uint8_t* codes) {
         const BlockFloat b{codes, 4 * R, padded, args.values + first_m * view.padded_K + packed, view.padded_K,
-                           &head, view.table, tile};
+                           &head, table, tile};
         with_mode(view, RunFloat{b, R, M});
     });
     store_tile(args, panel, first_m, M, R, tile);
@@ -191,27 +206,16 @@ void run_float(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64
 void decode_panels(const qk::DecodeArgs& args, int64_t begin, int64_t end) {
     const qk::PackedView& view = *args.view;
     GroupHead head;
+    float values[16];
+    const float* table = table_of(view, values);
     for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t R = panel_rows(view, panel);
         const int64_t column = panel * qk::kPanelRows - args.first_row;
         for_each_block(view, panel, R, &head,
                        [&](int64_t, int64_t k, int64_t columns, int64_t padded, int64_t, const uint8_t* codes) {
-            const BlockFloat b{codes, 4 * R, padded, nullptr, 0, &head, view.table, nullptr};
+            const BlockFloat b{codes, 4 * R, padded, nullptr, 0, &head, table, nullptr};
             with_mode(view, RunDecode{args, b, R, k, columns, column});
         });
-    }
-}
-
-void run_tiles(const qk::MatmulArgs& args, int64_t begin, int64_t end) {
-    const int64_t chunks = args.M <= qk::kMatmulRows ? 1 : (args.M + qk::kMatmulRows - 1) / qk::kMatmulRows;
-    for (int64_t t = begin; t < end; ++t) {
-        const int64_t first_m = t % chunks * qk::kMatmulRows;
-        const int64_t M = args.M - first_m < qk::kMatmulRows ? args.M - first_m : qk::kMatmulRows;
-        if (args.values) {
-            run_float(args, t / chunks, first_m, M);
-        } else {
-            run_int8(args, t / chunks, first_m, M);
-        }
     }
 }
 

@@ -38,7 +38,7 @@ inline Plane plane_of(const float* table, bool high) {
 }
 
 template <Codes KIND, int T>
-inline I product_codes(const I* lines, I table) {
+QK_INLINE I product_codes(const I* lines, I table) {
     I codes = codes_of<stored_bits(KIND), T>(lines);
     if constexpr (is_plane(KIND)) codes = Isa::lookup_bytes(table, codes);
     if constexpr (Isa::kSignedWide && (KIND == Codes::bits8 || is_plane(KIND))) {
@@ -65,12 +65,12 @@ struct BlockInt8 {
 };
 
 template <Codes KIND, int MT, int NV, int T>
-inline void product_step(const BlockInt8& b, int64_t j, int64_t quads, const I (*lines)[3], I table, I (*sums)[NV]) {
+QK_INLINE void product_step(const BlockInt8& b, int64_t j, int64_t quads, const I (*lines)[3], I table, I* sums) {
     I codes[NV];
-    for (int v = 0; v < NV; ++v) codes[v] = product_codes<KIND, T>(lines[v], table);
-    for (int m = 0; m < MT; ++m) {
-        const I quad = Isa::load_quad(b.x + m * b.x_stride + 4 * (T * quads + j));
-        for (int v = 0; v < NV; ++v) sums[m][v] = Isa::template dot4<is_wide(KIND)>(sums[m][v], codes[v], quad);
+    QK_UNROLL for (int v = 0; v < NV; ++v) codes[v] = product_codes<KIND, T>(lines[v], table);
+    QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
+        const I quad = Isa::load_quad(b.x + i / NV * b.x_stride + 4 * (T * quads + j));
+        sums[i] = Isa::template dot4<is_wide(KIND)>(sums[i], codes[i % NV], quad);
     }
     if constexpr (T + 1 < (stored_bits(KIND) == 3 ? 8 : 8 / stored_bits(KIND))) {
         product_step<KIND, MT, NV, T + 1>(b, j, quads, lines, table, sums);
@@ -79,40 +79,37 @@ inline void product_step(const BlockInt8& b, int64_t j, int64_t quads, const I (
 
 // MT rows of x by NV vectors of output columns from column `r` of the panel, over one block.
 template <Codes KIND, int MT, int NV>
-inline void micro_int8(const BlockInt8& b, int64_t r, int64_t m0) {
+QK_INLINE void micro_int8(const BlockInt8& b, int64_t r, int64_t m0) {
     constexpr int kBits = stored_bits(KIND);
     BlockInt8 at = b;
     at.x += m0 * b.x_stride;
     const int32_t bias = Isa::kSignedWide && is_wide(KIND) ? 128 : 0;
-    I sums[MT][NV];
-    for (int m = 0; m < MT; ++m) {
-        const I sum = Isa::splat(-b.x_sum[(m0 + m) * b.blocks]);
-        for (int v = 0; v < NV; ++v) {
-            const I zero = Isa::load_i(b.zero + r + v * Isa::kRows);
-            sums[m][v] = Isa::mul(bias ? Isa::sub(zero, Isa::splat(bias)) : zero, sum);
-        }
+    I sums[MT * NV];
+    QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
+        const I zero = Isa::load_i(b.zero + r + i % NV * Isa::kRows);
+        sums[i] = Isa::mul(bias ? Isa::sub(zero, Isa::splat(bias)) : zero, Isa::splat(-b.x_sum[(m0 + i / NV) * b.blocks]));
     }
     const I table = is_plane(KIND) ? Isa::load_table(b.plane->bytes) : Isa::splat(0);
     const int64_t quads = b.padded / (4 * superline_steps(kBits));
     const uint8_t* codes = b.codes + 4 * r;
-    for (int64_t j = 0; j < quads; ++j) {
+    int64_t j = 0;
+    do {  // a block is never empty
         I lines[NV][3];
-        for (int v = 0; v < NV; ++v) load_lines<kBits>(codes + v * 4 * Isa::kRows, b.line, lines[v]);
+        QK_UNROLL for (int v = 0; v < NV; ++v) load_lines<kBits>(codes + v * 4 * Isa::kRows, b.line, lines[v]);
         product_step<KIND, MT, NV, 0>(at, j, quads, lines, table, sums);
         codes += kLines<kBits> * b.line;
-    }
-    for (int m = 0; m < MT; ++m) {
-        const int64_t block = (m0 + m) * b.blocks;
-        const F x_scale = Isa::splat_f(b.x_scale[block] * b.factor);
-        const F x_sum = Isa::splat_f(b.x_scale[block] * static_cast<float>(b.x_sum[block]));
-        for (int v = 0; v < NV; ++v) {
-            float* out = b.tile[m0 + m] + r + v * Isa::kRows;
-            F total = Isa::load_f(out);
-            const F scale = Isa::mul_f(Isa::load_f(b.head->scale + r + v * Isa::kRows), x_scale);
-            total = Isa::fma(Isa::to_float(sums[m][v]), scale, total);
-            if (b.has_offset) total = Isa::fma(Isa::load_f(b.head->offset + r + v * Isa::kRows), x_sum, total);
-            Isa::store_f(out, total);
+    } while (++j < quads);
+    QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
+        const int64_t m = m0 + i / NV, at_r = r + i % NV * Isa::kRows;
+        const float x_scale = b.x_scale[m * b.blocks];
+        float* out = b.tile[m] + at_r;
+        const F scale = Isa::mul_f(Isa::load_f(b.head->scale + at_r), Isa::splat_f(x_scale * b.factor));
+        F total = Isa::fma(Isa::to_float(sums[i]), scale, Isa::load_f(out));
+        if (b.has_offset) {
+            const F x_sum = Isa::splat_f(x_scale * static_cast<float>(b.x_sum[m * b.blocks]));
+            total = Isa::fma(Isa::load_f(b.head->offset + at_r), x_sum, total);
         }
+        Isa::store_f(out, total);
     }
 }
 
@@ -137,7 +134,7 @@ inline void block_int8(const BlockInt8& b, int64_t R, int64_t M) {
 
 // A block's codes as one byte each, quad after quad: [padded / 4][R][4].
 template <Codes KIND, int T>
-inline void expand_step(const I* lines, I table, int64_t quads, int64_t line, uint8_t* out) {
+QK_INLINE void expand_step(const I* lines, I table, int64_t quads, int64_t line, uint8_t* out) {
     Isa::store(out + T * quads * line, product_codes<KIND, T>(lines, table));
     if constexpr (T + 1 < (stored_bits(KIND) == 3 ? 8 : 8 / stored_bits(KIND))) {
         expand_step<KIND, T + 1>(lines, table, quads, line, out);

@@ -11,6 +11,19 @@
 #include "qkern/packed_weight.h"
 #include "qkern/scalar_float.h"
 
+// The register tiles live in arrays that only exist once everything around them is inlined.
+#if defined(_MSC_VER)
+#define QK_INLINE __forceinline
+#define QK_UNROLL
+#else
+#define QK_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define QK_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define QK_UNROLL _Pragma("GCC unroll 32")
+#endif
+#endif
+
 namespace {
 
 using I = Isa::I;
@@ -20,7 +33,7 @@ constexpr int kMaxVectors = static_cast<int>(qk::kPanelRows) / Isa::kRows;
 
 // Code bytes of one quad of columns: run T of a superline, for kRows rows.
 template <int BITS, int T>
-inline I codes_of(const I* lines) {
+QK_INLINE I codes_of(const I* lines) {
     if constexpr (BITS == 8) {
         return lines[0];
     } else if constexpr (BITS == 3) {
@@ -38,8 +51,8 @@ inline I codes_of(const I* lines) {
 }
 
 template <int BITS>
-inline void load_lines(const uint8_t* codes, int64_t line, I* lines) {
-    for (int l = 0; l < (BITS == 3 ? 3 : 1); ++l) lines[l] = Isa::load(codes + l * line);
+QK_INLINE void load_lines(const uint8_t* codes, int64_t line, I* lines) {
+    QK_UNROLL for (int l = 0; l < (BITS == 3 ? 3 : 1); ++l) lines[l] = Isa::load(codes + l * line);
 }
 
 template <int BITS>

@@ -6,7 +6,7 @@
 namespace {
 
 struct Isa {
-    static constexpr int kRows = 16;
+    static constexpr int kRows = 4;
     static constexpr int kVectors = 1;
     static constexpr int kDirectM = 1;
     static constexpr int kTileM = 1;
@@ -130,15 +130,15 @@ struct Isa {
         return each_f([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
     }
     static Table load_float_table(const float* table) { return {table}; }
+    template <int BYTE>
     static F lookup_floats(Table table, I codes) {
-        return each_f([&](int i) { return table.values[codes.lane[i] & 15u]; });
+        return each_f([&](int i) { return table.values[codes.lane[i] >> (8 * BYTE) & 15u]; });
     }
 };
 
 }  // namespace
 
-#include "int8.h"
-#include "float.h"
+#include "run.h"
 
 extern "C" void qk_enter_dequant_matmul_scalar(qk::KernelTable* table) {
     table->pack_panels = &move_panels<true>;
