@@ -38,6 +38,9 @@ __all__ = ["ActOrder", "GPTQConfig", "LayerResult", "ScaleSearch", "output_error
 
 logger = logging.getLogger(__name__)
 
+# The loss search looks this far to both sides of a scale; the best one is rarely farther away.
+REACH = 0.2
+
 ActOrder = Literal["none", "group-aware", "desc_act"]
 ScaleSearch = Literal["minmax", "mse", "loss"]
 
@@ -62,10 +65,11 @@ class GPTQConfig:
     search : {"minmax", "mse", "loss"}
         How a group's scale is chosen. ``"minmax"``: spans the group. ``"mse"``: least rounding error, each
         column weighted by what its error costs once the columns after it have made up for it.
-        ``"loss"``: runs the group's columns once for each of `candidates` shrunk grids and keeps, row by
-        row, the one with the least GPTQ loss; groups longer than a block take ``"mse"``.
+        ``"loss"``: from there, runs the group's columns with `candidates` other scales and keeps, row by
+        row, the one with the least GPTQ loss. Static groups, per-tensor scales and groups longer than a
+        block have no such run of their own and take ``"mse"``.
     candidates : int
-        Grids that ``search="loss"`` tries.
+        Scales that ``search="loss"`` tries around that of ``"mse"``.
     scale_dtype : torch.dtype
         Dtype in which scales are stored.
 
@@ -80,7 +84,7 @@ class GPTQConfig:
     act_order: ActOrder = "group-aware"
     static_groups: bool = False
     search: ScaleSearch = "mse"
-    candidates: int = 12
+    candidates: int = 10
     scale_dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
@@ -313,12 +317,11 @@ class _Run:
         target = self._target(start, stop)
         corner = triangular_inverse(self.root[start:stop, start:stop])
         index = torch.zeros(stop - start, dtype=torch.int32, device=target.device)
-        base, zeros = self._grid(
-            target, replace(self.scheme, group_size=None), "minmax", self._cost(start, stop)
-        )
+        scheme = replace(self.scheme, group_size=None)
+        base, zeros = self._grid(target, scheme, "mse", self._cost(start, stop))
         zeros = zeros.expand_as(base)
         best: list[Tensor] = []
-        for ratio in _ratios(self.scheme, self.config.candidates):
+        for ratio in (1.0, *torch.linspace(1 - REACH, 1 + REACH, self.config.candidates).tolist()):
             scales = (base * ratio).to(self.config.scale_dtype).to(torch.float32)
             scales = torch.where(scales == 0, base, scales)  # too small for its dtype
             codes, errors = self._columns(target, corner, scales, zeros, index)
@@ -343,17 +346,6 @@ class _Run:
         self.codes[:, start:stop] = codes
         self.difference[:, start:stop] = self.weight[:, start:stop] - steps * self.scales[:, index]
         self.loss += float(errors.square().sum())
-
-
-def _ratios(scheme: Scheme, count: int) -> list[float]:
-    """Factors of the spanning scale that the loss search tries, the spanning scale itself first."""
-    # The fewer the levels, the more a finer step is worth a clipped tail.
-    least = {2: 0.4, 3: 0.5, 4: 0.6, 8: 0.9}[scheme.bits]
-    ratios = torch.linspace(1.0, least, count).tolist()
-    # A symmetric grid has one more level below zero than above; a negative scale turns it round.
-    if scheme.zero_point or scheme.codebook:
-        return ratios
-    return [sign * ratio for ratio in ratios for sign in (1.0, -1.0)]
 
 
 def _trivial_groups(K: int, scheme: Scheme, device: torch.device) -> Tensor:
