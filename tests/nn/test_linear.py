@@ -16,7 +16,7 @@ from qkern.nn.state import FORM
 from qkern.ops import dequantize_groupwise, quantize_groupwise
 from qkern.ops._native import core, force_tier
 
-SCHEMES = ("w2g16", "w3g32z", "w4g32", "w4g32z", "w4", "w8", "w8t")
+SCHEMES = ("w2g16", "w3g32z", "w4g32", "w4g32z", "w4", "w8", "w8t", "nf4g16", "w4g32a8")
 N, K = 24, 80
 
 
@@ -498,8 +498,11 @@ def test_wrong_arguments():
         QuantLinear(make_weight().scheme, N, K).quantized()
     with pytest.raises(InputError, match="unknown compute: got 'fp8', allowed are auto, float, int8"):
         QuantLinear.from_linear(make_linear(), "w4").compute = "fp8"
+    for device in ("cpu", "meta"):
+        with pytest.raises(UnsupportedError, match="double-quantized"):
+            QuantLinear.from_linear(nn.Linear(K, N, device=device), "nf4g64d")
     stack = quantize_groupwise(torch.randn(2, N, K), "w4")
-    with pytest.raises(UnsupportedError, match="experts"):
+    with pytest.raises(UnsupportedError, match="a module of each expert"):
         QuantLinear.from_quantized(stack)
 
 

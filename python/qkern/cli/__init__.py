@@ -24,12 +24,11 @@ __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: Final = (
     "info",
-    "quantize",
     "demo",
+    "quantize",
     "export-gguf",
     "perplexity",
     "generate",
-    "export-gguf",
 )
 
 app = typer.Typer(

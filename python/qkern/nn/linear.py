@@ -344,7 +344,7 @@ class QuantLinear(QuantModule):
                 f"input and weight must be on one device: got x on {x.device}, the weight on {blob.device}; "
                 "move the module to the device of x"
             )
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        if forward_ad._current_level >= 0 and _has_tangent(x):
             raise UnsupportedError(
                 "QuantLinear has no forward-mode derivative: use reverse mode (backward, torch.func.vjp)"
             )
@@ -414,6 +414,10 @@ def _handle_of(packed: PackedWeight) -> LinearHandle | None:
 
 def _needs_grad(x: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:

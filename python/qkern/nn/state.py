@@ -45,6 +45,10 @@ class QuantModule(nn.Module):
 
     def __init__(self, scheme: Scheme, out_features: int, in_features: int) -> None:
         super().__init__()
+        if scheme.double_quant:
+            raise UnsupportedError(
+                f"modules do not hold double-quantized scales yet: got scheme {scheme}; quantize without d"
+            )
         self.scheme = scheme
         self.out_features = out_features
         self.in_features = in_features
@@ -75,7 +79,11 @@ class QuantModule(nn.Module):
 
     def _adopt(self, weight: QuantizedWeight) -> None:
         """Take the tensors of `weight`, without a copy, as the form-2 buffers."""
-        _refuse_unsupported(weight)
+        if len(weight.shape) != 2:
+            raise UnsupportedError(
+                f"a module holds one matrix [N, K]: got a weight of shape {weight.shape}; "
+                "make a module of each expert"
+            )
         for name in FORM:
             setattr(self, name, getattr(weight, name))
         self._forget()
@@ -155,14 +163,3 @@ def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     if moved.dtype != plain.dtype:  # Module.type() casts integers too
         moved = plain.to(moved.device)
     return moved if stand_in is None else moved.view(tensor.dtype)
-
-
-def _refuse_unsupported(weight: QuantizedWeight) -> None:
-    if len(weight.shape) != 2:
-        raise UnsupportedError(
-            f"a module holds one matrix [N, K]: got a weight of shape {weight.shape}; split the experts first"
-        )
-    if weight.nested is not None or weight.scheme.double_quant:
-        raise UnsupportedError(
-            f"modules do not hold double-quantized scales yet: got scheme {weight.scheme}; quantize without d"
-        )
