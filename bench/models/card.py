@@ -24,8 +24,7 @@ def model_card(preset: str, corpus: str, context: int, figures: dict[str, float]
     return f"""\
 # A small causal LM for tests of quantization ({preset})
 
-{f["parameters"]:,.0f} parameters in bf16, trained from scratch by `bench/models/train.py`. It
-exists to measure quantization on a trained model, not to be talked to.
+{f["parameters"]:,.0f} parameters in bf16, trained from scratch by `bench/models/train.py`. It exists to measure quantization on a trained model, not to be talked to.
 
 ## Data
 
@@ -61,6 +60,6 @@ python bench/models/train.py {preset} --output DIR --threads {f["threads"]:.0f}
 ```
 
 {f["steps"]:.0f} steps of AdamW and Muon, {f["minutes"]:.0f} minutes on {f["threads"]:.0f} \
-{machine} thread(s), seed 0. bf16 autocast; another CPU or thread count gives slightly different
-weights.
+{machine} thread(s), seed 0.
+bf16 autocast; another CPU or thread count gives slightly different weights.
 """

@@ -294,6 +294,7 @@ def save(output: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFas
     """Write the model folder and its three texts."""
     output.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(output)
+    (output / "model.safetensors").chmod(0o644)  # written for the owner only
     tokenizer.save_pretrained(output, save_jinja_files=False)
     settings = output / "tokenizer_config.json"
     fields = json.loads(settings.read_text(encoding="utf-8"))
