@@ -24,7 +24,8 @@ def model_card(preset: str, corpus: str, context: int, figures: dict[str, float]
     return f"""\
 # A small causal LM for tests of quantization ({preset})
 
-{f["parameters"]:,.0f} parameters in bf16, trained from scratch by `bench/models/train.py`. It exists to measure quantization on a trained model, not to be talked to.
+{f["parameters"]:,.0f} parameters in bf16, trained from scratch by `bench/models/train.py`.
+It exists to measure quantization on a trained model, not to be talked to.
 
 ## Data
 
