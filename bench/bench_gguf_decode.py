@@ -2,7 +2,7 @@
 
     python bench/bench_gguf_decode.py [--rows 256] [--columns 4096]
 
-MB/s of fp32 output on one thread, the best of five runs taken in turn.
+MB/s of fp32 output in processor time on one thread, the best of five runs taken in turn.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def main():
     print(f"tier {core().active_tier()}, {arguments.rows} x {arguments.columns}, one thread, MB/s of fp32")
     print(f"{'type':6}{'qkern':>9}{'gguf':>9}   faster")
     for name, kind in GGUF_TYPES.items():
+        if name == "f32":  # a copy
+            continue
         raw = gguf_encode(x, name)
         peers = {
             "qkern": lambda raw=raw, name=name: gguf_decode(raw, name),
@@ -39,9 +41,9 @@ def main():
         seconds = dict.fromkeys(peers, float("inf"))
         for _ in range(5):
             for peer, decode in peers.items():
-                begin = time.perf_counter()
+                begin = time.thread_time()
                 decode()
-                seconds[peer] = min(seconds[peer], time.perf_counter() - begin)
+                seconds[peer] = min(seconds[peer], time.thread_time() - begin)
         rates = "".join(f"{x.nbytes / 1e6 / seconds[peer]:9.0f}" for peer in peers)
         print(f"{name:6}{rates}{seconds['gguf'] / seconds['qkern']:8.1f}x")
 

@@ -32,8 +32,6 @@ struct Grid {
     float error;
 };
 
-inline float clamp6(float v) { return v < 0.0f ? 0.0f : v > kTop6 ? kTop6 : v; }
-
 // Chooses scale[j] and minimum[j] near the fitted real values, by the true errors of sixteen pairs.
 inline void choose_pairs(const float* x, const float* w, float top, const Fit* fits, uint16_t d16, uint16_t dmin16,
                          Grid* grid) {
@@ -65,7 +63,8 @@ inline void codes_of(const float* x, float top, const Grid& grid, int32_t* codes
 }
 
 // The d and dmin that fit the chosen integers best, all sub-blocks together; false if they do not exist.
-inline bool refit(const float* x, const float* w, const Grid& grid, const int32_t* codes, uint16_t* d, uint16_t* dmin) {
+inline bool refit(const float* x, const float* w, const Grid& grid, const int32_t* codes, uint16_t* d,
+                  uint16_t* dmin) {
     Lanes aa{}, ab{}, bb{}, ax{}, bx{};
     for (int i = 0; i < kSuper; i += kLanes) {
         const Lanes a = load(codes + i) * grid.scale[i / kSub];
@@ -114,7 +113,7 @@ inline void affine_super_block(const float* x, const float* w, int levels, Grid*
             const Lanes inverse = top / ((range.high - load(kInsetHigh) * step) - low);
             const Fit fit = fit_affine(sub, w + j * kSub, kSub, sum_w, inverse, low, top, true);
             if (fit.error < kNoFit) {
-                fits[j] = fit;
+                fits[j] = refine_affine(sub, w + j * kSub, kSub, sum_w, fit, top, true);
             } else {
                 fits[j].scale = step;
             }

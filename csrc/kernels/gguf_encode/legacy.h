@@ -29,12 +29,6 @@ const float kReach[kLanes] = {0.80f, 0.84f, 0.87f, 0.90f, 0.925f, 0.945f, 0.96f,
 const float kNear[kLanes] = {0.0f,    -0.005f, 0.005f, -0.010f, 0.010f, -0.016f, 0.016f, -0.022f,
                              0.022f, -0.029f, 0.029f, -0.037f, 0.037f, -0.046f, 0.046f, 0.056f};
 
-// Around the affine fit: relative steps of the scale, and of the offset in units of the scale.
-const float kNearScale[kLanes] = {0.0f,    -0.008f, 0.008f, -0.016f, 0.016f, -0.026f, 0.026f, 0.0f,
-                                  -0.008f, 0.008f,  -0.016f, 0.016f, 0.0f,   -0.008f, 0.008f, 0.0f};
-const float kNearOffset[kLanes] = {0.0f,   0.0f,   0.0f,   0.0f,   0.0f,  0.0f,   0.0f,  -0.06f,
-                                   -0.06f, -0.06f, 0.06f, 0.06f, 0.06f, 0.12f, -0.12f, 0.12f};
-
 // w = d * (q - half), 0 <= q < 2 * half.
 inline void symmetric_block(const float* x, const float* w, int half, uint16_t* d, int32_t* codes) {
     const float low = static_cast<float>(-half), high = static_cast<float>(half - 1);
@@ -66,14 +60,10 @@ inline void affine_block(const float* x, const float* w, int top, uint16_t* d, u
         for (int i = 0; i < kBlock; ++i) sum_w += w[i];
         const Lanes low = range.low + load(kInsetLow) * step;
         const Lanes inverse = high / (span - (load(kInsetLow) + load(kInsetHigh)) * step);
-        const Fit fit = fit_affine(x, w, kBlock, sum_w, inverse, low, high, false);
-        const Lanes scales = fit.scale + fit.scale * load(kNearScale);
-        // The middle of the range stays where it is while the scale changes.
-        const Lanes offsets = (fit.offset + (fit.scale - scales) * (0.5f * high)) + load(kNearOffset) * fit.scale;
-        float error;
-        const int c = best_lane(true_error(x, w, kBlock, scales, offsets, 0.0f, high), &error);
-        scale = lane(scales, c);
-        offset = lane(offsets, c);
+        const Fit coarse = fit_affine(x, w, kBlock, sum_w, inverse, low, high, false);
+        const Fit fit = refine_affine(x, w, kBlock, sum_w, coarse, high, false);
+        scale = fit.scale;
+        offset = fit.offset;
     }
     *d = to_f16(scale);
     *m = to_f16(offset);

@@ -44,10 +44,11 @@ const float kInsetLow[kLanes] = {0.0f, 0.4f, 0.4f, 0.0f, -0.3f, 0.8f, 0.0f, 0.8f
                                  0.4f, 0.8f, 1.3f, 0.0f, 1.3f, 0.4f, -0.3f, 0.2f};
 const float kInsetHigh[kLanes] = {0.0f, 0.4f, 0.0f, 0.4f, -0.3f, 0.0f, 0.8f, 0.4f,
                                   0.8f, 0.8f, 0.0f, 1.3f, 0.4f, 1.3f, 0.2f, -0.3f};
+
 // x ~ scale * l + offset with 0 <= l <= top; the candidates map `low` to 0. With `no_offset_above_zero` fits
 // with a positive offset are out (K-quants subtract a minimum that is at least 0).
-inline Fit fit_affine(const float* x, const float* w, int n, float sum_w, const Lanes& inverse, const Lanes& low, float top,
-                      bool no_offset_above_zero) {
+inline Fit fit_affine(const float* x, const float* w, int n, float sum_w, const Lanes& inverse, const Lanes& low,
+                      float top, bool no_offset_above_zero) {
     const Lanes shift = low * inverse;
     Lanes rr{}, rl{}, ll{}, r1{}, l1{};
     for (int i = 0; i < n; ++i) {
@@ -62,7 +63,9 @@ inline Fit fit_affine(const float* x, const float* w, int n, float sum_w, const 
         ll += wl * l;
         l1 += wl;
     }
-    const Lanes determinant = sum_w * ll - l1 * l1;
+    // Where all codes are alike the determinant is rounding noise, and only the offset can move.
+    const Lanes squares = sum_w * ll, difference = squares - l1 * l1;
+    const Lanes determinant = select_less(difference, 1e-5f * squares, Lanes{}, difference);
     const Lanes gain = (sum_w * rl - l1 * r1) * inverse_or_zero(determinant);
     const Lanes move = (r1 - gain * l1) / sum_w;
     const Lanes unit = inverse_or_zero(inverse);
@@ -76,8 +79,27 @@ inline Fit fit_affine(const float* x, const float* w, int n, float sum_w, const 
     return fit;
 }
 
+// Candidates around a fit: relative steps of the scale, and steps of the offset in units of the scale. The
+// first is the fit itself, whose codes need not be the ones it was made from.
+const float kFitScale[kLanes] = {0.0f, -0.06f, -0.03f, 0.03f, 0.06f,  -0.015f, 0.015f, 0.0f,
+                                 0.0f, -0.03f, 0.03f,  0.03f, -0.03f, 0.0f,    0.0f,   0.10f};
+const float kFitOffset[kLanes] = {0.0f,   0.0f, 0.0f, 0.0f,  0.0f,  0.0f, 0.0f,  0.25f,
+                                  -0.25f, 0.2f, 0.2f, -0.2f, -0.2f, 0.5f, -0.5f, 0.0f};
+
+// fit_affine around an earlier fit; never worse than it.
+inline Fit refine_affine(const float* x, const float* w, int n, float sum_w, const Fit& fit, float top,
+                         bool no_offset_above_zero) {
+    if (!(fit.scale > 0.0f)) return fit;
+    const Lanes scales = fit.scale + fit.scale * load(kFitScale);
+    // The middle of the range stays where it is while the scale changes.
+    const Lanes low = (fit.offset + (fit.scale - scales) * (0.5f * top)) + load(kFitOffset) * fit.scale;
+    const Fit again = fit_affine(x, w, n, sum_w, 1.0f / scales, low, top, no_offset_above_zero);
+    return again.error < fit.error ? again : fit;
+}
+
 // The error of each lane's own scale and offset, as stored: no fit.
-inline Lanes true_error(const float* x, const float* w, int n, const Lanes& scale, const Lanes& offset, float low, float high) {
+inline Lanes true_error(const float* x, const float* w, int n, const Lanes& scale, const Lanes& offset, float low,
+                        float high) {
     const Lanes inverse = inverse_or_zero(scale);
     Lanes error{};
     for (int i = 0; i < n; ++i) {
