@@ -1,0 +1,270 @@
+// Runs kernels on cases from a file, so that the Python references can be the oracle of a machine without
+// Python: tests/driver_cases.py writes the cases, starts this (under an emulator, if need be) and compares.
+//
+//   qkern_driver tiers                      names of the usable tiers, one a line
+//   qkern_driver TIER CASES OUTPUTS         every case on that tier
+//
+// A case file is a sequence of cases, little endian, strings and buffers with a u64 length before them:
+//   op, u64 count of numbers, (name, i64)..., u64 count of buffers, (name, u8 is_output, bytes)...
+// The output file holds, for each case, an i64 status and then its output buffers without lengths.
+//
+// To add an op: write run_<op> and add it to kOps.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <atomic>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "qkern/cpu.h"
+#include "qkern/kernels.h"
+#include "qkern/parallel.h"
+
+namespace {
+
+class Case {
+  public:
+    std::string op;
+    std::map<std::string, int64_t> numbers;
+    struct Buffer {
+        std::string name;
+        bool output;
+        std::vector<char> bytes;
+    };
+    std::vector<Buffer> buffers;
+
+    int64_t number(const char* name) const {
+        const auto found = numbers.find(name);
+        if (found == numbers.end()) throw std::runtime_error(op + ": the case has no number " + name);
+        return found->second;
+    }
+
+    int integer(const char* name) const { return static_cast<int>(number(name)); }
+    qk::DType dtype(const char* name) const { return static_cast<qk::DType>(number(name)); }
+
+    // Null if the case has no such buffer.
+    template <class T>
+    T* data(const char* name) {
+        for (Buffer& buffer : buffers) {
+            if (buffer.name == name) return reinterpret_cast<T*>(buffer.bytes.data());
+        }
+        return nullptr;
+    }
+};
+
+// Runs `kernel(begin, end)`, which returns a status, on two threads; the worst status of all pieces.
+template <class Kernel>
+int64_t run_rows(int64_t rows, int64_t grain, Kernel&& kernel) {
+    std::atomic<int64_t> worst{0};
+    qk::parallel_for(rows, grain, 2, [&](int64_t begin, int64_t end) {
+        const auto status = static_cast<int64_t>(kernel(begin, end));
+        if (status != 0) worst.store(status);
+    });
+    return worst.load();
+}
+
+int64_t run_quantize_groupwise(Case& c) {
+    qk::QuantizeArgs args{};
+    args.weight = c.data<const void>("weight");
+    args.dtype = c.dtype("dtype");
+    args.K = args.row_stride = c.number("K");
+    args.group_size = c.number("group_size");
+    args.groups = c.number("groups");
+    args.bits = c.integer("bits");
+    args.asymmetric = c.number("asymmetric") != 0;
+    args.codebook = c.integer("codebook");
+    args.search_mse = c.number("search_mse") != 0;
+    args.importance = c.data<const float>("importance");
+    args.importance_stride = args.K;
+    args.scale_dtype = c.dtype("scale_dtype");
+    args.scales = c.data<void>("scales");
+    args.zeros = c.data<uint8_t>("zeros");
+    args.rows_per_grid = 1;
+    args.codes = c.data<uint32_t>("codes");
+    args.code_words = (args.K * args.bits + 31) / 32;
+    const auto kernel = qk::kernels().quantize_groupwise;
+    return run_rows(c.number("N"), 8, [&](int64_t begin, int64_t end) { return kernel(args, begin, end); });
+}
+
+int64_t run_dequantize_groupwise(Case& c) {
+    qk::DequantizeArgs args{};
+    args.codes = c.data<const uint32_t>("codes");
+    args.K = args.out_stride = c.number("K");
+    args.bits = c.integer("bits");
+    args.code_words = (args.K * args.bits + 31) / 32;
+    args.group_size = c.number("group_size");
+    args.groups = c.number("groups");
+    args.codebook = c.integer("codebook");
+    args.scale_dtype = c.dtype("scale_dtype");
+    args.scales = c.data<const void>("scales");
+    args.zeros = c.data<const uint8_t>("zeros");
+    args.offsets = c.data<const void>("offsets");
+    args.group_index = c.data<const int32_t>("group_index");
+    args.rows_per_scale = 1;
+    args.out_dtype = c.dtype("out_dtype");
+    args.out = c.data<void>("out");
+    const auto kernel = qk::kernels().dequantize_groupwise;
+    return run_rows(c.number("N"), 4, [&](int64_t begin, int64_t end) {
+        kernel(args, begin, end);
+        return qk::Status::ok;
+    });
+}
+
+qk::BitsArgs bits_args(Case& c) {
+    qk::BitsArgs args{};
+    args.codes = c.data<uint8_t>("codes");
+    args.N = c.number("N");
+    args.K = args.codes_stride = c.number("K");
+    args.bits = c.integer("bits");
+    args.layout = static_cast<qk::BitLayout>(c.number("layout"));
+    args.packed = c.data<uint32_t>("packed");
+    return args;
+}
+
+int64_t run_pack_bits(Case& c) {
+    const qk::BitsArgs args = bits_args(c);
+    const auto kernel = qk::kernels().pack_bits;
+    return run_rows(args.N, 16, [&](int64_t begin, int64_t end) { return kernel(args, begin, end); });
+}
+
+int64_t run_unpack_bits(Case& c) {
+    const qk::BitsArgs args = bits_args(c);
+    const auto kernel = qk::kernels().unpack_bits;
+    return run_rows(args.N, 16, [&](int64_t begin, int64_t end) {
+        kernel(args, begin, end);
+        return qk::Status::ok;
+    });
+}
+
+int64_t run_gptq_update(Case& c) {
+    qk::GptqArgs args{};
+    args.weight = c.data<const float>("weight");
+    args.B = args.weight_stride = c.number("B");
+    args.hinv = c.data<const float>("hinv");
+    args.scales = c.data<const float>("scales");
+    args.zeros = c.data<const uint8_t>("zeros");
+    args.groups = c.number("groups");
+    args.group_index = c.data<const int32_t>("group_index");
+    args.bits = c.integer("bits");
+    args.codebook = c.integer("codebook");
+    args.codes = c.data<uint8_t>("codes");
+    args.errors = c.data<float>("errors");
+    const auto kernel = qk::kernels().gptq_update;
+    return run_rows(c.number("N"), 16, [&](int64_t begin, int64_t end) {
+        kernel(args, begin, end);
+        return qk::Status::ok;
+    });
+}
+
+const std::map<std::string, int64_t (*)(Case&)> kOps = {
+    {"quantize_groupwise", &run_quantize_groupwise},
+    {"dequantize_groupwise", &run_dequantize_groupwise},
+    {"pack_bits", &run_pack_bits},
+    {"unpack_bits", &run_unpack_bits},
+    {"gptq_update", &run_gptq_update},
+};
+
+// ---- the file -----------------------------------------------------------------------------------------
+
+class Reader {
+  public:
+    explicit Reader(const char* path) : file_(path, std::ios::binary) {
+        if (!file_) throw std::runtime_error(std::string("cannot read ") + path);
+    }
+
+    bool at_end() { return file_.peek() == std::ifstream::traits_type::eof(); }
+
+    template <class T>
+    T value() {
+        T result;
+        if (!file_.read(reinterpret_cast<char*>(&result), sizeof result)) throw std::runtime_error("truncated case");
+        return result;
+    }
+
+    std::vector<char> bytes() {
+        std::vector<char> result(value<uint64_t>());
+        if (!file_.read(result.data(), static_cast<std::streamsize>(result.size()))) {
+            throw std::runtime_error("truncated case");
+        }
+        return result;
+    }
+
+    std::string text() {
+        const std::vector<char> raw = bytes();
+        return {raw.begin(), raw.end()};
+    }
+
+    Case next() {
+        Case c;
+        c.op = text();
+        for (uint64_t left = value<uint64_t>(); left > 0; --left) {
+            const std::string name = text();
+            c.numbers[name] = value<int64_t>();
+        }
+        for (uint64_t left = value<uint64_t>(); left > 0; --left) {
+            Case::Buffer buffer;
+            buffer.name = text();
+            buffer.output = value<uint8_t>() != 0;
+            buffer.bytes = bytes();
+            c.buffers.push_back(std::move(buffer));
+        }
+        return c;
+    }
+
+  private:
+    std::ifstream file_;
+};
+
+bool activate(const std::string& name) {
+    for (int i = 0; i < qk::kTierCount; ++i) {
+        const auto tier = static_cast<qk::Tier>(i);
+        if (name == qk::tier_name(tier)) return qk::set_active_tier(tier);
+    }
+    return false;
+}
+
+void run_cases(const char* cases, const char* outputs) {
+    Reader reader(cases);
+    std::ofstream out(outputs, std::ios::binary);
+    while (!reader.at_end()) {
+        Case c = reader.next();
+        const auto op = kOps.find(c.op);
+        if (op == kOps.end()) throw std::runtime_error("unknown op " + c.op);
+        const int64_t status = op->second(c);
+        out.write(reinterpret_cast<const char*>(&status), sizeof status);
+        for (const Case::Buffer& buffer : c.buffers) {
+            if (buffer.output) out.write(buffer.bytes.data(), static_cast<std::streamsize>(buffer.bytes.size()));
+        }
+    }
+    if (!out.flush()) throw std::runtime_error(std::string("cannot write ") + outputs);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc == 2 && std::string(argv[1]) == "tiers") {
+        for (int i = 0; i < qk::kTierCount; ++i) {
+            const auto tier = static_cast<qk::Tier>(i);
+            if (qk::tier_compiled(tier) && qk::tier_supported(tier)) std::cout << qk::tier_name(tier) << "\n";
+        }
+        return 0;
+    }
+    if (argc != 4) {
+        std::cerr << "usage: qkern_driver tiers | qkern_driver TIER CASES OUTPUTS\n";
+        return 2;
+    }
+    try {
+        if (!activate(argv[1])) throw std::runtime_error(std::string("this machine cannot run tier ") + argv[1]);
+        run_cases(argv[2], argv[3]);
+    } catch (const std::exception& error) {
+        std::cerr << "qkern_driver: " << error.what() << "\n";
+        return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,264 @@
+"""Runs the native kernels without Python on the other side, and compares with the Python references.
+
+``python tests/driver_cases.py [EMULATOR ARGUMENTS...] DRIVER`` runs every case on every tier that the driver
+(tests/cpp/driver.cpp) can run; tests/neon.sh does so for Arm. To add an op: write a generator of `Case` here,
+add it to `GENERATORS`, and give the driver a run_<op>.
+"""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from qkern.ops import dequantize_groupwise, gptq_update, pack_bits, quantize_groupwise
+from qkern.ops._native import DTYPE_CODES
+from qkern.ops.codebooks import CODEBOOK_CODES
+from qkern.ops.pack_bits.cpu import LAYOUT_CODES
+from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass
+class Case:
+    """One call of a kernel: numbers, input buffers, and the outputs that are expected, bit for bit."""
+
+    op: str
+    numbers: dict[str, int]
+    inputs: dict[str, torch.Tensor | None]
+    expected: dict[str, torch.Tensor | None]
+    status: int = 0
+    label: str = field(default="")
+
+    def encode(self) -> bytes:
+        """Bytes of the case file."""
+
+        def block(data: bytes) -> bytes:
+            return struct.pack("<Q", len(data)) + data
+
+        numbers = b"".join(
+            block(name.encode()) + struct.pack("<q", value) for name, value in self.numbers.items()
+        )
+        buffers = [(name, 0, raw(tensor)) for name, tensor in self.inputs.items() if tensor is not None]
+        # 0xee: an output that the kernel does not write is seen.
+        outputs = [(name, 1, b"\xee" * len(raw(t))) for name, t in self.expected.items() if t is not None]
+        body = b"".join(
+            block(name.encode()) + bytes([is_output]) + block(data)
+            for name, is_output, data in buffers + outputs
+        )
+        return (
+            block(self.op.encode())
+            + struct.pack("<Q", len(self.numbers))
+            + numbers
+            + struct.pack("<Q", len(buffers) + len(outputs))
+            + body
+        )
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """Bytes of a tensor, row by row."""
+    if tensor.dtype == torch.bfloat16:  # NumPy has no such type
+        tensor = tensor.view(torch.int16)
+    return tensor.numpy().tobytes()
+
+
+SHAPES = [(1, 1), (3, 17), (5, 64), (9, 300), (2, 513)]
+SCHEMES = ["w2g16", "w3g32z", "w4g128", "w4g48z", "w8", "w8g64z", "nf4g64", "fp4g40"]
+
+
+def random_weight(N: int, K: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same numbers every time; one outlier, one zero group."""
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(100 * N + K))
+    weight[0, K // 2] *= 50
+    weight[N - 1, : K // 3] = 0
+    return weight.to(dtype)
+
+
+def grid_numbers(scheme: Scheme, N: int, K: int) -> dict[str, int]:
+    """Numbers that quantization and dequantization share."""
+    return {
+        "N": N,
+        "K": K,
+        "group_size": scheme.group_length(K),
+        "groups": scheme.num_groups(K),
+        "bits": scheme.bits,
+        "codebook": CODEBOOK_CODES[scheme.codebook],
+    }
+
+
+def quantize_cases() -> Iterator[Case]:
+    for spelling in SCHEMES:
+        scheme = Scheme.parse(spelling)
+        for i, (N, K) in enumerate(SHAPES):
+            dtype, scale_dtype = FLOAT_DTYPES[i % 3], FLOAT_DTYPES[(i + 1) % 3]
+            weight = random_weight(N, K, dtype)
+            importance = torch.rand(N, K, generator=torch.Generator().manual_seed(K)) if i % 2 else None
+            for search in ("minmax", "mse"):
+                weights = importance if search == "mse" else None
+                qw = quantize_groupwise(
+                    weight,
+                    scheme,
+                    importance=weights,
+                    search=search,
+                    scale_dtype=scale_dtype,
+                    backend="reference",
+                )
+                numbers = {
+                    **grid_numbers(scheme, N, K),
+                    "dtype": DTYPE_CODES[dtype],
+                    "asymmetric": int(scheme.zero_point),
+                    "search_mse": int(search == "mse"),
+                    "scale_dtype": DTYPE_CODES[scale_dtype],
+                }
+                yield Case(
+                    "quantize_groupwise",
+                    numbers,
+                    {"weight": weight, "importance": weights},
+                    {"scales": qw.scales, "zeros": qw.zeros, "codes": qw.codes},
+                    label=f"{spelling} {search} {N}x{K}",
+                )
+
+
+def dequantize_cases() -> Iterator[Case]:
+    for spelling in SCHEMES:
+        for i, (N, K) in enumerate(SHAPES):
+            scale_dtype = FLOAT_DTYPES[(i + 1) % 3]
+            qw = quantize_groupwise(random_weight(N, K, torch.float32), spelling, scale_dtype=scale_dtype)
+            for variant in ("plain", "offsets", "act-order"):
+                weight = dequantize_variant(qw, variant)
+                if weight is None:
+                    continue
+                for dtype in FLOAT_DTYPES:
+                    numbers = {
+                        **grid_numbers(qw.scheme, N, K),
+                        "scale_dtype": DTYPE_CODES[scale_dtype],
+                        "out_dtype": DTYPE_CODES[dtype],
+                    }
+                    inputs = {
+                        "codes": weight.codes,
+                        "scales": weight.scales,
+                        "zeros": weight.zeros,
+                        "offsets": weight.offsets,
+                        "group_index": weight.group_index,
+                    }
+                    out = dequantize_groupwise(weight, dtype, backend="reference")
+                    label = f"{spelling} {variant} {N}x{K} {dtype}"
+                    yield Case("dequantize_groupwise", numbers, inputs, {"out": out}, label=label)
+
+
+def dequantize_variant(qw: QuantizedWeight, variant: str) -> QuantizedWeight | None:
+    """The weight with offsets for zeros, or with a group index; None if its scheme has no such form."""
+    parts = {
+        "codes": qw.codes,
+        "scales": qw.scales,
+        "zeros": qw.zeros,
+        "shape": qw.shape,
+        "scheme": qw.scheme,
+    }
+    generator = torch.Generator().manual_seed(7)
+    if variant == "offsets":
+        if not qw.scheme.zero_point:
+            return None
+        parts["offsets"] = torch.randn(qw.scales.shape, generator=generator).to(qw.scales.dtype)
+        parts["zeros"] = None
+    if variant == "act-order":
+        if qw.scheme.group_size is None:
+            return None
+        groups = qw.scales.shape[1]
+        parts["group_index"] = torch.randint(0, groups, (qw.K,), dtype=torch.int32, generator=generator)
+    return QuantizedWeight(**parts)
+
+
+def bits_cases() -> Iterator[Case]:
+    for bits in (2, 3, 4, 8):
+        for layout in LAYOUT_CODES:
+            if layout == "awq" and bits != 4:
+                continue
+            for N, K in ((8, 1), (16, 33), (24, 100), (136, 70), (8, 1029)):
+                generator = torch.Generator().manual_seed(N + K)
+                codes = torch.randint(0, 1 << bits, (N, K), dtype=torch.uint8, generator=generator)
+                packed = pack_bits(codes, bits, layout=layout, backend="reference")
+                numbers = {"N": N, "K": K, "bits": bits, "layout": LAYOUT_CODES[layout]}
+                label = f"{bits} bits {layout} {N}x{K}"
+                yield Case("pack_bits", numbers, {"codes": codes}, {"packed": packed}, label=label)
+                yield Case("unpack_bits", numbers, {"packed": packed}, {"codes": codes}, label=label)
+
+
+def gptq_cases() -> Iterator[Case]:
+    for name in (None, "nf4", "fp4"):
+        for N, B in ((1, 1), (17, 15), (16, 32), (33, 100), (20, 333)):
+            generator = torch.Generator().manual_seed(N + B)
+            weight = torch.randn(N, B, generator=generator)
+            hinv = (0.1 * torch.randn(B, B, generator=generator)).triu(1) + torch.eye(B)
+            scales = torch.rand(N, 3, generator=generator) + 0.2
+            zeros = None if name else torch.randint(0, 16, (N, 3), dtype=torch.uint8, generator=generator)
+            group_index = torch.randint(0, 3, (B,), dtype=torch.int32, generator=generator)
+            codes, errors = gptq_update(
+                weight, hinv, scales, zeros, group_index, bits=4, codebook=name, backend="reference"
+            )
+            yield Case(
+                "gptq_update",
+                {"N": N, "B": B, "groups": 3, "bits": 4, "codebook": CODEBOOK_CODES[name]},
+                {
+                    "weight": weight,
+                    "hinv": hinv,
+                    "scales": scales,
+                    "zeros": zeros,
+                    "group_index": group_index,
+                },
+                {"codes": codes, "errors": errors},
+                label=f"{name or 'integer'} {N}x{B}",
+            )
+
+
+GENERATORS = (quantize_cases, dequantize_cases, bits_cases, gptq_cases)
+
+
+def mismatches(cases: list[Case], outputs: bytes) -> list[str]:
+    """One line for each case whose status or outputs differ."""
+    lines, at = [], 0
+    for case in cases:
+        (status,) = struct.unpack_from("<q", outputs, at)
+        at += 8
+        wrong = [f"status {status}"] if status != case.status else []
+        for name, tensor in case.expected.items():
+            if tensor is None:
+                continue
+            expected = raw(tensor)
+            if outputs[at : at + len(expected)] != expected:
+                wrong.append(name)
+            at += len(expected)
+        if wrong:
+            lines.append(f"{case.op} {case.label}: {', '.join(wrong)}")
+    if at != len(outputs):
+        lines.append(f"the driver wrote {len(outputs)} bytes where {at} were expected")
+    return lines
+
+
+def main(command: list[str]) -> int:
+    """Run every case on every tier of the driver that `command` starts."""
+    cases = [case for generator in GENERATORS for case in generator()]
+    tiers = subprocess.run([*command, "tiers"], check=True, capture_output=True, text=True).stdout.split()
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "cases", Path(folder) / "outputs"
+        source.write_bytes(b"".join(case.encode() for case in cases))
+        for tier in tiers:
+            subprocess.run([*command, tier, str(source), str(target)], check=True)
+            wrong = mismatches(cases, target.read_bytes())
+            print(f"{tier}: {len(cases) - len(wrong)} of {len(cases)} cases equal the references")
+            print("".join(f"  {line}\n" for line in wrong), end="")
+            failed |= bool(wrong)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
