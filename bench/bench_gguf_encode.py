@@ -2,8 +2,8 @@
 
     python bench/bench_gguf_encode.py [--rows 256] [--columns 4096] [--importance]
 
-MB/s of fp32 input in processor time on one thread, the best of five runs taken in turn; the error is the weighted squared
-error over ggml's, and in the last column that of the worst 256 weights.
+MB/s of fp32 input in processor time on one thread, the best of five runs taken in turn; the error is the
+weighted squared error over ggml's, and in the last column that of the worst 256 weights.
 """
 
 from __future__ import annotations

@@ -236,9 +236,9 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         known = sorted({architecture.name for architecture in ARCHITECTURES.values()})
         raise UnsupportedError(f"{self.path} has architecture {name!r}: read are {', '.join(known)}")
 
-    def _integer(self, key: str) -> int:
+    def _integer(self, key: str, default: int | None = None) -> int:
         name = f"{self.metadata['general.architecture']}.{key}"
-        value = self.metadata.get(name)
+        value = self.metadata.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
             raise FormatError(f"{self.path}: {name} must be a positive number: got {value!r}")
         return value
@@ -266,7 +266,7 @@ class GGUFFile(Mapping[str, GGUFTensor]):
             "hidden_size": hidden,
             "intermediate_size": self._integer("feed_forward_length"),
             "vocab_size": 1,
-            "head_dim": self.metadata.get(f"{architecture.name}.attention.key_length") or hidden // heads,
+            "head_dim": self._integer("attention.key_length", default=hidden // heads),
             "attention_bias": True,
             "mlp_bias": True,
         }
