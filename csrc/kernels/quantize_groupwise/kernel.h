@@ -66,12 +66,6 @@ struct Quantizer {
 
     Lanes weights(int64_t k, int64_t last) const { return load_some<D>(row, k, last - k); }
 
-    // What the code of w stands for, before the scale.
-    Lanes level(const Lanes& w, const Lanes& scale, const Lanes& zero, const Lanes& top) const {
-        if (kBook) return lookup(book.sorted, nearest(book, div(w, scale)));
-        return sub(clamp_codes(add(round_even(div(w, scale)), zero), top), zero);
-    }
-
     Range range(int64_t first, int64_t last) const {
         Lanes low = splat(0.0f), high = splat(0.0f), bad = splat(0.0f);
         for (int64_t k = first; k < last; k += kLanes) {
@@ -83,24 +77,30 @@ struct Quantizer {
         return {reduce_min(low), reduce_max(high), !any_bit(bad)};
     }
 
-    Fit fit(int64_t first, int64_t last, Grid grid, float top_code) const {
-        const Lanes scale = splat(grid.scale), zero = splat(grid.zero), top = splat(top_code);
-        Lanes error = splat(0.0f), slope = splat(0.0f), curvature = splat(0.0f);
+    // Fits of grids whose scales differ in sign at most, so that they share the division.
+    template <int kCount>
+    void fit(int64_t first, int64_t last, const Grid (&grids)[kCount], Fit (&fits)[kCount]) const {
+        const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
+        const Lanes divisor = splat(grids[0].scale);
+        Lanes error[kCount], slope[kCount], curvature[kCount];
+        for (int g = 0; g < kCount; ++g) error[g] = slope[g] = curvature[g] = splat(0.0f);
         for (int64_t k = first; k < last; k += kLanes) {
             const Lanes w = weights(k, last);
-            const Lanes c = level(w, scale, zero, top);
-            const Lanes e = sub(w, mul(c, scale));
-            Lanes ie = e, ic = c;
-            if (importance) {
-                const Lanes i = load_some<DType::f32>(importance, k, last - k);
-                ie = mul(i, e);
-                ic = mul(i, c);
+            const Lanes ratio = kBook ? div(w, divisor) : round_even(div(w, divisor));
+            const Lanes i = importance ? load_some<DType::f32>(importance, k, last - k) : splat(1.0f);
+            for (int g = 0; g < kCount; ++g) {
+                const Lanes zero = splat(grids[g].zero), sign = splat(grids[g].scale == grids[0].scale ? 1.0f : -1.0f);
+                const Lanes x = g == 0 ? ratio : mul(ratio, sign);
+                // What the code stands for, before the scale.
+                const Lanes c = kBook ? lookup(book.sorted, nearest(book, x)) : sub(clamp_codes(add(x, zero), top), zero);
+                const Lanes e = sub(w, mul(c, splat(grids[g].scale)));
+                const Lanes ie = importance ? mul(i, e) : e, ic = importance ? mul(i, c) : c;
+                error[g] = add(error[g], mul(ie, e));
+                slope[g] = add(slope[g], mul(ie, c));
+                curvature[g] = add(curvature[g], mul(ic, c));
             }
-            error = add(error, mul(ie, e));
-            slope = add(slope, mul(ie, c));
-            curvature = add(curvature, mul(ic, c));
         }
-        return {reduce_add(error), reduce_add(slope), reduce_add(curvature)};
+        for (int g = 0; g < kCount; ++g) fits[g] = {reduce_add(error[g]), reduce_add(slope[g]), reduce_add(curvature[g])};
     }
 
     // `scale` as stored, or the fallback where it is not usable.
@@ -130,45 +130,59 @@ struct Quantizer {
         float pick_error;
     };
 
-    void consider(Search& search, int64_t first, int64_t last, Grid grid, float top) const {
-        const Fit f = fit(first, last, grid, top);
-        if (f.error < search.best_error) search.best = grid, search.best_error = f.error;
-        const float step = f.curvature > 0.0f ? f.slope / f.curvature : 0.0f;
-        const float promise = f.error - f.slope * step;
-        if (promise < search.pick_error) search.pick = {grid.scale + step, grid.zero}, search.pick_error = promise;
+    // In order: the first of equals stays.
+    template <int kCount>
+    void consider(Search& search, int64_t first, int64_t last, const Grid (&grids)[kCount]) const {
+        Fit fits[kCount];
+        fit(first, last, grids, fits);
+        for (int g = 0; g < kCount; ++g) {
+            const Fit& f = fits[g];
+            if (f.error < search.best_error) search.best = grids[g], search.best_error = f.error;
+            // For fixed codes the error is a parabola in the scale: this is the step to its minimum.
+            const float step = f.curvature > 0.0f ? f.slope / f.curvature : 0.0f;
+            const float promise = f.error - f.slope * step;
+            if (promise < search.pick_error) {
+                search.pick = {grids[g].scale + step, grids[g].zero};
+                search.pick_error = promise;
+            }
+        }
     }
 
     Grid least_squares(Range r, Grid start, int64_t first, int64_t last) const {
         const float top = static_cast<float>((1 << args.bits) - 1);
         const float none = float_of(0x7f800000u);
-        Search search{start, fit(first, last, start, top).error, start, none};
+        const Grid starts[1] = {start};
+        Fit fits[1];
+        fit(first, last, starts, fits);
+        Search search{start, fits[0].error, start, none};
         const Shrinks shrinks = kBook            ? kShrinksBook
                                 : args.bits == 2 ? kShrinks2
                                 : args.bits == 3 ? kShrinks3
                                 : args.bits == 4 ? kShrinks4
                                                  : kShrinks8;
+        const float absmax = r.high > -r.low ? r.high : -r.low;
+        const float reach = kBook ? 1.0f : static_cast<float>(1 << (args.bits - 1)) - 0.5f;
         for (int i = 0; i < shrinks.count; ++i) {
             const float shrink = static_cast<float>(shrinks.first - i) / static_cast<float>(shrinks.unit);
             if (args.asymmetric) {
                 const float scale = stored((r.high - r.low) / top * shrink, start.scale);
-                const float bottom = clamp_zero(round_scalar(-r.low / scale), top);
-                const float ceiling = clamp_zero(round_scalar(top - r.high / scale), top);
-                const float middle = clamp_zero(round_scalar(-(r.low * shrink) / scale), top);
-                consider(search, first, last, {scale, middle}, top);
-                consider(search, first, last, {scale, bottom}, top);
-                consider(search, first, last, {scale, ceiling}, top);
+                // The range shrinks at both ends, at the top only, at the bottom only.
+                const float both = clamp_zero(round_scalar(-(r.low * shrink) / scale), top);
+                const float above = clamp_zero(round_scalar(-r.low / scale), top);
+                const float below = clamp_zero(round_scalar(top - r.high / scale), top);
+                const Grid grids[3] = {{scale, both}, {scale, above}, {scale, below}};
+                consider(search, first, last, grids);
             } else {
-                const float absmax = r.high > -r.low ? r.high : -r.low;
-                const float reach = kBook ? 1.0f : static_cast<float>(1 << (args.bits - 1)) - 0.5f;
                 const float scale = absmax / reach * shrink;
-                consider(search, first, last, {stored(scale, start.scale), start.zero}, top);
-                consider(search, first, last, {stored(-scale, start.scale), start.zero}, top);
+                const Grid grids[2] = {{stored(scale, start.scale), start.zero},
+                                       {stored(-scale, start.scale), start.zero}};
+                consider(search, first, last, grids);
             }
         }
         for (int i = 0; i < kRefinements; ++i) {
-            search.pick.scale = stored(search.pick.scale, start.scale);
+            const Grid refined[1] = {{stored(search.pick.scale, start.scale), search.pick.zero}};
             search.pick_error = none;
-            consider(search, first, last, search.pick, top);
+            consider(search, first, last, refined);
         }
         return search.best;
     }
