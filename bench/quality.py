@@ -122,6 +122,22 @@ def note(text: str) -> None:
 # --- a model ------------------------------------------------------------------------------------------
 
 
+class Replay:
+    """A model that answers from logits computed before, for functions that go through the same windows."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.at = 0
+
+    def rewound(self) -> Replay:
+        """Begin again with the first window."""
+        return Replay(self.logits)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        start, self.at = self.at, self.at + ids.numel()
+        return self.logits[start : self.at].unflatten(0, tuple(ids.shape))
+
+
 class Judge:
     """Measures quantized models against the original on the held-out text."""
 
@@ -132,7 +148,9 @@ class Judge:
 
     def row(self, method: str, scheme: str, model: nn.Module, *, bits: float, seconds: float) -> Row:
         """Measure one quantized model; the row of plain RTN is what later ones are compared with."""
-        values = kl_divergence(self.reference, model, self.ids)
+        """Measure a model; later rows of a scheme are compared with its plain RTN."""
+        replay = Replay(window_logits(model, self.ids))
+        values = kl_divergence(self.reference, replay, self.ids)
         interval = paired_bootstrap(values, np.zeros_like(values))
         if method == "RTN":
             self.baselines[scheme] = interval.mean
@@ -144,7 +162,7 @@ class Judge:
             seconds=seconds,
             kl=(interval.mean, interval.low, interval.high),
             ratio=interval.mean / base,
-            perplexity=perplexity(model, self.ids),
+            perplexity=perplexity(replay.rewound(), self.ids),
         )
         note(f"{method} {scheme}: KL {interval.mean:.5f}")
         return row
@@ -158,6 +176,7 @@ def load(path: str) -> Any:
 
 def compare_model(arguments: argparse.Namespace) -> list[Row]:
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     original = load(arguments.model)
@@ -166,6 +185,7 @@ def compare_model(arguments: argparse.Namespace) -> list[Row]:
     held_out = held_out[: arguments.windows * 512]
     texts = load_texts(arguments.calibration, tokenizer=tokenizer)
     ids = make_batches(tokenizer, texts, samples=arguments.samples, length=length)
+    disable_progress_bar()
     note(f"calibration {tuple(ids.shape)}, held out {len(held_out)} tokens")
     judge = Judge(original, held_out)
 
@@ -175,14 +195,15 @@ def compare_model(arguments: argparse.Namespace) -> list[Row]:
         seconds = time.monotonic() - started
         return judge.row(label, scheme, result, bits=bpw_linear(result), seconds=seconds)
 
-    rows = [Row(method="none", scheme="bf16", bits=16.0, perplexity=perplexity(original, held_out))]
+    plain = perplexity(Replay(judge.reference), held_out)
+    rows = [Row(method="none", scheme="bf16", bits=16.0, perplexity=plain)]
     for scheme in arguments.schemes:
-        rows += [ours(label, scheme, options, original) for label, options in METHODS.items()]
+        rows += [ours(label, scheme, METHODS[label], original) for label in arguments.methods]
         rows += gptqmodel_rows(arguments, judge, ids, scheme)
     injected = inject(load(arguments.model))
     for scheme in [spelling for spelling in arguments.schemes if spelling.endswith("z")]:
-        for label in ("RTN", "GPTQ", "AWQ"):
-            rows.append(ours(f"{label} on injected", scheme, METHODS[label], injected))
+        for label in arguments.methods:
+            rows.append(ours(f"{label}, injected", scheme, METHODS[label], injected))
     rows += ggml_rows(arguments, judge, original, ids)
     return rows
 
@@ -326,7 +347,7 @@ def compare_layers(arguments: argparse.Namespace) -> list[Row]:
     for scheme in arguments.schemes:
         probe = quantize_rtn(next(iter(layers.values())).weight, scheme)
         bits = probe.stored_bits / (probe.N * probe.K)
-        for method in METHODS:
+        for method in arguments.methods:
             results = {name: our_layer(layer, method, scheme) for name, layer in layers.items()}
             weights = {name: weight for name, (weight, _) in results.items()}
             seconds = sum(spent for _, spent in results.values())
@@ -435,6 +456,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("text", nargs="?", type=Path, help="held-out text")
     parser.add_argument("--calibration", type=Path, help="default: calibration.txt beside the held-out text")
     parser.add_argument("--schemes", nargs="+", default=["w4g128", "w4g128z", "w3g128", "w2g64"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ggml-types", nargs="*", default=list(GGML_TYPES))
     parser.add_argument("--samples", type=int, default=128, help="calibration sequences")
     parser.add_argument(
