@@ -243,6 +243,17 @@ def test_odd_shapes(shape: tuple[int, int], spelling: str) -> None:
     assert 0 <= result.error < 1
 
 
+@pytest.mark.parametrize("search", ["minmax", "mse", "loss"])
+def test_the_scale_of_the_hessian_does_not_matter(search: Any) -> None:
+    weight, hessian = problem()
+    config = GPTQConfig(search=search)
+    expected = quantize_gptq(weight, hessian, "w3g32", config)
+    for factor in (2.0**-60, 2.0**60):
+        result = quantize_gptq(weight, hessian * factor, "w3g32", config)
+        assert torch.equal(result.weight.codes, expected.weight.codes)
+        assert result.error == pytest.approx(expected.error, rel=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_and_other_strides(dtype: torch.dtype) -> None:
     weight, hessian = problem()

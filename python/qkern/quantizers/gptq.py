@@ -275,11 +275,12 @@ class _Run:
 
     def _cost(self, start: int, stop: int) -> Tensor:
         """Return what a unit error of each column adds to the loss once later columns made up for it."""
-        return self.root.diagonal()[start:stop].square()
+        cost = self.root.diagonal()[start:stop].square()
+        return cost / cost.max()  # only the proportions matter, and far fewer digits are at risk
 
     def _set_static_scales(self) -> None:
         K = self.groups.numel()
-        # Original column order, as quantize_groupwise forms the groups; stable, so that it undoes `order`.
+        # Group after group, as quantize_groupwise cuts them; inside a group the order does not matter.
         back = self.groups.argsort(stable=True)
         self.scales[:], self.zeros[:] = self._grid(
             self.weight[:, back], self.scheme, self.config.search, self._cost(0, K)[back]
