@@ -14,6 +14,7 @@ def command(
     ] = Path("qkern-demo"),
 ) -> None:
     """Quantize the model that ships with qkern, run it, save it, reload it, export it; about two minutes."""
+    import logging
     import platform
     import time
 
@@ -26,6 +27,7 @@ def command(
 
     started = time.perf_counter()
     run.make_output(output)
+    logging.getLogger("qkern.pipelines").setLevel(logging.WARNING)  # the demo's own bar says how far it is
     console = Console()
 
     def show(title: str, table: report.Table) -> None:
@@ -33,7 +35,7 @@ def command(
         printed = Table(title=title, title_justify="left")
         for name in header:
             printed.add_column(
-                name, justify="left" if name in ("scheme", "method", "format", "type") else "right"
+                name, justify="left" if name in ("scheme", "method", "weights", "type") else "right"
             )
         for row in rows:
             printed.add_row(*row)
@@ -45,9 +47,12 @@ def command(
     )
     console.print(machine, highlight=False)
     quality = run.run_quality(output)
-    show("The shipped model, quantized (held-out KL in nats, perplexity)", report.quality_table(quality))
+    show(
+        "The shipped model, quantized: KL in nats and perplexity on held-out text",
+        report.quality_table(quality),
+    )
     mlp = speed.run_speed()
-    show("One token through a 7B-shaped MLP, weights rotated over 512 MB", report.speed_table(mlp))
+    show("One token through a 7B-shaped MLP", report.speed_table(mlp))
     gguf = run.run_gguf(output)
     show("GGUF", report.gguf_table(gguf))
     path = report.write_report(output, quality, mlp, gguf, machine=machine)

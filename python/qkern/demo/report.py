@@ -20,18 +20,16 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 def quality_table(rows: Sequence[QualityRow]) -> Table:
     """Scheme, method, sizes and quality of each checkpoint."""
-    header = ("scheme", "method", "format", "bpw_linear", "bpw_file", "MB", "KL", "perplexity", "reload")
+    header = ("scheme", "method", "bpw_linear", "bpw_file", "MB", "KL", "perplexity")
     return header, [
         (
             row.scheme,
             row.method,
-            row.format,
             f"{row.bpw_linear:.3f}",
             f"{row.bpw_file:.3f}",
             f"{row.file_bytes / 1e6:.2f}",
             f"{row.kl:.5f}",
             f"{row.perplexity:.3f}",
-            "-" if row.format == "-" else "equal",
         )
         for row in rows
     ]
@@ -80,9 +78,11 @@ def write_report(
         "# qkern demo",
         machine,
         "## The shipped model, quantized",
-        "KL(original || quantized) in nats and perplexity on held-out text, activations in float. Each "
-        "checkpoint was saved, reloaded and gave the same logits.",
+        "KL(original || quantized) in nats and perplexity on held-out text, activations in float.",
         _markdown(quality_table(quality)),
+        "Saved, reloaded, and every logit is the same: "
+        + ", ".join(f"{row.scheme} {row.method} as {row.format}" for row in quality if row.kl > 0)
+        + ".",
         *([f"![size against KL]({picture.name})"] if picture else []),
         "## One token through a 7B-shaped MLP",
         "Random weights, rotated over more than 512 MB so that no cache holds them; int8 activations; "

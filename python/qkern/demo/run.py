@@ -55,8 +55,6 @@ class QualityRow:
     file_bytes: int
     kl: float
     perplexity: float
-    reload_difference: float
-    """Largest difference of a logit before saving and after reloading."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +123,6 @@ def run_quality(
             file_bytes=size,
             kl=0.0,
             perplexity=perplexity(original, ids, window=WINDOW),
-            reload_difference=0.0,
         )
     ]
     with _progress.task("Demo", total=len(RUNS), unit="model") as progress:
@@ -170,7 +167,6 @@ def _run_one(
         file_bytes=_weight_bytes(folder),
         kl=float(kl.mean()),
         perplexity=perplexity(reloaded, ids, window=WINDOW),
-        reload_difference=difference,
     )
 
 
