@@ -78,7 +78,7 @@ inline void unpack_transposed(const BitsArgs& args, int64_t begin, int64_t end) 
 
 // Nibble i of an AWQ word holds row kAwqOrder[i] of the eight.
 constexpr int kAwqOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-constexpr int64_t kAwqColumns = 64, kAwqWords = 16;
+constexpr int64_t kAwqColumns = 64, kAwqWords = 16;  // a tile writes whole cache lines
 
 inline void pack_awq(const BitsArgs& args, int64_t begin, int64_t end) {
     const int64_t words_per_row = args.N / 8;
@@ -88,10 +88,12 @@ inline void pack_awq(const BitsArgs& args, int64_t begin, int64_t end) {
         for (int64_t k = 0; k < args.K; k += kAwqColumns) {
             const int64_t columns = least(kAwqColumns, args.K - k);
             for (int64_t c = 0; c < words; ++c) {
-                for (int64_t j = 0; j < columns; ++j) tile[c][j] = 0;
-                for (int i = 0; i < 8; ++i) {
-                    const uint8_t* codes = args.codes + (n + 8 * c + kAwqOrder[i]) * args.codes_stride + k;
-                    for (int64_t j = 0; j < columns; ++j) tile[c][j] |= static_cast<uint32_t>(codes[j]) << (4 * i);
+                const uint8_t* rows[8];
+                for (int i = 0; i < 8; ++i) rows[i] = args.codes + (n + 8 * c + kAwqOrder[i]) * args.codes_stride + k;
+                for (int64_t j = 0; j < columns; ++j) {
+                    uint32_t word = 0;
+                    for (int i = 0; i < 8; ++i) word |= static_cast<uint32_t>(rows[i][j]) << (4 * i);
+                    tile[c][j] = word;
                 }
             }
             for (int64_t j = 0; j < columns; ++j) {
@@ -127,7 +129,7 @@ template <int B>
 void pack_rows(const BitsArgs& args, int64_t begin, int64_t end) {
     if (args.layout == BitLayout::gptq) return pack_transposed<B>(args, begin, end);
     constexpr int64_t per = 32 / B;
-    const bool dense = args.layout == BitLayout::dense;
+    const bool dense = args.layout == BitLayout::dense || 32 % B == 0;  // then both are the same words
     const int64_t words = dense ? (args.K * B + 31) / 32 : (args.K + per - 1) / per;
     for (int64_t n = begin; n < end; ++n) {
         const uint8_t* codes = args.codes + n * args.codes_stride;
@@ -140,7 +142,7 @@ template <int B>
 void unpack_rows(const BitsArgs& args, int64_t begin, int64_t end) {
     if (args.layout == BitLayout::gptq) return unpack_transposed<B>(args, begin, end);
     constexpr int64_t per = 32 / B;
-    const bool dense = args.layout == BitLayout::dense;
+    const bool dense = args.layout == BitLayout::dense || 32 % B == 0;  // then both are the same words
     const int64_t words = dense ? (args.K * B + 31) / 32 : (args.K + per - 1) / per;
     for (int64_t n = begin; n < end; ++n) {
         uint8_t* codes = args.codes + n * args.codes_stride;
