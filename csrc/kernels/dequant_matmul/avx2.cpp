@@ -15,6 +15,7 @@ struct Isa {
     static constexpr int kRows = 8;
     static constexpr int kVectors = 4;
     static constexpr int kDirectM = 2;
+    static constexpr int kDirectRows = 6;
     static constexpr int kTileM = 2;  // 8 sums of 16 registers; the product needs three more
     static constexpr int kFloatM = 2;
     static constexpr bool kSignedWide = true;

@@ -16,6 +16,10 @@ QK_INLINE F weight_of(I codes, F zero, F scale, Isa::Table table) {
     return Isa::sub_f(q, zero);
 }
 
+// Products in one chain of f32 sums. The error of a sum grows with the root of its chain: 32, then 4 in a
+// block, then the blocks keep it at the level of a library's dot product, which sums in many lanes.
+constexpr int64_t kChain = 32;
+
 struct BlockFloat {
     const uint8_t* codes;
     int64_t line;
@@ -69,27 +73,33 @@ QK_INLINE void float_run(const float* x, int64_t x_stride, int64_t quads, const 
 
 template <int BITS, Mode MODE, int MT, int NV>
 QK_INLINE void micro_float(const BlockFloat& b, int64_t r, int64_t m0) {
-    F sums[MT * NV], zero[NV], scale[NV];
+    F totals[MT * NV], zero[NV], scale[NV];
     QK_UNROLL for (int v = 0; v < NV; ++v) {
         zero[v] = zero_of<MODE>(*b.head, r + v * Isa::kRows);
         scale[v] = Isa::load_f(b.head->scale + r + v * Isa::kRows);
     }
-    QK_UNROLL for (int i = 0; i < MT * NV; ++i) sums[i] = Isa::splat_f(0.0f);
+    QK_UNROLL for (int i = 0; i < MT * NV; ++i) totals[i] = Isa::splat_f(0.0f);
     const Isa::Table table = Isa::load_float_table(b.table);
     const int64_t quads = b.padded / (4 * superline_steps(BITS));
     const uint8_t* codes = b.codes + 4 * r;
     const float* x = b.x + m0 * b.x_stride;
     int64_t j = 0;
     do {  // a block is never empty
-        I lines[NV][3];
-        QK_UNROLL for (int v = 0; v < NV; ++v) load_lines<BITS>(codes + v * 4 * Isa::kRows, b.line, lines[v]);
-        float_run<BITS, MODE, MT, NV, 0>(x + 4 * j, b.x_stride, quads, lines, zero, scale, table, sums);
-        codes += kLines<BITS> * b.line;
-    } while (++j < quads);
+        const int64_t stop = j + kChain / (4 * superline_steps(BITS)) < quads ? j + kChain / (4 * superline_steps(BITS)) : quads;
+        F sums[MT * NV];
+        QK_UNROLL for (int i = 0; i < MT * NV; ++i) sums[i] = Isa::splat_f(0.0f);
+        do {
+            I lines[NV][3];
+            QK_UNROLL for (int v = 0; v < NV; ++v) load_lines<BITS>(codes + v * 4 * Isa::kRows, b.line, lines[v]);
+            float_run<BITS, MODE, MT, NV, 0>(x + 4 * j, b.x_stride, quads, lines, zero, scale, table, sums);
+            codes += kLines<BITS> * b.line;
+        } while (++j < stop);
+        QK_UNROLL for (int i = 0; i < MT * NV; ++i) totals[i] = Isa::add(totals[i], sums[i]);
+    } while (j < quads);
     QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
         float* out = b.tile[m0 + i / NV] + r + i % NV * Isa::kRows;
-        const F total = Isa::load_f(out);
-        Isa::store_f(out, MODE == Mode::affine ? Isa::add(total, sums[i]) : Isa::fma(sums[i], scale[i % NV], total));
+        const F before = Isa::load_f(out);
+        Isa::store_f(out, MODE == Mode::affine ? Isa::add(before, totals[i]) : Isa::fma(totals[i], scale[i % NV], before));
     }
 }
 

@@ -2,8 +2,10 @@
 //
 //   kRows      rows of the weight in a vector (32-bit lanes)
 //   kVectors   vectors of a micro tile: kRows * kVectors output columns
-//   kDirectM   up to this many rows of x the codes are unpacked on the way to the product; above, once a block
+//   kDirectM   rows of x of a micro tile that unpacks the codes on the way to the product
+//   kDirectRows  up to this many rows of x that is done; above, the codes are unpacked once a block
 //   kTileM     rows of x of a micro tile over unpacked codes
+//   kFloatM    rows of x of a micro tile of floats
 //   kSignedWide  8-bit codes enter the product as signed bytes, 128 less
 //   I, F       int32 and f32 lanes, and the functions that the code below names
 #pragma once

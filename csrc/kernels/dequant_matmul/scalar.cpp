@@ -9,6 +9,7 @@ struct Isa {
     static constexpr int kRows = 4;
     static constexpr int kVectors = 1;
     static constexpr int kDirectM = 1;
+    static constexpr int kDirectRows = 1;
     static constexpr int kTileM = 1;
     static constexpr int kFloatM = 1;
     static constexpr bool kSignedWide = false;

@@ -122,9 +122,9 @@ def dequant_matmul(
     bias : Tensor or None
         ``[N]`` of x's dtype or fp32; gradients flow to it.
     compute : str
-        ``"float"`` keeps the activations (fp32 products and sums; bf16 products of torch's own matmul for bf16
-        input of many rows); ``"int8"`` quantizes them per token and group of at most 128 columns and sums the
-        products exactly; ``"auto"`` is int8 on a CPU when no gradient is taken or when the scheme says a8.
+        ``"float"`` keeps the activations (fp32 products and sums; torch's own bf16 matmul for bf16 input of
+        many rows); ``"int8"`` quantizes them per token and group of at most 128 columns and sums the products
+        exactly; ``"auto"`` is int8 on a CPU when no gradient is taken or when the scheme says a8.
     backend : str
         ``"auto"`` or a `Backend`.
 
@@ -155,9 +155,15 @@ def dequant_matmul(
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     compute = resolve_compute(compute, x, weight.scheme, needs_grad=needs_grad)
     out: Tensor = torch.ops.qkern.dequant_matmul(
-        x, packed.blob, bias, packed.layout, N, K, str(packed.scheme), compute
+        x, packed.blob, bias, packed.layout, N, K, _spelling(packed.scheme), compute
     )
     return out
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _spelling(scheme: Scheme) -> str:
+    # A compiler that treats every integer as dynamic could not build the string.
+    return str(scheme)
 
 
 def _packed_for(weight: PackedWeight | QuantizedWeight, x: Tensor, backend: str) -> PackedWeight:

@@ -11,7 +11,7 @@ from qkern.errors import InputError
 from qkern.ops._native import DTYPE_CODES, core, pointer, threads, why_not_cpu
 from qkern.ops.codebooks import codebook
 from qkern.ops.dequant_matmul.plain import nested_from_bytes, nested_to_bytes
-from qkern.schemes import PackedWeight, QuantizedWeight, Scheme
+from qkern.schemes import PackedWeight, QuantizedWeight
 
 if TYPE_CHECKING:
     from qkern.ops.registry import Request
@@ -37,7 +37,7 @@ def why_not(request: Request) -> str | None:
 
 
 def _columns_by_group(qw: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
-    """Starts of the groups int32 ``[groups + 1]`` and the order of the columns (None: as they are)."""
+    """Find where groups start, int32 ``[groups + 1]``, and the order of the columns (None: as they are)."""
     K, groups = qw.K, qw.scales.shape[1]
     if qw.group_index is None:
         starts = torch.arange(groups + 1, dtype=torch.int32) * max(qw.scheme.group_length(K), 1)
@@ -222,7 +222,8 @@ class LinearHandle:
         dtype = DTYPE_CODES.get(x.dtype)
         if dtype is None or x.dim() == 0 or shape[-1] != K or x.device.type != "cpu":
             raise InputError(
-                f"x must be fp32, fp16 or bf16 [..., {K}] on the CPU: got {x.dtype} {tuple(shape)} on {x.device}"
+                f"x must be fp32, fp16 or bf16 [..., {K}] on the CPU: "
+                f"got {x.dtype} {tuple(shape)} on {x.device}"
             )
         if compute not in ("int8", "float"):
             raise InputError(f"unknown compute: got {compute!r}, allowed are 'int8' and 'float'")
@@ -231,7 +232,8 @@ class LinearHandle:
             bias_dtype = DTYPE_CODES.get(bias.dtype, -1)
             if bias_dtype not in (0, dtype) or bias.shape != (N,) or not bias.is_contiguous():
                 raise InputError(
-                    f"bias must be contiguous [{N}] of x's dtype or fp32: got {bias.dtype} {tuple(bias.shape)}"
+                    f"bias must be contiguous [{N}] of x's dtype or fp32: "
+                    f"got {bias.dtype} {tuple(bias.shape)}"
                 )
             bias_pointer = bias.data_ptr()
         M = x.numel() // K if K else shape[:-1].numel()

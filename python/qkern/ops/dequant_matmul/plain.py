@@ -80,7 +80,7 @@ def _padded(raw: Tensor) -> Tensor:
 
 
 def unpack(blob: Tensor, layout: str, N: int, K: int, scheme: Scheme) -> QuantizedWeight:
-    """Views of the tensors inside a blob.
+    """View the tensors inside a blob.
 
     Raises
     ------

@@ -26,7 +26,7 @@ _CHUNK: Final = 1 << 24
 
 
 def activation_blocks(qw: QuantizedWeight) -> Tensor:
-    """Activation block of each column, int64 ``[K]``: 128 columns of a weight group at a time, in group order."""
+    """Activation block of each column, int64 ``[K]``: 128 columns of a group at a time, in group order."""
     K = qw.K
     if qw.group_index is None:
         length = max(qw.scheme.group_length(K), 1)
@@ -39,7 +39,8 @@ def activation_blocks(qw: QuantizedWeight) -> Tensor:
     blocks = torch.empty_like(order)
     blocks[order] = groups * per_group + rank // BLOCK
     # Numbered without gaps.
-    return torch.unique(blocks, return_inverse=True)[1]
+    numbered: Tensor = torch.unique(blocks, return_inverse=True)[1]
+    return numbered
 
 
 def fake_quantize(x: Tensor, qw: QuantizedWeight) -> Tensor:
@@ -57,7 +58,7 @@ def fake_quantize(x: Tensor, qw: QuantizedWeight) -> Tensor:
 
 
 def row_chunks(qw: QuantizedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Decoded rows of the weight a chunk at a time, so that the whole matrix never exists."""
+    """Decode rows of the weight a chunk at a time, so that the whole matrix never exists."""
     step = max(_CHUNK // max(qw.K, 1), 1)
     N, K = qw.shape
     for first in range(0, N, step):

@@ -15,9 +15,10 @@ from qkern.schemes import Scheme
 
 __all__: list[str] = []
 
-_LIBRARY: Final = torch.library.Library("qkern", "FRAGMENT")
+_LIBRARY: Final[Any] = torch.library.Library("qkern", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "dequant_matmul(Tensor x, Tensor blob, Tensor? bias, str layout, int N, int K, str scheme, str compute) -> Tensor",
+    "dequant_matmul(Tensor x, Tensor blob, Tensor? bias, str layout, int N, int K, str scheme, str compute)"
+    " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # The gradient of x is an op of its own, so that a traced graph holds a call and not its decoding loop.

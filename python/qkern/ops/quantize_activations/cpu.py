@@ -22,7 +22,7 @@ def why_not(request: Request) -> str | None:
 
 
 def quantize(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 ``[M, K]`` and scales fp32 ``[M, groups]`` of a matrix; arguments are validated by the caller."""
+    """Quantize a matrix to int8 ``[M, K]`` and fp32 ``[M, groups]``; arguments are validated by the caller."""
     M, K = x.shape
     if K > 1 and x.stride(1) != 1:
         x = x.contiguous()

@@ -9,14 +9,14 @@ __all__ = ["quantize", "round_to_codes"]
 
 
 def round_to_codes(x: Tensor, scales: Tensor) -> Tensor:
-    """``clamp(rint(x / s), -127, 127)`` as int8; 0 where s is 0, and only signs of Inf where s is not finite."""
+    """``clamp(rint(x / s), -127, 127)``; 0 where s is 0, and only the signs of Inf where s is not finite."""
     finite = (scales > 0) & torch.isfinite(scales)
     codes = torch.where(finite, x / scales, x.isinf() * 127 * x.sign().nan_to_num(0.0))
     return codes.clamp(-127, 127).round().to(torch.int8)
 
 
 def quantize(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 ``[M, K]`` and scales fp32 ``[M, groups]`` of a matrix; arguments are validated by the caller."""
+    """Quantize a matrix to int8 ``[M, K]`` and fp32 ``[M, groups]``; arguments are validated by the caller."""
     values = x.float()
     M, K = values.shape
     codes = torch.empty(M, K, dtype=torch.int8, device=x.device)

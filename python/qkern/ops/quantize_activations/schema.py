@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from qkern.ops.registry import Request, select
 
 __all__: list[str] = []
 
-_LIBRARY: Final = torch.library.Library("qkern", "FRAGMENT")
+_LIBRARY: Final[Any] = torch.library.Library("qkern", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "quantize_activations(Tensor x, int? group_size) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
 )
