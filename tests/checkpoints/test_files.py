@@ -203,6 +203,32 @@ def test_an_output_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "precious").read_text() == "data"
 
 
+def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_folders_that_cannot_be_replaced_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="the current folder.*name a folder in it: model"):
+        check_output(".")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(type(tmp_path), "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(InputError, match="mount point.*name a folder in it"):
+        check_output("disk")
+
+
+def test_what_another_writer_left_behind_is_not_touched(tmp_path: Path) -> None:
+    first = CheckpointWriter(tmp_path / "out", format=None)  # as of a run that was killed
+    write(tmp_path / "out")
+    assert first._folder.is_dir()
+    first.abort()
+
+
 def test_any_failure_leaves_nothing(tmp_path: Path) -> None:
     def leave_early() -> None:
         with CheckpointWriter(tmp_path / "a", format="gptq") as writer:

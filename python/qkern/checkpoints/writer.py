@@ -7,7 +7,7 @@ disk among them, removes it.
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -59,19 +59,25 @@ _COMPANIONS: Final = (
 
 
 def check_output(output: str | Path) -> Path:
-    """Return the output folder as a path if a checkpoint may be written there.
+    """Return the output folder as an absolute path, links followed, if a checkpoint may be written there.
 
     Raises
     ------
     InputError
-        If it exists and is not an empty folder.
+        If it exists and is not an empty folder, or a folder that cannot be replaced by the finished one.
     """
-    folder = Path(output)
+    given = Path(output)
+    folder = given.resolve()
     if folder.is_dir():
         if any(folder.iterdir()):
-            raise InputError(f"output folder {folder} exists and is not empty; choose another or empty it")
-    elif folder.exists() or folder.is_symlink():
-        raise InputError(f"output {folder} exists and is no folder; choose another")
+            raise InputError(f"output folder {given} exists and is not empty; choose another or empty it")
+        if folder.is_mount() or folder.samefile(Path.cwd()):
+            raise InputError(
+                f"output folder {given} is a mount point or the current folder, and the finished output, "
+                f"which takes its place at the end, cannot replace that; name a folder in it: {given / 'model'}"
+            )
+    elif given.exists() or given.is_symlink():
+        raise InputError(f"output {given} exists and is no folder; choose another")
     return folder
 
 
@@ -113,8 +119,8 @@ class CheckpointWriter:
         self._act_order = False
         self._finished = False
         max_bytes = parse_size(max_shard_size)
-        absolute = Path(os.path.abspath(self.output))  # noqa: PTH100 - resolve() would follow a link that is the output
-        self._folder = absolute.parent / f".{absolute.name}.partial-{os.getpid()}"
+        # Not the process id, which in containers is often that of a run that was killed.
+        self._folder = self.output.with_name(f".{self.output.name}.partial-{secrets.token_hex(4)}")
         with self._writing():
             self._folder.mkdir(parents=True)
         self._shards = ShardWriter(self._folder, max_bytes)
