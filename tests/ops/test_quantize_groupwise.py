@@ -29,7 +29,7 @@ def random_weight(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 
 def codes_of(qw: QuantizedWeight) -> np.ndarray:
-    rows = qw.codes.reshape(-1, qw.codes.shape[-1])
+    rows = qw.codes.flatten(0, -2)
     codes = unpack_bits(rows, qw.scheme.bits, (rows.shape[0], qw.K), backend="reference")
     return codes.reshape(qw.shape).numpy()
 
@@ -363,6 +363,39 @@ def test_codebooks_are_the_same_numbers_in_the_header(name: str) -> None:
     assert np.isinf(thresholds[count - 1 :]).all()
     assert np.array_equal(codes[:count], book.codes.numpy())
     assert np.array_equal(book.values[book.codes.long()].numpy(), book.ordered.numpy())
+
+
+@pytest.mark.parametrize("spelling", ["nf4g64d", "w4g32d", "w4g16zd", "w8td"])
+def test_quantize_groupwise_of_double_quantized_scales(backend: str, spelling: str) -> None:
+    plain = spelling.removesuffix("d")
+    for shape in ((20, 300), (2, 5, 70), (0, 64), (3, 0)):
+        weight = random_weight(shape)
+        qw = quantize_groupwise(weight, spelling, backend=backend)
+        exact = quantize_groupwise(weight, plain, scale_dtype=torch.float32, backend="reference")
+        assert qw.nested is not None
+        assert qw.scales.dtype == torch.float32
+        assert_same(qw, quantize_groupwise(weight, spelling, backend="reference"))
+        # The stored form decodes to the scales, element by element.
+        for i, code in enumerate(qw.nested.codes.tolist()):
+            value = np.float32(qw.nested.table[code]) * np.float32(qw.nested.absmax[i // qw.nested.block])
+            assert qw.scales.reshape(-1)[i].item() == value + np.float32(qw.nested.offset)
+        # Entries of the table are at most 0.0141 apart, relative to the largest distance from the mean.
+        spread = (exact.scales - exact.scales.mean()).abs().max() if exact.scales.numel() else 0
+        assert ((qw.scales - exact.scales).abs() <= 0.0072 * spread + 1e-6).all()
+        if not qw.scheme.codebook:
+            # Codes are chosen against the decoded scales.
+            error = (dequantize_groupwise(qw) - weight).abs()
+            ends = (torch.from_numpy(codes_of(qw)) == 0) | (
+                torch.from_numpy(codes_of(qw)) == qw.scheme.levels - 1
+            )
+            width = max(qw.scheme.group_length(qw.K), 1)
+            steps = qw.scales.expand(*qw.shape[:-1], qw.scales.shape[-1]).repeat_interleave(width, -1)
+            assert (error <= 0.5001 * steps[..., : qw.K])[~ends].all()
+
+
+def test_quantize_groupwise_of_equal_scales_nests_exactly(backend: str) -> None:
+    qw = quantize_groupwise(torch.ones(3, 64), "nf4g16d", backend=backend)
+    assert torch.equal(dequantize_groupwise(qw, backend=backend), torch.ones(3, 64))
 
 
 def test_quantize_groupwise_names_what_is_wrong() -> None:

@@ -49,7 +49,8 @@ def quantize_groupwise(
         ``"minmax"``: the grid covers the range of the group; ``"mse"``: scale (and its sign, or the zero
         point) are searched for the smallest squared error, never worse than min-max.
     scale_dtype : torch.dtype
-        Dtype in which the scales are stored; codes are chosen against the rounded scale.
+        Dtype in which the scales are stored; codes are chosen against the rounded scale. Double
+        quantization (``d``) stores the scales as 8-bit codes, and the decoded ones in fp32.
     backend : str
         ``"auto"`` or a `Backend`.
 

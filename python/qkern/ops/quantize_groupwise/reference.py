@@ -11,6 +11,7 @@ from torch import Tensor
 from qkern.errors import InputError
 from qkern.ops.codebooks import codebook
 from qkern.ops.pack_bits.reference import pack_dense, split_last
+from qkern.ops.quantize_groupwise.nested import decode, divisors, nest
 from qkern.schemes import QuantizedWeight, Scheme
 
 __all__ = ["choose_grid", "encode", "quantize", "search_grid"]
@@ -195,11 +196,16 @@ def quantize(
     # Per tensor: one group, the matrix as a single row.
     whole = weight.reshape(E, N * K) if scheme.per_tensor else rows
     weights = None if importance is None else importance.expand(weight.shape).reshape(whole.shape)
+    scale_dtype = torch.float32 if scheme.double_quant else scale_dtype
     scale, zero = grid(whole, scheme, importance=weights, search=search, scale_dtype=scale_dtype)
+    nested = None
+    if scheme.double_quant:
+        nested = nest(scale)
+        scale = decode(nested, tuple(scale.shape))
     repeat = N if scheme.per_tensor else 1
     codes, _ = encode(
         split_groups(rows, scheme),
-        scale.repeat_interleave(repeat, 0)[..., None],
+        divisors(scale).repeat_interleave(repeat, 0)[..., None],
         zero.repeat_interleave(repeat, 0)[..., None],
         scheme,
     )
@@ -210,6 +216,7 @@ def quantize(
         zeros=zero.to(torch.uint8).reshape(shape) if scheme.zero_point else None,
         shape=tuple(weight.shape),
         scheme=scheme,
+        nested=nested,
     )
 
 
