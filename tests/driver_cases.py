@@ -7,6 +7,7 @@ add it to `GENERATORS`, and give the driver a run_<op>.
 
 from __future__ import annotations
 
+import itertools
 import struct
 import subprocess
 import sys
@@ -17,7 +18,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qkern.ops import dequantize_groupwise, gptq_update, pack_bits, quantize_groupwise
+from qkern.ops import (
+    dequant_matmul,
+    dequantize_groupwise,
+    gptq_update,
+    pack_bits,
+    pack_weight,
+    quantize_activations,
+    quantize_groupwise,
+)
 from qkern.ops._native import DTYPE_CODES
 from qkern.ops.codebooks import CODEBOOK_CODES
 from qkern.ops.pack_bits.cpu import LAYOUT_CODES
@@ -29,7 +38,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Case:
-    """One call of a kernel: numbers, input buffers, and the outputs that are expected, bit for bit."""
+    """One call of a kernel: numbers, input buffers, and the outputs that are expected, bit for bit.
+
+    With a `tolerance`, floats may differ by that part of the largest.
+    """
 
     op: str
     numbers: dict[str, int]
@@ -37,6 +49,7 @@ class Case:
     expected: dict[str, torch.Tensor | None]
     status: int = 0
     label: str = field(default="")
+    tolerance: float = 0.0
 
     def encode(self) -> bytes:
         """Bytes of the case file."""
@@ -219,7 +232,64 @@ def gptq_cases() -> Iterator[Case]:
             )
 
 
-GENERATORS = (quantize_cases, dequantize_cases, bits_cases, gptq_cases)
+def activation_cases() -> Iterator[Case]:
+    for i, (M, K) in enumerate(SHAPES):
+        for group_size in (7, 128):
+            dtype = FLOAT_DTYPES[i % 3]
+            x = random_weight(M, K, dtype)
+            codes, scales = quantize_activations(x, group_size=group_size, backend="reference")
+            numbers = {"M": M, "K": K, "group_size": group_size, "dtype": DTYPE_CODES[dtype]}
+            outputs = {"codes": codes, "scales": scales}
+            yield Case("quantize_activations", numbers, {"x": x}, outputs, label=f"{M}x{K} {dtype}")
+
+
+def matmul_cases() -> Iterator[Case]:
+    # Panels of 16, 32, 48 and 64 rows; few rows of x, more than the direct kernels take, more than a tile.
+    for i, (spelling, (N, K)) in enumerate(itertools.product(SCHEMES, [(5, 33), (120, 300), (64, 256)])):
+        scheme = Scheme.parse(spelling)
+        qw = quantize_groupwise(random_weight(N, K, torch.float32), scheme, scale_dtype=FLOAT_DTYPES[i % 3])
+        for variant, M in (("plain", 3), ("offsets", 14), ("act-order", 98 if K == 33 else 1)):
+            weight = dequantize_variant(qw, variant)
+            if weight is None:
+                continue
+            packed = pack_weight(weight, backend="cpu")
+            decoded = torch.zeros(K, -(-N // 16) * 16)
+            decoded[:, :N] = dequantize_groupwise(weight, backend="reference").T
+            for compute, dtype in itertools.product(
+                ("int8", "float"), (torch.float32, FLOAT_DTYPES[1 + M % 2])
+            ):
+                x = random_weight(M, K, dtype)
+                bias = torch.arange(N, dtype=torch.float32) / N
+                yield Case(
+                    "dequant_matmul",
+                    {
+                        "bytes": packed.blob.numel(),
+                        "M": M,
+                        "dtype": DTYPE_CODES[dtype],
+                        "int8": int(compute == "int8"),
+                    },
+                    {"blob": packed.blob, "x": x, "bias": bias},
+                    {
+                        "out": dequant_matmul(x, weight, bias, compute=compute, backend="reference"),
+                        "decoded": decoded,
+                    },
+                    label=f"{spelling} {variant} {M}x{N}x{K} {compute} {dtype}",
+                    # The output's rounding; in fp32 the order of sums, or a codebook's 16 bits.
+                    tolerance={torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(
+                        dtype, 2e-4 if scheme.codebook and compute == "int8" else 2e-5
+                    ),
+                )
+
+
+GENERATORS = (quantize_cases, dequantize_cases, bits_cases, gptq_cases, activation_cases, matmul_cases)
+
+
+def agrees(expected: torch.Tensor, output: bytes, tolerance: float) -> bool:
+    """Whether an output is what was expected."""
+    if tolerance == 0.0 or not output:
+        return raw(expected) == output
+    got = torch.frombuffer(bytearray(output), dtype=expected.dtype).view(expected.shape).double()
+    return bool((got - expected.double()).abs().max() <= tolerance * expected.double().abs().max())
 
 
 def mismatches(cases: list[Case], outputs: bytes) -> list[str]:
@@ -233,7 +303,7 @@ def mismatches(cases: list[Case], outputs: bytes) -> list[str]:
             if tensor is None:
                 continue
             expected = raw(tensor)
-            if outputs[at : at + len(expected)] != expected:
+            if not agrees(tensor, outputs[at : at + len(expected)], case.tolerance):
                 wrong.append(name)
             at += len(expected)
         if wrong:

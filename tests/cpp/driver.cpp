@@ -24,6 +24,7 @@
 
 #include "qkern/cpu.h"
 #include "qkern/kernels.h"
+#include "qkern/packed_weight.h"
 #include "qkern/parallel.h"
 
 namespace {
@@ -162,12 +163,79 @@ int64_t run_gptq_update(Case& c) {
     });
 }
 
+int64_t run_quantize_activations(Case& c) {
+    qk::QuantizeActivationsArgs args{};
+    args.x = c.data<const void>("x");
+    args.dtype = c.dtype("dtype");
+    args.K = args.row_stride = c.number("K");
+    args.group_size = c.number("group_size");
+    args.codes = c.data<int8_t>("codes");
+    args.scales = c.data<float>("scales");
+    const auto kernel = qk::kernels().quantize_activations;
+    return run_rows(c.number("M"), 4, [&](int64_t begin, int64_t end) {
+        kernel(args, begin, end);
+        return qk::Status::ok;
+    });
+}
+
+int64_t run_dequant_matmul(Case& c) {
+    qk::PackedView view;
+    if (parse_packed(c.data<const uint8_t>("blob"), c.number("bytes"), &view)) return -1;
+    const qk::KernelTable& kernels = qk::kernels();
+    qk::PrepareArgs prepare{};
+    prepare.view = &view;
+    prepare.x = c.data<const void>("x");
+    prepare.dtype = c.dtype("dtype");
+    prepare.row_stride = view.K;
+    const int64_t M = c.number("M");
+    std::vector<int8_t> codes(static_cast<size_t>(M * view.padded_K));
+    std::vector<float> scales(static_cast<size_t>(M * view.blocks));
+    std::vector<int32_t> sums(static_cast<size_t>(M * view.blocks));
+    std::vector<float> values(c.number("int8") ? 0 : static_cast<size_t>(M * view.padded_K));
+    prepare.codes = codes.data();
+    prepare.scales = scales.data();
+    prepare.sums = sums.data();
+    prepare.values = c.number("int8") ? nullptr : values.data();
+    run_rows(M, 4, [&](int64_t begin, int64_t end) {
+        kernels.matmul_prepare(prepare, begin, end);
+        return qk::Status::ok;
+    });
+    qk::MatmulArgs args{};
+    args.view = &view;
+    args.M = M;
+    args.codes = prepare.codes;
+    args.scales = prepare.scales;
+    args.sums = prepare.sums;
+    args.values = prepare.values;
+    args.out = c.data<void>("out");
+    args.out_dtype = prepare.dtype;
+    args.out_stride = view.N;
+    args.bias = c.data<const void>("bias");
+    args.bias_dtype = qk::DType::f32;
+    const int64_t chunks = (M + qk::kMatmulRows - 1) / qk::kMatmulRows;
+    run_rows(view.panel_count * chunks, 1, [&](int64_t begin, int64_t end) {
+        kernels.matmul_run(args, begin, end);
+        return qk::Status::ok;
+    });
+    qk::DecodeArgs decode{};
+    decode.view = &view;
+    decode.out = c.data<void>("decoded");
+    decode.dtype = qk::DType::f32;
+    decode.out_stride = round_up(view.N, qk::kRowUnit);
+    return run_rows(view.panel_count, 1, [&](int64_t begin, int64_t end) {
+        kernels.matmul_decode(decode, begin, end);
+        return qk::Status::ok;
+    });
+}
+
 const std::map<std::string, int64_t (*)(Case&)> kOps = {
     {"quantize_groupwise", &run_quantize_groupwise},
     {"dequantize_groupwise", &run_dequantize_groupwise},
     {"pack_bits", &run_pack_bits},
     {"unpack_bits", &run_unpack_bits},
     {"gptq_update", &run_gptq_update},
+    {"quantize_activations", &run_quantize_activations},
+    {"dequant_matmul", &run_dequant_matmul},
 };
 
 // ---- the file -----------------------------------------------------------------------------------------
