@@ -95,7 +95,9 @@ def test_missing_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    fails(folder, FormatError, r"lacks 1 of the model's tensors: model\.layers\.1\.mlp\.up_proj\.weight")
+    fails(
+        folder, FormatError, r"does not fit its config.json: missing: model\.layers\.1\.mlp\.up_proj\.weight"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -125,7 +127,7 @@ def test_embedding_that_is_not_finite(folder):
         ([[]], InputError, "calibration text is empty"),
         ([[5] * 9], InputError, "it has 9 tokens, 64 are needed"),
         ([[500] * 99], InputError, "vocabulary has 96 entries"),
-        ("missing.txt", InputError, "has no tokenizer"),
+        ("missing.txt", FormatError, "has no tokenizer: one of tokenizer.json"),
         (torch.zeros(3), InputError, "integer tensor"),
     ],
 )

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from qkern.errors import InputError, QkernError
+from qkern.errors import InputError, QkernError, UnsupportedError
 from qkern.pipelines import quantize
 from qkern.pipelines import quantize as quantize_function
 
@@ -135,6 +135,21 @@ def test_another_run_does_not_use_the_layers(folder, tiny, tmp_path, stop_after,
     report = quantize(folder, output=output, **OPTIONS, format="compressed-tensors")
     assert layers_done == [2]
     assert report.format == "compressed-tensors"
+
+
+def test_a_format_that_turns_out_not_to_fit_costs_no_work(tiny, tmp_path, layers_done):
+    model = tiny("llama")
+    with torch.no_grad():
+        # All weights of a group positive: its zero point is 0, which GPTQ v1 cannot store.
+        model.model.layers[1].mlp.up_proj.weight.abs_()
+    options = {"method": "rtn", "scheme": "w4g32z", "output": tmp_path / "out"}
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.mlp\.up_proj: .*zero point of 0.*gptq_v2"):
+        quantize(model, **options, format="gptq")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert layers_done == [0, 1]
+    quantize(model, **options, format="gptq_v2")
+    assert layers_done == [0, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_no_resume_starts_afresh(folder, tmp_path, stop_after, layers_done):

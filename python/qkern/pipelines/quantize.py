@@ -171,7 +171,7 @@ def quantize(
         result = _assemble(source, layers)
         result.qkern_report = summing.report()
         return result
-    partial = Partial(folder, {**_key(source), **facts}, resume=resume)
+    partial = Partial(folder, _key(source, facts), resume=resume)
     with _keeping(partial):
         for _ in run.layers(partial):
             pass
@@ -231,13 +231,16 @@ def _calibration(
     return make_batches(tokenizer, load_texts(calibration, tokenizer=tokenizer), **limits)
 
 
-def _key(source: Source) -> dict[str, Any]:
+def _key(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the layers depend on."""
     config = json.dumps(source.config, sort_keys=True, default=str)
     return {
         "qkern": __version__,
         "torch": torch.__version__,
         "weights": source.identity(),
         "config": hashlib.sha256(config.encode()).hexdigest(),
+        "arguments": facts["arguments"],
+        "calibration": facts["calibration"],
     }
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from qkern.calibration import Weights, bind_names, meta_copy, meta_model
-from qkern.checkpoints import TensorFolder, model_folder, read_json
+from qkern.checkpoints import TensorFolder, load_tokenizer, model_folder, read_json
 from qkern.errors import FormatError, InputError
+from qkern.pipelines.load import load_whole
 
 __all__ = ["Source", "open_source"]
 
@@ -78,22 +79,16 @@ class Source:
         Raises
         ------
         InputError
-            If there is none.
+            If the model came from no folder.
+        FormatError
+            If the folder has none.
         """
-        from transformers import AutoTokenizer
-
         if self.folder is None:
             raise InputError(
                 f"calibration texts need a tokenizer, and {self.name} came from no folder: pass tokenizer=, "
                 "or give lists of token ids"
             )
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{self.folder} has no tokenizer that transformers loads ({error}): copy the model's "
-                "tokenizer files there, or give lists of token ids"
-            ) from error
+        return load_tokenizer(self.folder)
 
 
 def open_source(model: Any) -> Source:
@@ -178,23 +173,12 @@ def _open_folder(folder: Path) -> Source:
             folder,
             missing[0],
         )
-        weights = _load_converted(folder)
+        weights = _load_converted(folder, config)
     return Source(name=str(folder), model=model, weights=weights, folder=folder, config=raw)
 
 
-def _load_converted(folder: Path) -> Weights:
+def _load_converted(folder: Path, config: Any) -> Weights:
     """Weights of a folder whose tensors transformers renames or stacks on loading."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        whole, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FormatError(f"{folder} does not load: {error}") from error
-    absent = sorted(info["missing_keys"])
-    if absent:
-        raise FormatError(
-            f"{folder} lacks {len(absent)} of the model's tensors: {', '.join(absent[:5])}"
-            f"{', ...' if len(absent) > 5 else ''}; the files are incomplete or belong to another config"
-        )
+    whole = load_whole(folder, config)
     tensors = {**dict(whole.named_parameters(remove_duplicate=False)), **dict(whole.named_buffers())}
     return Weights(tensors, {name: name for name in tensors}, str(folder))
