@@ -22,7 +22,7 @@ def why_not(request: Request) -> str | None:
 
 
 def quantize(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize a matrix to int8 ``[M, K]`` and fp32 ``[M, groups]``; arguments are validated by the caller."""
+    """Quantize a matrix to int8 ``[M, K]`` and fp32 ``[M, groups]``; the caller has validated both."""
     M, K = x.shape
     if K > 1 and x.stride(1) != 1:
         x = x.contiguous()

@@ -16,12 +16,12 @@ def round_to_codes(x: Tensor, scales: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize a matrix to int8 ``[M, K]`` and fp32 ``[M, groups]``; arguments are validated by the caller."""
+    """Quantize a matrix to int8 ``[M, K]`` and fp32 ``[M, groups]``; the caller has validated both."""
     values = x.float()
     M, K = values.shape
     codes = torch.empty(M, K, dtype=torch.int8, device=x.device)
     scales = torch.zeros(M, -(-K // group_size), dtype=torch.float32, device=x.device)
-    for g, chunk in enumerate(values.split(group_size, dim=1) if K else ()):
+    for g, chunk in enumerate(torch.split(values, group_size, dim=1) if K else ()):
         # amax of torch keeps a NaN, which is what makes it reach the output.
         scale = chunk.abs().amax(-1, keepdim=True) / 127
         scales[:, g] = scale[:, 0]
