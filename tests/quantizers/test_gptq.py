@@ -152,6 +152,21 @@ def test_each_search_loses_less_than_the_one_before(spelling: str) -> None:
     assert errors[0] > errors[1] > errors[2]
 
 
+@pytest.mark.parametrize("spelling", ["w2g32", "w4g32z", "w3", "w4t", "nf4g32"])
+@pytest.mark.parametrize("static", [False, True])
+def test_sweeps_only_lower_the_loss(spelling: str, static: bool) -> None:
+    weight, hessian = problem()
+    errors = []
+    for sweeps in (0, 1, 3):
+        # Without damping the reported error is the very loss that the sweeps lower.
+        config = GPTQConfig(search="loss", sweeps=sweeps, static_groups=static, block_size=48, damp=0)
+        result = quantize_gptq(weight, hessian, spelling, config)
+        assert result.error == pytest.approx(output_error(weight, result.weight, hessian), rel=5e-3)
+        errors.append(result.error)
+    assert errors[1] < errors[0]
+    assert errors[2] <= errors[1] * (1 + 1e-4)
+
+
 @pytest.mark.parametrize("spelling", ["w3g32", "w4", "w4g64z"])
 def test_block_size_changes_nothing_but_rounding_noise(spelling: str) -> None:
     weight, hessian = problem()
@@ -295,7 +310,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"damp": -0.1}, {"damp": 1.5}, {"block_size": 0}, {"block_size": 5000}, {"candidates": 0},
+    {"damp": -0.1}, {"damp": 1.5}, {"block_size": 0}, {"block_size": 5000}, {"candidates": 0}, {"sweeps": -1},
     {"act_order": "random"}, {"search": "grid"}, {"scale_dtype": torch.int8},
 ])  # fmt: skip
 def test_configurations_out_of_range_are_refused(options: dict[str, Any]) -> None:

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # The loss search looks this far to both sides of a scale; the best one is rarely farther away.
 REACH = 0.2
+# Times that a sweep alternates between the best scale for the codes and the best codes for the scale.
+FITS = 2
 
 ActOrder = Literal["none", "group-aware", "desc_act"]
 ScaleSearch = Literal["minmax", "mse", "loss"]
@@ -66,10 +68,13 @@ class GPTQConfig:
         How a group's scale is chosen. ``"minmax"``: spans the group. ``"mse"``: least rounding error, each
         column weighted by what its error costs once the columns after it have made up for it.
         ``"loss"``: from there, runs the group's columns with `candidates` other scales and keeps, row by
-        row, the one with the least GPTQ loss. Static groups, per-tensor scales and groups longer than a
-        block have no such run of their own and take ``"mse"``.
+        row, the one with the least GPTQ loss; then `sweeps` more passes over all groups change codes
+        and scales wherever that lowers the loss. Scales of static groups, of a whole tensor and of
+        groups longer than a block have no such run of their own and stay those of ``"mse"``.
     candidates : int
         Scales that ``search="loss"`` tries around that of ``"mse"``.
+    sweeps : int
+        Passes of ``search="loss"`` after the first.
     scale_dtype : torch.dtype
         Dtype in which scales are stored.
 
@@ -83,8 +88,9 @@ class GPTQConfig:
     block_size: int = 128
     act_order: ActOrder = "group-aware"
     static_groups: bool = False
-    search: ScaleSearch = "mse"
+    search: ScaleSearch = "loss"
     candidates: int = 10
+    sweeps: int = 2
     scale_dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
@@ -94,6 +100,8 @@ class GPTQConfig:
             raise InputError(f"block_size must be between 1 and {MAX_COLUMNS}: got {self.block_size}")
         if self.candidates < 1:
             raise InputError(f"candidates must be at least 1: got {self.candidates}")
+        if self.sweeps < 0:
+            raise InputError(f"sweeps must not be negative: got {self.sweeps}")
         for name, allowed in (("act_order", get_args(ActOrder)), ("search", get_args(ScaleSearch))):
             if getattr(self, name) not in allowed:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
@@ -219,6 +227,9 @@ class _Run:
                 self._set_scales(start, stop)
             for first in range(start, stop, block):
                 self._quantize_block(first, min(first + block, stop))
+        if self.config.search == "loss":
+            for _ in range(self.config.sweeps):
+                self._sweep()
 
     def result(self, order: Tensor) -> QuantizedWeight:
         """Return the weight with its columns back in their original order."""
@@ -338,14 +349,71 @@ class _Run:
         self.zeros[:, group : group + 1] = zeros
         self._take(start, stop, codes, errors)
 
-    def _take(self, start: int, stop: int, codes: Tensor, errors: Tensor) -> None:
-        index = self.groups[start:stop].long()
-        if self.scheme.codebook is not None:
-            steps = codebook(self.scheme.codebook, codes.device).values[codes.long()]
-        else:
-            steps = codes.to(torch.float32) - self.zeros[:, index].to(torch.float32)
+    def _sweep(self) -> None:
+        """Go through all blocks again: each against the errors of all other columns, before and behind."""
+        block = self.config.block_size
+        outputs = self.difference @ self.root  # the loss is their squared sum
+        for start, stop in self._runs():
+            rescale = self._searches_loss(stop - start) and not self.config.static_groups
+            for first in range(start, stop, block):
+                self._improve_block(first, min(first + block, stop), outputs, rescale=rescale)
+        self.loss = float((self.difference @ self.root).square().sum())
+
+    def _improve_block(self, start: int, stop: int, outputs: Tensor, *, rescale: bool) -> None:
+        """Take better codes (and, of a whole group, a better scale) in each row that has them."""
+        rows = self.root[start:stop]
+        lower, info = torch.linalg.cholesky_ex((rows @ rows.T).flip(0, 1))
+        if int(info) != 0:
+            return  # too ill-conditioned for fp32; the block is as good as the first pass left it
+        local = lower.flip(0, 1)
+        # With the other columns fixed the loss of the block is |(target - value) @ local|^2 plus a constant.
+        away = torch.linalg.solve_triangular(local.T, outputs @ rows.T, upper=False, left=False)
+        step = torch.linalg.solve_triangular(local, away, upper=True, left=False)
+        target = self.weight[:, start:stop] - self.difference[:, start:stop] + step
+        inverse = triangular_inverse(local)
+        index, scales, zeros = self.groups[start:stop], self.scales, self.zeros
+        group = slice(int(index[0]), int(index[0]) + 1)
+        if rescale:
+            index, scales, zeros = torch.zeros_like(index), scales[:, group], zeros[:, group]
+        best = [away.square().sum(1, keepdim=True), scales, self.codes[:, start:stop]]
+
+        def consider(scales: Tensor, codes: Tensor) -> None:
+            value = self._steps(codes, zeros, index) * scales[:, index.long()]
+            loss = ((target - value) @ local).square().sum(1, keepdim=True)
+            wins = loss < best[0]
+            best[:] = [torch.where(wins, *pair) for pair in zip((loss, scales, codes), best, strict=True)]
+
+        consider(scales, self._columns(target, inverse, scales, zeros, index)[0])
+        for _ in range(FITS if rescale else 0):
+            # For fixed codes the loss is a parabola in the scale.
+            unit = self._steps(best[2], zeros, index) @ local
+            fitted = ((target @ local) * unit).sum(1, keepdim=True) / unit.square().sum(1, keepdim=True)
+            fitted = fitted.to(self.config.scale_dtype).to(torch.float32)
+            fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, best[1])
+            consider(fitted, best[2])
+            consider(fitted, self._columns(target, inverse, fitted, zeros, index)[0])
+        _, scales, codes = best
+        if rescale:
+            self.scales[:, group] = scales
         self.codes[:, start:stop] = codes
-        self.difference[:, start:stop] = self.weight[:, start:stop] - steps * self.scales[:, index]
+        change = -self.difference[:, start:stop]
+        self._set_difference(start, stop)
+        outputs += (self.difference[:, start:stop] + change) @ rows
+
+    def _steps(self, codes: Tensor, zeros: Tensor, index: Tensor) -> Tensor:
+        """Return what codes stand for before the scale."""
+        if self.scheme.codebook is not None:
+            return codebook(self.scheme.codebook, codes.device).values[codes.long()]
+        return codes.to(torch.float32) - zeros[:, index.long()].to(torch.float32)
+
+    def _set_difference(self, start: int, stop: int) -> None:
+        index = self.groups[start:stop]
+        value = self._steps(self.codes[:, start:stop], self.zeros, index) * self.scales[:, index.long()]
+        self.difference[:, start:stop] = self.weight[:, start:stop] - value
+
+    def _take(self, start: int, stop: int, codes: Tensor, errors: Tensor) -> None:
+        self.codes[:, start:stop] = codes
+        self._set_difference(start, stop)
         self.loss += float(errors.square().sum())
 
 
