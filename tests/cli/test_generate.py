@@ -71,6 +71,14 @@ def test_errors(capsys):
     assert "no-such-folder-here" in err.splitlines()[-1]
 
 
+def test_folder_without_a_tokenizer(capsys, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(MODEL / name)
+    code, out, err = run(capsys, tmp_path, "--prompt", PROMPT)
+    assert (code, out) == (1, "")
+    assert f"{tmp_path} has no tokenizer: one of tokenizer.json" in err
+
+
 def test_chat_without_a_template():
     class Plain:
         chat_template = None

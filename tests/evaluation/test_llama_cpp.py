@@ -39,6 +39,12 @@ def test_tokens_logits_and_perplexity_are_those_of_transformers(gguf):
     assert perplexity(llama, ids, window=WINDOW) == pytest.approx(ours, rel=1e-4)
 
 
+def test_windows_beyond_the_context_are_refused(gguf):
+    for llama, reads in ((LlamaCpp(gguf, context=16), 16), (LlamaCpp(gguf, context=1024), 512)):
+        with pytest.raises(InputError, match=f"got {reads + 1} tokens, it reads {reads}; give"):
+            llama(torch.zeros(1, reads + 1, dtype=torch.int64))
+
+
 def test_missing_and_broken_files(tmp_path):
     pytest.importorskip("llama_cpp")
     with pytest.raises(InputError, match="no GGUF file at"):

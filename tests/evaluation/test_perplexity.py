@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,6 +135,29 @@ def test_wrong_ids_and_windows():
 def test_wrong_logits():
     with pytest.raises(InputError, match=r"logits \[B, T, V\]"):
         perplexity(lambda ids: torch.zeros(ids.shape[0], VOCABULARY), random_ids(64), window=16)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_losses_that_are_not_finite_are_refused(value):
+    def broken(ids):
+        logits = torch.zeros(*ids.shape, VOCABULARY)
+        logits[0, 6] = value
+        return logits
+
+    with pytest.raises(InputError, match="no finite loss for 1 of 3 scored tokens"):
+        perplexity(broken, random_ids(8), window=8)
+
+
+def test_window_beyond_the_context():
+    class Model(nn.Module):
+        config = SimpleNamespace(max_position_embeddings=8)
+
+        def forward(self, ids):
+            return bigram_logits(ids)
+
+    assert perplexity(Model(), random_ids(64), window=8) > 0
+    with pytest.raises(InputError, match="got 9 tokens, Model reads 8; give a smaller window"):
+        perplexity(Model(), random_ids(64), window=9)
 
 
 def test_split_does_not_write_to_the_ids():

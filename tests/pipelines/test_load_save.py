@@ -423,14 +423,40 @@ def test_a_missing_bias_is_named(tmp_path: Path) -> None:
     [
         (lambda t: t.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
         (lambda t: t.update(stranger=torch.ones(3)), "left over: stranger"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"model\.norm\.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"of another shape: model\.norm\.weight"),
+        (lambda t: t["model.norm.weight"].fill_(float("nan")), r"model\.norm\.weight has NaN or Inf"),
+        (lambda t: t["lm_head.weight"][3].fill_(float("inf")), r"lm_head\.weight has NaN or Inf"),
     ],
 )
-def test_plain_models_are_never_random(tmp_path: Path, change: Any, problem: str) -> None:
-    folder = save(model_of("llama"), tmp_path / "out")
+@pytest.mark.parametrize("quantized", [False, True])
+def test_plain_tensors_are_never_random(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], quantized: bool, change: Any, problem: str
+) -> None:
+    folder = quantized_folder(tmp_path) if quantized else save(model_of("llama"), tmp_path / "out")
     rewrite(folder, change)
+    capfd.readouterr()
     with pytest.raises(FormatError, match=problem):
         load(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_whose_sum_overflows_are_loaded(tmp_path: Path) -> None:
+    model = model_of("llama")
+    torch.nn.init.constant_(model.model.norm.weight, 3e38)
+    load(save(model, tmp_path / "out"))
+
+
+def test_transformers_draws_no_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    folder = save(model_of("llama"), tmp_path / "out")
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    load(folder)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert "Loading weights" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,7 @@ def test_missing_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    fails(
-        folder, FormatError, r"does not fit its config.json: missing: model\.layers\.1\.mlp\.up_proj\.weight"
-    )
+    fails(folder, FormatError, r"does not fit .*: missing: model\.layers\.1\.mlp\.up_proj\.weight")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

@@ -4,6 +4,7 @@ from qkern.calibration.batches import bounded_length, calibration_hash, make_bat
 from qkern.calibration.skeleton import Weights, bind_names, fill, filled, meta_copy, meta_model
 from qkern.calibration.streaming import LayerStream
 from qkern.calibration.texts import load_texts
+from qkern.calibration.tokenizer import load_tokenizer
 
 __all__ = [
     "LayerStream",
@@ -14,6 +15,7 @@ __all__ = [
     "fill",
     "filled",
     "load_texts",
+    "load_tokenizer",
     "make_batches",
     "meta_copy",
     "meta_model",

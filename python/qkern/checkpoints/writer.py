@@ -73,8 +73,8 @@ def check_output(output: str | Path) -> Path:
             raise InputError(f"output folder {given} exists and is not empty; choose another or empty it")
         if folder.is_mount() or folder.samefile(Path.cwd()):
             raise InputError(
-                f"output folder {given} is a mount point or the current folder, and the finished output, "
-                f"which takes its place at the end, cannot replace that; name a folder in it: {given / 'model'}"
+                f"output folder {given} is a mount point or the current folder, which the finished output "
+                f"cannot replace; name a folder in it: {given / 'model'}"
             )
     elif given.exists() or given.is_symlink():
         raise InputError(f"output {given} exists and is no folder; choose another")
@@ -269,7 +269,7 @@ class CheckpointWriter:
         except OSError as error:
             self.abort()
             raise QkernError(
-                f"cannot write {self.output}: {error.strerror or error}; nothing was left behind; "
+                f"cannot write {self.output}: {error.strerror or error}; no half-written output was left; "
                 "free space or choose another output folder"
             ) from error
         except BaseException:

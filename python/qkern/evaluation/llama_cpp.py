@@ -68,6 +68,7 @@ class LlamaCpp:
             )
         except (ValueError, RuntimeError) as error:
             raise FormatError(f"llama.cpp cannot load {path}: {error}; export it again") from error
+        self._context = min(context, llama_cpp.llama_model_n_ctx_train(self.llama.model))
         vocabulary = llama_cpp.llama_model_get_vocab(self.llama.model)
         self.bos: int | None = (
             self.llama.token_bos() if llama_cpp.llama_vocab_get_add_bos(vocabulary) else None
@@ -79,7 +80,18 @@ class LlamaCpp:
         return torch.tensor(self.llama.tokenize(text.encode("utf-8"), add_bos=True), dtype=torch.int64)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Logits of each row of ids, every row read from its start."""
+        """Logits of each row of ids, every row read from its start.
+
+        Raises
+        ------
+        InputError
+            If a row is longer than `context`, or than the context that the model was trained for.
+        """
+        if ids.shape[-1] > self._context:
+            raise InputError(
+                f"a window must fit the model's context: got {ids.shape[-1]} tokens, it reads "
+                f"{self._context}; give a smaller window"
+            )
         rows = []
         for row in ids.tolist():
             self.llama.reset()

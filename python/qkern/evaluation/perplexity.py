@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from qkern.errors import InputError
 from qkern.evaluation.windows import Model, batches, log_probabilities, runner, split_windows
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 __all__ = ["perplexity", "token_losses"]
@@ -32,6 +33,12 @@ def token_losses(
     -------
     ndarray
         float64 ``[windows, window - window // 2 - 1]``.
+
+    Raises
+    ------
+    InputError
+        If the text is shorter than one window, the window longer than the model's context, or a loss not
+        finite.
     """
     windows = split_windows(ids, window, bos)
     first = window // 2
@@ -43,6 +50,12 @@ def token_losses(
         for rows, log_probs in log_probabilities(scored):
             losses.append(-log_probs.gather(1, targets[rows])[:, 0].cpu())
     result: NDArray[np.float64] = torch.cat(losses).double().reshape(len(windows), -1).numpy()
+    broken = int((~np.isfinite(result)).sum())
+    if broken:
+        raise InputError(
+            f"the model gives no finite loss for {broken} of {result.size} scored tokens: its logits have "
+            "NaN or Inf; check its weights, and load it in bf16 or fp32 if fp16 overflows"
+        )
     return result
 
 
@@ -87,7 +100,8 @@ def perplexity(
     Raises
     ------
     InputError
-        If the text is shorter than one window.
+        If the text is shorter than one window, the window longer than the model's context, or a loss not
+        finite.
     """
     losses = token_losses(model, ids, window=window, bos=bos, batch_size=batch_size, compute=compute)
     return math.exp(losses.mean())

@@ -112,9 +112,16 @@ def runner(model: Model, compute: str) -> Logits:
     tensors = (*module.parameters(), *module.buffers())
     device = tensors[0].device if tensors else torch.device("cpu")
     # A key-value cache that nobody reads costs memory for every window.
-    arguments = {"use_cache": False} if hasattr(getattr(module, "config", None), "use_cache") else {}
+    config = getattr(module, "config", None)
+    arguments = {"use_cache": False} if hasattr(config, "use_cache") else {}
+    context = getattr(config, "max_position_embeddings", None)
 
     def run(ids: Tensor) -> Tensor:
+        if context is not None and ids.shape[-1] > context:
+            raise InputError(
+                f"a window must fit the model's context: got {ids.shape[-1]} tokens, "
+                f"{type(module).__name__} reads {context}; give a smaller window"
+            )
         training = module.training
         module.eval()
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
+from qkern.calibration import load_tokenizer
 from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.gguf.sentencepiece import Pieces, TokenType, read_sentencepiece
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PRE_TOKENIZERS", "add_tokenizer"]
 
-_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CONTRACTIONS: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _WORDS: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -94,15 +94,7 @@ def _is_byte_level(folder: Path) -> bool:
 
 
 def _load(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    # transformers makes an empty tokenizer of a folder that has none.
-    if not any((folder / file).is_file() for file in _FILES):
-        raise FormatError(f"{folder} has no tokenizer: one of {', '.join(_FILES)} is needed; copy it there")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise FormatError(f"{folder} has no tokenizer that transformers reads: {error}") from error
+    tokenizer = load_tokenizer(folder)
     if not tokenizer.is_fast:
         raise UnsupportedError(
             f"{folder}: the tokenizer has no tokenizer.json form; save a fast one beside it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,10 +19,10 @@ from qkern.nn import QuantLinear, named_linears, quant_linears
 from qkern.schemes import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["load"]
+__all__ = ["load", "load_whole"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def load(
     InputError
         If the folder or its architectures are missing, or an argument is not understood.
     FormatError
-        If a file is damaged, a tensor is missing or left over, or the format is not read.
+        If a file is damaged, a tensor is missing or left over or has NaN or Inf, or the format is not read.
     """
     if compute not in (None, "auto", "float", "int8"):
         raise InputError(f"unknown compute: got {compute!r}, allowed are 'auto', 'float' and 'int8'")
@@ -69,8 +70,11 @@ def load(
         raise InputError(f"dtype must be fp32, fp16 or bf16: got {dtype}")
     with QuantizedCheckpoint(path) as checkpoint:
         config = _read_config(checkpoint)
-        load_weights = _load_plain if checkpoint.format is None else _load_quantized
-        model = load_weights(checkpoint, config, dtype)
+        if checkpoint.format is None:
+            model = load_whole(checkpoint.folder, config, dtype)
+        else:
+            model = _load_quantized(checkpoint, config, dtype)
+        _refuse_nonfinite(checkpoint.folder, model)
     for linear in quant_linears(model).values():
         linear.compute = compute or "auto"
     return model.eval().to(device)
@@ -97,29 +101,58 @@ def _read_config(checkpoint: QuantizedCheckpoint) -> Any:
     return config
 
 
-def _load_plain(checkpoint: QuantizedCheckpoint, config: Any, dtype: torch.dtype | None) -> Any:
+def load_whole(folder: Path, config: Any, dtype: torch.dtype | None = None) -> Any:
+    """Load a 16-bit folder through transformers, which knows the names and stackings of every architecture.
+
+    Raises
+    ------
+    FormatError
+        If a tensor is missing, left over or of another shape.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            config=config,
-            dtype=dtype or "auto",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported by name below, which transformers' own error is not
-            use_safetensors=True,
-        )
+        with _transformers_hushed():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported by name below, which transformers' own error is not
+                use_safetensors=True,
+            )
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise FormatError(f"{checkpoint.folder} cannot be loaded: {error}") from error
+        raise FormatError(f"{folder} cannot be loaded: {error}") from error
     mismatched = [str(entry[0]) for entry in info["mismatched_keys"]]
-    _refuse(
-        checkpoint, missing=info["missing_keys"], left_over=info["unexpected_keys"], mismatched=mismatched
-    )
+    _refuse(folder, missing=info["missing_keys"], left_over=info["unexpected_keys"], mismatched=mismatched)
     return model
 
 
+@contextmanager
+def _transformers_hushed() -> Iterator[None]:
+    """No bar of transformers, and no report of what did not fit: that becomes an error."""
+    from transformers.utils import logging as theirs
+
+    reporter = logging.getLogger("transformers.modeling_utils")
+    # Its public switch would switch the hub's bars too, and switch them on when they were off before.
+    shown = theirs._tqdm_active
+    theirs._tqdm_active = False
+    reporter.addFilter(_no_report)
+    try:
+        yield
+    finally:
+        reporter.removeFilter(_no_report)
+        theirs._tqdm_active = shown
+
+
+def _no_report(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    # Failed conversions are explained nowhere else.
+    return "LOAD REPORT" not in text or "CONVERSION" in text
+
+
 def _refuse(
-    checkpoint: QuantizedCheckpoint,
+    folder: Path,
     *,
     missing: Iterable[str] = (),
     left_over: Iterable[str] = (),
@@ -133,7 +166,20 @@ def _refuse(
             more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
             problems.append(f"{what}: {', '.join(listed[:8])}{more}")
     if problems:
-        raise FormatError(f"{checkpoint.folder} does not fit its config.json: {'; '.join(problems)}")
+        raise FormatError(
+            f"{folder} does not fit its config.json: {'; '.join(problems)}; the files are incomplete or "
+            "belong to another config: fetch them again"
+        )
+
+
+def _refuse_nonfinite(folder: Path, model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        # The sum of finite values may overflow, but it is quick, and only then is each looked at.
+        if not parameter.detach().sum(dtype=torch.float32).isfinite() and not parameter.isfinite().all():
+            raise FormatError(
+                f"{folder}: {name} has NaN or Inf values, with which every output would be NaN; "
+                "fetch the checkpoint again"
+            )
 
 
 def _load_quantized(checkpoint: QuantizedCheckpoint, config: Any, dtype: torch.dtype | None) -> Any:
@@ -176,7 +222,7 @@ def _replace_layers(
 ) -> set[str]:
     """Put a `QuantLinear` where the checkpoint has a quantized layer; return the names of biases used."""
     linears = named_linears(model)
-    _refuse(checkpoint, left_over=[name for name in checkpoint.entries if names[name] not in linears])
+    _refuse(checkpoint.folder, left_over=[name for name in checkpoint.entries if names[name] not in linears])
     missing, mismatched, biases = [], [], set()
     for name in checkpoint.entries:
         linear = linears[names[name]]
@@ -194,7 +240,7 @@ def _replace_layers(
         elif linear.bias is not None:
             missing.append(f"{name}.bias")
         model.set_submodule(names[name], QuantLinear.from_quantized(qw, bias, dtype))
-    _refuse(checkpoint, missing=missing, mismatched=mismatched)
+    _refuse(checkpoint.folder, missing=missing, mismatched=mismatched)
     return biases
 
 
@@ -231,7 +277,7 @@ def _fill(
         for name, tensor in slots.items()
         if name not in filled and not any(other in filled for other in ties[id(tensor)])
     ]
-    _refuse(checkpoint, missing=missing, left_over=left_over, mismatched=mismatched)
+    _refuse(checkpoint.folder, missing=missing, left_over=left_over, mismatched=mismatched)
     for members in ties.values():
         _assign(model, members, filled)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from qkern.calibration import Weights, bind_names, meta_copy, meta_model
-from qkern.checkpoints import TensorFolder, load_tokenizer, model_folder, read_json
+from qkern.calibration import Weights, bind_names, load_tokenizer, meta_copy, meta_model
+from qkern.checkpoints import TensorFolder, model_folder, read_json
 from qkern.errors import FormatError, InputError
 from qkern.pipelines.load import load_whole
 
