@@ -26,9 +26,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     # transformers makes an empty tokenizer of a folder that has none.
     if not any((folder / file).is_file() for file in _FILES):
-        raise FormatError(
-            f"{folder} has no tokenizer: one of {', '.join(_FILES)} is needed; copy it there"
-        )
+        raise FormatError(f"{folder} has no tokenizer: one of {', '.join(_FILES)} is needed; copy it there")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # its files are read by several libraries, each with errors of its own
