@@ -16,7 +16,7 @@ struct Isa {
     static constexpr int kRows = 16;
     static constexpr int kVectors = 4;
     static constexpr int kDirectM = 4;
-    static constexpr int kDirectRows = 12;
+    static constexpr int kDirectRows = 48;
     static constexpr int kTileM = 6;  // 24 sums, 4 code vectors
     static constexpr int kFloatM = 4;
     static constexpr bool kSignedWide = false;

@@ -157,9 +157,11 @@ inline void expand(const BlockInt8& b, int64_t R, uint8_t* out) {
 
 template <Codes KIND>
 inline void product_int8(BlockInt8 b, int64_t R, int64_t M, uint8_t* scratch) {
-    if (KIND == Codes::bits8 && M > Isa::kDirectRows) {
+    // 3-bit codes are put together from two lines, which pays to do once sooner.
+    constexpr int64_t kDirectRows = KIND == Codes::bits3 ? Isa::kDirectRows / 3 : Isa::kDirectRows;
+    if (KIND == Codes::bits8 && M > kDirectRows) {
         block_int8<Codes::bits8, Isa::kTileM>(b, R, M);
-    } else if (M <= Isa::kDirectRows) {
+    } else if (M <= kDirectRows) {
         block_int8<KIND, Isa::kDirectM>(b, R, M);
     } else {
         expand<KIND>(b, R, scratch);

@@ -23,8 +23,11 @@ LAYOUT: Final = "cpu.k4x16"
 _MIDPOINT, _ZEROS, _OFFSETS, _CODEBOOK = range(4)
 _SCALE_DTYPES: Final = {code: dtype for dtype, code in DTYPE_CODES.items()}
 # From this many rows of x, compute float decodes the weight a slab at a time and leaves the product to
-# torch's matmul; below, the native kernel decodes on the way (bench/bench_dequant_matmul.py --threshold).
-SLAB_ROWS: Final = 32
+# torch's matmul; below, the native kernel decodes on the way. From bench/bench_dequant_matmul.py --slabs:
+# torch's bf16 product has instructions that the kernels lack, its fp32 product is no faster than theirs.
+_SLAB_ROWS_BF16: Final = 32
+_SLAB_ROWS: Final = {"avx512vnni": 192, "avx512bf16": 192}
+_SLAB_ROWS_OTHER_TIERS: Final = 48
 # Bytes of one decoded slab: it should stay in the last-level cache until torch has read it.
 _SLAB_BYTES: Final = 8 << 20
 _PANEL: Final = 64
@@ -34,6 +37,13 @@ _ROW_UNIT: Final = 16
 def why_not(request: Request) -> str | None:
     """Why the native kernels cannot serve `request`."""
     return why_not_cpu(request.device)
+
+
+def slab_rows(dtype: torch.dtype) -> int:
+    """Rows of x from which compute float goes through torch's matmul."""
+    if dtype == torch.bfloat16:
+        return _SLAB_ROWS_BF16
+    return _SLAB_ROWS.get(core().active_tier(), _SLAB_ROWS_OTHER_TIERS)
 
 
 def _columns_by_group(qw: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
@@ -242,7 +252,7 @@ class LinearHandle:
         if K > 1 and x.stride(1) != 1:
             x = x.contiguous()
         out = x.new_empty((M, N))
-        if M >= SLAB_ROWS and compute == "float":
+        if compute == "float" and slab_rows(x.dtype) <= M:
             self._by_slabs(x, bias, out)
         elif M and N:
             self._native(
