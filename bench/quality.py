@@ -64,8 +64,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn", "search": "minmax"},
     "RTN, mse": {"method": "rtn", "search": "mse"},
     "GPTQ, minmax": {"method": "gptq", "search": "minmax"},
+    "GPTQ, mse": {"method": "gptq", "search": "mse"},
     "GPTQ": {"method": "gptq"},
-    "GPTQ, loss": {"method": "gptq", "search": "loss"},
     "AWQ": {"method": "awq"},
 }
 FULL_LAYERS = {"mlp down 18944 -> 3584": (512, 18944)}
