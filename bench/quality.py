@@ -134,6 +134,7 @@ class Replay:
         return Replay(self.logits)
 
     def __call__(self, ids: Tensor) -> Tensor:
+        """Return the next windows' logits; `ids` only says how many."""
         start, self.at = self.at, self.at + ids.numel()
         return self.logits[start : self.at].unflatten(0, tuple(ids.shape))
 
