@@ -12,8 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkern.errors import InputError, UnsupportedError
-from qkern.ops import dequant_matmul, pack_bits, pack_weight, quantize_groupwise, unpack_weight
-from qkern.ops._native import core
+from qkern.ops import (
+    dequant_matmul,
+    pack_bits,
+    pack_weight,
+    quantize_groupwise,
+    unpack_bits,
+    unpack_weight,
+)
+from qkern.ops._native import core, force_tier
 from qkern.ops.codebooks import codebook
 from qkern.ops.dequant_matmul import LinearHandle, resolve_compute
 from qkern.ops.dequant_matmul.reference import activation_blocks, fake_quantize
@@ -90,8 +97,6 @@ def variants(function):
 
 def exact_weight(qw: QuantizedWeight) -> torch.Tensor:
     """The weight in float64, from the formula and nothing that is under test."""
-    from qkern.ops import unpack_bits
-
     scheme, (N, K) = qw.scheme, qw.shape
     codes = unpack_bits(qw.codes, scheme.bits, (N, K), backend="reference").double()
     group = qw.group_index
@@ -328,12 +333,26 @@ def test_tiers_and_batch_sizes_agree_on_integer_sums():
     x[:, ::128] = 127.0  # the scale of every block is 1
     exact = (x.double() @ exact_weight(qw).T).float()
     for tier in core().usable_tiers():
-        from qkern.ops._native import force_tier
-
         with force_tier(tier):
             packed = pack_weight(qw)
             for M in range(1, 15):
                 assert torch.equal(dequant_matmul(x[:M], packed, compute="int8"), exact[:M]), (tier, M)
+
+
+@pytest.mark.parametrize("compute", ["float", "int8"])
+@variants
+def test_tiers_with_fma_agree_bit_for_bit(variant, compute):
+    qw = weight((130, 300), **variant)
+    packed = pack_weight(qw, backend="cpu")
+    for M in (1, 7, 20):  # below every slab, whose product is torch's
+        x = activations(M, 300, torch.bfloat16)
+        results = []
+        for tier in core().usable_tiers():
+            if tier != "scalar":
+                with force_tier(tier):
+                    results.append(dequant_matmul(x, packed, compute=compute))
+        for result in results[1:]:
+            assert torch.equal(result, results[0])
 
 
 @pytest.mark.parametrize("compute", ["float", "int8"])
