@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-PEERS = Path(__file__).with_name("quality_peers.py")
+PEERS = Path(__file__).resolve().with_name("quality_peers.py")
 QWEN = "Qwen/Qwen2.5-0.5B"
 GGML_TYPES = ("q4_0", "q4_K", "q3_K", "q2_K")
 LAYERS = {"attention 3584 -> 3584": (1024, 3584), "mlp up 3584 -> 18944": (1024, 3584)}
@@ -100,7 +100,8 @@ def peer(python: str, *arguments: object) -> tuple[dict[str, Tensor], dict[str, 
             str(output),
             *map(str, arguments[2:]),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # In the temporary folder, because GPTQModel leaves logs where it runs.
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines()
             return f"failed: {lines[-1] if lines else done.returncode}"
@@ -220,7 +221,9 @@ def gptqmodel_rows(arguments: argparse.Namespace, judge: Judge, ids: Tensor, sch
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "ids.safetensors"
             save_file({"ids": ids}, source)
-            options = ("--model", arguments.model, "--scheme", scheme, "--method", method)
+            local = Path(arguments.model)
+            model_name = local.resolve() if local.exists() else arguments.model
+            options = ("--model", model_name, "--scheme", scheme, "--method", method)
             found = peer(python, "gptqmodel", source, *options)
         if isinstance(found, str):
             yield Row(method=label, scheme=scheme, note=found)
