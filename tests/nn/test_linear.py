@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -424,6 +426,33 @@ def test_first_forward_in_several_threads():
         with ThreadPoolExecutor(4) as pool:
             results = list(pool.map(layer, [x] * 4))
         assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_readers_may_meet_the_first_forward_in_another_thread():
+    weight = quantize_groupwise(make_linear().weight.detach(), "w4g32z")
+    x = inputs(1)
+    actions = (
+        lambda layer: layer(x),
+        lambda layer: layer(x),
+        lambda layer: layer.state_dict()["codes"],
+        lambda layer: copy.deepcopy(layer).quantized().codes,
+    )
+    expected = [QuantLinear.from_quantized(weight)(x)] * 2 + [weight.codes] * 2
+    meet = threading.Barrier(len(actions))
+
+    def act(action, layer):
+        meet.wait()
+        return action(layer)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change places between almost any two steps
+    try:
+        with ThreadPoolExecutor(len(actions)) as pool:
+            for _ in range(300):
+                results = pool.map(act, actions, [QuantLinear.from_quantized(weight)] * len(actions))
+                assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_stored_bits_are_the_same_in_both_states():

@@ -25,8 +25,8 @@ __all__ = ["COMPUTE", "QuantLinear", "is_conv1d"]
 
 COMPUTE: Final = ("auto", "float", "int8")
 
-# Two threads may meet at the first forward of the same module.
-_PACKING: Final = threading.Lock()
+# Two threads may meet at the first forward of the same module; one may read the weight while another packs.
+_PACKING: Final = threading.RLock()
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -241,10 +241,12 @@ class QuantLinear(QuantModule):
 
     def quantized(self) -> QuantizedWeight:
         """Return the weight in its neutral form, in either state."""
-        if self.layout is None:
-            return super().quantized()
+        with _PACKING:
+            if self.layout is None:
+                return super().quantized()
+            packed = self._packed()
         with _outside_of_modes():
-            return unpack_weight(self._packed())
+            return unpack_weight(packed)
 
     def _packed(self) -> PackedWeight:
         assert self.blob is not None
@@ -289,11 +291,16 @@ class QuantLinear(QuantModule):
                     destination[prefix + name] = tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self.layout is not None:
+        with _PACKING:
+            state = self.__dict__ | {"_buffers": self._buffers.copy()}
+        if state["layout"] is not None:
             weight = self.quantized()
             form = {name: getattr(weight, name) for name in FORM}
-            state |= {"_buffers": {**self._buffers, **form, "blob": None}, "layout": None, "_handle": None}
+            state |= {
+                "_buffers": {**state["_buffers"], **form, "blob": None},
+                "layout": None,
+                "_handle": None,
+            }
         return state
 
     @property
@@ -363,7 +370,8 @@ class QuantLinear(QuantModule):
 
     def _has_no_values(self) -> bool:
         """Whether the weight is a shape only: on the meta device, or a fake tensor."""
-        return self.codes is not None and (self.codes.is_meta or type(self.codes) is not Tensor)
+        codes = self.codes  # once: another thread may just be packing it
+        return codes is not None and (codes.is_meta or type(codes) is not Tensor)
 
     def _shape_only(self, x: Tensor) -> Tensor:
         self._check_input(x)
