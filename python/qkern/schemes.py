@@ -123,7 +123,7 @@ class Scheme:
         return K if self.group_size is None else min(self.group_size, max(K, 1))
 
     def num_groups(self, K: int) -> int:
-        """Groups along K; 1 for per-channel and per-tensor schemes."""
+        """Count the groups along K; 1 for per-channel and per-tensor schemes."""
         return 1 if self.group_size is None else -(-K // self.group_size)
 
     def code_words(self, K: int) -> int:
@@ -135,7 +135,7 @@ class Scheme:
         return (1, 1) if self.per_tensor else (N, self.num_groups(K))
 
     def weight_only(self) -> Scheme:
-        """The same scheme without activation quantization."""
+        """Return the same scheme without activation quantization."""
         return replace(self, act_bits=None)
 
 
@@ -239,7 +239,10 @@ class QuantizedWeight:
                 f"scales of a {self.scheme} weight {self.shape} must be fp16, bf16 or fp32 {plain}: "
                 f"got {self.scales.dtype} {shape}"
             )
-        for name, tensor, dtype in (("zeros", self.zeros, torch.uint8), ("offsets", self.offsets, self.scales.dtype)):
+        for name, tensor, dtype in (
+            ("zeros", self.zeros, torch.uint8),
+            ("offsets", self.offsets, self.scales.dtype),
+        ):
             if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != shape):
                 raise InputError(f"{name} must be {dtype} {shape}: got {tensor.dtype} {tuple(tensor.shape)}")
 

@@ -12,12 +12,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.errors import InputError, UnsupportedError
-from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     import torch
+
+    from qkern.schemes import Scheme
 
 __all__ = ["Backend", "Implementation", "Request", "explain", "matrix", "register", "select"]
 
@@ -126,7 +127,9 @@ def select(op: str, backend: str, request: Request) -> Implementation:
             raise InputError(f"unknown backend: got {backend!r}, allowed are {allowed}") from None
         reason = explain(op, named, request)
         if reason is not None:
-            raise UnsupportedError(f"backend {named} cannot run {op}: {reason}; see `qkern info`, or use backend='auto'")
+            raise UnsupportedError(
+                f"backend {named} cannot run {op}: {reason}; see `qkern info`, or use backend='auto'"
+            )
         return _IMPLEMENTATIONS[op, named]
     for candidate in PREFERENCE:
         reason = explain(op, candidate, request)
