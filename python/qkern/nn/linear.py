@@ -25,6 +25,13 @@ __all__ = ["COMPUTE", "QuantLinear", "is_conv1d"]
 
 COMPUTE: Final = ("auto", "float", "int8")
 
+# Looked up once: each is asked in every call, and the way to it costs as much as the answer.
+_dispatch_modes: Final = torch._C._len_torch_dispatch_stack
+_function_modes: Final = torch._C._len_torch_function_stack
+_transform: Final = torch._C._functorch.peek_interpreter_stack
+_trace: Final = torch._C._get_tracing_state
+_profiled: Final = torch._C._autograd._profiler_enabled
+
 # Two threads may meet at the first forward of the same module; one may read the weight while another packs.
 _PACKING: Final = threading.RLock()
 
@@ -431,14 +438,14 @@ def _has_tangent(x: Tensor) -> bool:
 def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody but the caller would notice that the call bypasses torch's dispatcher."""
     return (
-        not _needs_grad(x, bias)
-        and type(x) is Tensor
+        type(x) is Tensor
         and x.is_cpu
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
+        and not _needs_grad(x, bias)
+        and _dispatch_modes() == 0
+        and _function_modes() == 0
+        and _transform() is None
+        and _trace() is None
+        and not _profiled()
         and forward_ad._current_level < 0
     )
 

@@ -230,7 +230,7 @@ class LinearHandle:
         """
         shape, K, N = x.shape, self.K, self.N
         dtype = DTYPE_CODES.get(x.dtype)
-        if dtype is None or x.dim() == 0 or shape[-1] != K or x.device.type != "cpu":
+        if dtype is None or x.dim() == 0 or shape[-1] != K or not x.is_cpu:
             raise InputError(
                 f"x must be fp32, fp16 or bf16 [..., {K}] on the CPU: "
                 f"got {x.dtype} {tuple(shape)} on {x.device}"
@@ -247,26 +247,28 @@ class LinearHandle:
                 )
             bias_pointer = bias.data_ptr()
         M = x.numel() // K if K else shape[:-1].numel()
-        if x.dim() != 2:
+        row_stride = K
+        if not x.is_contiguous():
             x = x.reshape(M, K)
-        if K > 1 and x.stride(1) != 1:
-            x = x.contiguous()
-        out = x.new_empty((M, N))
+            if K > 1 and x.stride(1) != 1:
+                x = x.contiguous()
+            row_stride = x.stride(0)
+        out = x.new_empty((*shape[:-1], N))
         if compute == "float" and slab_rows(x.dtype) <= M:
-            self._by_slabs(x, bias, out)
+            self._by_slabs(x.view(M, K), bias, out.view(M, N))
         elif M and N:
             self._native(
                 x.data_ptr(),
                 dtype,
                 M,
-                x.stride(0),
+                row_stride,
                 out.data_ptr(),
                 bias_pointer,
                 bias_dtype,
                 compute == "int8",
                 torch.get_num_threads(),
             )
-        return out if len(shape) == 2 else out.view(*shape[:-1], N)
+        return out
 
     def _slabs(self, dtype: torch.dtype) -> list[tuple[int, int]]:
         step = max(_SLAB_BYTES // (max(self.K, 1) * dtype.itemsize) // _PANEL, 1) * _PANEL
