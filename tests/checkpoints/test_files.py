@@ -428,10 +428,17 @@ def test_incomplete_layers(tmp_path: Path, change: Any, problem: str) -> None:
         dict(checkpoint.items())
 
 
-def test_configuration_errors_name_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"bits": 5}, "quantization_config: unsupported bits"),
+        ({"quant_method": "aqlm"}, "quant_method 'aqlm' is not read"),
+    ],
+)
+def test_configuration_errors_name_the_file(tmp_path: Path, change: dict, problem: str) -> None:
     folder = write(tmp_path / "out")
     config = read_json(folder / "config.json")
-    config["quantization_config"]["bits"] = 5
+    config["quantization_config"] |= change
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match=r"config\.json: quantization_config: unsupported bits"):
+    with pytest.raises(FormatError, match=rf"config\.json: {problem}"):
         read_quantized(folder)

@@ -481,6 +481,14 @@ def test_configurations_that_do_not_fit(tmp_path: Path, change: dict, error: typ
         load(folder)
 
 
+def test_a_configuration_that_cannot_be_built(tmp_path: Path) -> None:
+    folder = quantized_folder(tmp_path, "qwen2")
+    config = read_json(folder / "config.json") | {"num_attention_heads": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"ZeroDivisionError.*use the config\.json that belongs"):
+        load(folder)
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         load(tmp_path / "nothing")

@@ -124,6 +124,11 @@ def meta_model(config: Any) -> Any:
         raise InputError(
             f"{config.model_type} is not a causal LM that transformers can build: {error}"
         ) from error
+    except Exception as error:  # architectures divide, index and multiply by what the config says
+        raise InputError(
+            f"transformers cannot build a causal LM from this {config.model_type} config "
+            f"({type(error).__name__}: {error}); use the config.json that belongs to the weights"
+        ) from error
     model.tie_weights()
     return model.eval()
 

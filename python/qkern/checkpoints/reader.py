@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,8 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
         self.folder = model_folder(path)
         self.config = read_json(self.folder / "config.json")
         self._add_legacy_config()
-        detected = detect(self.config)
+        with self._reading_config():
+            detected = detect(self.config)
         self.format: Format | None = None
         self.quantization: Mapping[str, Any] = {}
         if detected is not None:
@@ -88,7 +90,8 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
                 strays.append(name)
             elif part == fmt.marker:
                 self._names.append(layer)
-                self.entries[layer] = self._entry(fmt, layer)
+                with self._reading_config():
+                    self.entries[layer] = fmt.entry(self.quantization, layer)
         if strays:
             raise FormatError(f"{self.folder}: {', '.join(strays[:8])} belong to layers without {fmt.marker}")
         doubled = [layer for layer in layers if f"{layer}.weight" in self.tensors]
@@ -97,9 +100,11 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
                 f"{self.folder}: {', '.join(sorted(doubled)[:8])} are there both quantized and plain"
             )
 
-    def _entry(self, fmt: Format, layer: str) -> Entry:
+    @contextmanager
+    def _reading_config(self) -> Iterator[None]:
+        """Let errors name the file."""
         try:
-            return fmt.entry(self.quantization, layer)
+            yield
         except FormatError as error:
             raise FormatError(f"{self.folder / 'config.json'}: {error}") from None
 

@@ -103,11 +103,13 @@ def _choose_format(
         return None
     schemes = {key: layer.scheme for key, layer in layers.items()}
     sizes = {key: (layer.scheme, layer.out_features, layer.in_features) for key, layer in layers.items()}
-    weights = [layer.quantized() for layer in layers.values()]
-    act_order = any(weight.group_index is not None for weight in weights)
+    # One at a time: unpacking a packed layer makes a copy.
+    act_order = any(layer.quantized().group_index is not None for layer in layers.values())
     candidates: list[str] = [name] if name else ["compressed-tensors", "gptq_v2"]
-    if name is None and len(set(schemes.values())) == 1 and weights[0].scales.dtype == torch.float16:
-        candidates = [*default_format(weights[0].scheme), *candidates]
+    if name is None and len(set(schemes.values())) == 1:
+        first = next(iter(layers.values())).quantized()
+        if first.scales.dtype == torch.float16:
+            candidates = [*default_format(first.scheme), *candidates]
     reasons = {}
     for candidate in candidates:
         fmt = format_named(candidate)
