@@ -29,7 +29,7 @@ def copy_gbps(threads, size_bytes=1 << 27):
 
 
 def run(description, rows, *, default_rows=4096, default_columns=4096):
-    """Parse the options and print a table: `rows(N, K, threads)` yields (name, bytes moved, call)."""
+    """Parse the options and print a table: `rows(N, K)` yields (name, bytes moved, call)."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
