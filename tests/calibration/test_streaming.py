@@ -194,3 +194,18 @@ def test_shapes_are_checked_against_the_config(tiny):
         filled(skeleton, weights),
     ):
         pass
+
+
+def test_more_that_depends_on_the_tokens_is_refused(tiny):
+    model = tiny("llama")
+    stream = stream_of(model)
+    # As models with an embedding for each layer do: what the layer is given differs from chunk to chunk.
+    forward = stream.model.model.forward
+
+    def with_ids(input_ids, **kwargs):
+        return forward(input_ids=input_ids, token_ids=input_ids, **kwargs)
+
+    stream.model.model.forward = with_ids
+    with pytest.raises(UnsupportedError, match="hands its layers more than hidden states"):
+        stream.embed(IDS)
+    stream.embed(IDS[:1].expand(5, -1))

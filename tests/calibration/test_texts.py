@@ -124,3 +124,11 @@ def test_dataset_by_name(monkeypatch):
     assert calls == [("owner/corpus", "small", "test", True), ("owner/corpus", None, "train", True)]
     with pytest.raises(InputError, match="'bad' cannot be loaded: no route"):
         load_texts("bad")
+
+
+def test_a_line_of_jsonl_ends_at_its_newline_only(tmp_path):
+    path = tmp_path / "a.jsonl"
+    texts = ["one\u2028line", "and\x85another"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))  # as some editors save it
+    assert load_texts(path) == texts

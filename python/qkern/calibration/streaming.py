@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qkern.calibration.skeleton import Weights, filled
 from qkern.errors import UnsupportedError
@@ -137,7 +138,11 @@ class LayerStream:
         if len(calls) != len(self.layers) or any(h.shape != received[0].shape for h in received):
             return False
         self._hidden.append(received[0].float())
-        self._calls.setdefault(len(chunk), calls)
+        if not _same_tensors(self._calls.setdefault(len(chunk), calls), calls):
+            raise UnsupportedError(
+                f"{type(self.model).__name__} hands its layers more than hidden states that depends on the "
+                "tokens, which qkern does not follow: method rtn quantizes it without calibration"
+            )
         return True
 
     def _forward(self, chunk: Tensor, call: Callable[..., Any]) -> None:
@@ -256,6 +261,17 @@ class LayerStream:
         for group in groups:
             stages.setdefault(re.sub(r"\.\d+\.", ".#.", group[0]), []).append(tuple(dict.fromkeys(group)))
         return [tuple(stage) for stage in stages.values()]
+
+
+def _same_tensors(first: Any, second: Any) -> bool:
+    """Whether two nests of tuples and dicts have equal tensors in the same places."""
+    leaves, others = tree_leaves(first), tree_leaves(second)
+    # Layers are mostly called with the very same tensors: each pair is compared once.
+    pairs = {(id(one), id(other)): (one, other) for one, other in zip(leaves, others, strict=False)}
+    return len(leaves) == len(others) and all(
+        one is other or not isinstance(one, Tensor) or (isinstance(other, Tensor) and torch.equal(one, other))
+        for one, other in pairs.values()
+    )
 
 
 @contextmanager

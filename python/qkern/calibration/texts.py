@@ -66,7 +66,7 @@ def _from_name(source: str | Path, tokenizer: Any) -> list[Document]:
     path = Path(source)
     if path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
         except UnicodeDecodeError as error:
             raise FormatError(
                 f"calibration file {path} is not UTF-8 text ({error}); allowed is {_ALLOWED}"
@@ -80,7 +80,8 @@ def _from_name(source: str | Path, tokenizer: Any) -> list[Document]:
 
 def _from_jsonl(path: Path, text: str, tokenizer: Any) -> list[Document]:
     documents: list[Document] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines: JSON strings may hold U+2028 and its like as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
