@@ -200,3 +200,12 @@ def test_command_line(shipped, tmp_path, capsys):
 
     assert run_cli("export-gguf", shipped, "--output", tmp_path / "m.gguf", "--type", "q8_0") == 1
     assert "m.gguf exists" in capsys.readouterr().err
+
+
+def test_the_name_of_a_model_is_no_path(model_folder, tmp_path, monkeypatch):
+    folder, _ = model_folder("llama")
+    monkeypatch.chdir(folder)
+    for name, model in (("path", folder), ("here", ".")):
+        export_gguf(model, tmp_path / f"{name}.gguf", "f32")
+        with GGUFFile(tmp_path / f"{name}.gguf") as file:
+            assert file.metadata["general.name"] == folder.name

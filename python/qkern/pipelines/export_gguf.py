@@ -112,7 +112,8 @@ def export_gguf(
         tensors = _plan(checkpoint, architecture, config, mixture, pure=pure)
 
         def add_metadata(writer: Any) -> None:
-            writer.add_name(str(config.get("_name_or_path") or checkpoint.folder.resolve().name))
+            # Of a path or hub id the last part: where a folder lies is nobody else's business.
+            writer.add_name(Path(model).resolve().name if Path(model).is_dir() else Path(model).name)
             writer.add_file_type(mixture.file_type)
             writer.add_quantization_version(2)
             writer.add_quantized_by(f"qkern {__version__}")
