@@ -143,7 +143,8 @@ def test_a_format_that_turns_out_not_to_fit_costs_no_work(tiny, tmp_path, layers
         # All weights of a group positive: its zero point is 0, which GPTQ v1 cannot store.
         model.model.layers[1].mlp.up_proj.weight.abs_()
     options = {"method": "rtn", "scheme": "w4g32z", "output": tmp_path / "out"}
-    with pytest.raises(UnsupportedError, match=r"layers\.1\.mlp\.up_proj: .*zero point of 0.*gptq_v2"):
+    message = r"layers\.1\.mlp\.up_proj: .*zero point of 0.*gptq_v2.*kept in .*out\.partial.*--format"
+    with pytest.raises(UnsupportedError, match=message):
         quantize(model, **options, format="gptq")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     assert layers_done == [0, 1]
@@ -201,3 +202,16 @@ def test_recipe_has_no_time_in_it(folder, tmp_path):
     quantize(folder, output=tmp_path / "out", method="rtn", scheme="w4g32")
     recipe = json.loads((tmp_path / "out" / "qkern.json").read_text())
     assert "seconds" not in json.dumps(recipe)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_that_only_has_the_name_is_left_alone(folder, tmp_path, resume):
+    stranger = tmp_path / "out.partial"
+    stranger.mkdir()
+    (stranger / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"out\.partial.*not from a run of qkern.*move it away"):
+        quantize(folder, output=tmp_path / "out", method="rtn", scheme="w4g32", resume=resume)
+    assert (stranger / "notes.txt").read_text() == "mine"
+    (stranger / "notes.txt").rename(stranger / ".run.json.tmp")  # all that a run killed at once leaves
+    quantize(folder, output=tmp_path / "out", method="rtn", scheme="w4g32", resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -40,12 +40,13 @@ class Partial:
     Raises
     ------
     InputError
-        If the folder belongs to a run with another key.
+        If the folder belongs to a run with another key, or to nobody that qkern knows.
     """
 
     def __init__(self, output: Path, key: Mapping[str, Any], *, resume: bool = True) -> None:
         self.folder = output.with_name(f"{output.name}.partial")
         key_file = self.folder / _KEY_FILE
+        self._refuse_strangers()
         if not resume:
             self.remove()
         if key_file.is_file():
@@ -123,6 +124,18 @@ class Partial:
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _refuse_strangers(self) -> None:
+        """Leave alone what only happens to have the folder's name: the end of a run removes it."""
+        if not self.folder.exists() or (self.folder / _KEY_FILE).is_file():
+            return
+        # A run that was killed before its first layer leaves this much.
+        if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {f".{_KEY_FILE}.tmp"}:
+            return
+        raise InputError(
+            f"{self.folder} is where finished layers are kept, but what is there is not from a run of qkern "
+            f"(no {_KEY_FILE}): move it away or choose another output"
+        )
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

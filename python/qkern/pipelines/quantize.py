@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qkern import __version__, _progress
 from qkern.calibration import LayerStream, bounded_length, calibration_hash, fill, load_texts, make_batches
 from qkern.checkpoints import CheckpointWriter, check_output, format_named, parse_size
-from qkern.errors import FormatError, InputError
+from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.models import Structure, describe
 from qkern.nn import QuantLinear
 from qkern.pipelines.checks import Targets, checked_format, checked_settings, choose_targets
@@ -80,17 +80,19 @@ def quantize(
         Folder to write, which must not exist or be empty. None: the model is returned.
     format : str, optional
         ``gptq``, ``gptq_v2``, ``awq`` or ``compressed-tensors``; default: see `default_format`.
-    skip : sequence of str
+    skip : sequence of str, or str
         Linears that stay 16-bit: names, ends of names, or globs. Experts stored as 3-D parameters must be
         named here, because they cannot be quantized.
-    include : sequence of str
+    include : sequence of str, or str
         Linears to quantize that stay 16-bit otherwise: ``"lm_head"`` and routers.
     samples, length, seed : int
         Calibration sequences, tokens in each (at most what the model takes), seed of the draw.
     damp, act_order, static_groups, block_size
         GPTQ's, see `qkern.quantizers.GPTQConfig`.
     search : str, optional
-        How scales are chosen: ``"minmax"`` or ``"mse"``, for GPTQ also ``"loss"``; default: the method's own.
+        How scales are chosen: ``"minmax"`` (default for RTN and AWQ), ``"mse"``, or for GPTQ its own loss,
+        ``"loss"`` (its default; about twice the time of the others). All but ``"minmax"`` may give a
+        symmetric group a negative scale, which every format stores and every reader multiplies by.
     scale_only : bool
         AWQ: fold the scales and write (or return) the 16-bit model.
     tokenizer : optional
@@ -115,11 +117,15 @@ def quantize(
     FormatError
         If the model's files are damaged.
     UnsupportedError
-        If the format cannot hold a layer, before any work; or on experts stored as 3-D parameters.
+        If the format cannot hold a layer, before any work; or on experts stored as 3-D parameters. Only
+        whether a zero point is 0, which GPTQ v1 cannot store, is known at the end: finished layers are then
+        kept for the same call with ``format="gptq_v2"``.
     QkernError
         If the disk is full; finished layers are kept in ``<output>.partial``.
     """
     started = time.monotonic()
+    # A lone string is a sequence of strings too, of its letters.
+    skip, include = ((names,) if isinstance(names, str) else names for names in (skip, include))
     settings = checked_settings(
         method, scheme, damp, act_order, static_groups, block_size, search, scale_only
     )
@@ -401,7 +407,13 @@ def _write_tensors(
             raise InputError(f"{partial.folder} lost {name} while the run was going on: run again")
         summing.add(finished)
         for linear, quantized in finished.weights.items():
-            writer.add_quantized(linear, quantized, _bias(linear, finished, source.weights))
+            try:
+                writer.add_quantized(linear, quantized, _bias(linear, finished, source.weights))
+            except UnsupportedError as error:
+                raise UnsupportedError(
+                    f"{error}. The finished layers are kept in {partial.folder}: the same call with another "
+                    "format (--format) writes them without repeating the work"
+                ) from error
             written |= {f"{linear}.weight", f"{linear}.bias"}
         for tensor_name, tensor in finished.tensors.items():
             if tensor_name not in written:
