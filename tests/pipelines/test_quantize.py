@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qkern.calibration import streaming
 from qkern.errors import FormatError, InputError, UnsupportedError
@@ -13,7 +14,7 @@ from qkern.nn import QuantLinear, compute_mode, named_linears, quant_linears
 from qkern.ops import dequantize_groupwise, unpack_bits
 from qkern.pipelines import load, quantize
 from qkern.pipelines.checks import default_format
-from qkern.quantizers import GPTQConfig, HessianAccumulator, quantize_gptq, quantize_rtn
+from qkern.quantizers import GPTQConfig, HessianAccumulator, gptq, quantize_gptq, quantize_rtn
 from qkern.schemes import Scheme
 
 IDS = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(1))
@@ -346,3 +347,62 @@ def test_texts_go_through_the_tokenizer_beside_the_model(tiny, tmp_path):
     assert torch.equal(logits(two), logits(three))
     quantize(tmp_path / "model", method="rtn", scheme="w4g32", output=tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_a_head_of_its_own_wins_over_a_config_that_ties_it(tiny, tmp_path, caplog):
+    # As transformers does: two different tensors in the files are not one.
+    model = tiny("llama", tie_word_embeddings=False)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    expected = logits(quantize(model, method="rtn", scheme="w4g32"))
+    assert torch.equal(logits(quantize(folder, method="rtn", scheme="w4g32")), expected)
+    assert "another head" in caplog.text
+    quantize(folder, method="rtn", scheme="w4g32", output=tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out")), expected)
+    model.config.tie_word_embeddings = True
+    quantize(model, method="rtn", scheme="w4g32", output=tmp_path / "from-memory")
+    assert torch.equal(logits(load(tmp_path / "from-memory")), expected)
+
+
+def test_tensors_without_a_place_are_named(tiny, tmp_path, caplog):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    quantize(tmp_path / "model", method="rtn", scheme="w4g32")
+    assert "no place" not in caplog.text
+    more = {
+        "model.layers.2.extra.weight": torch.ones(2, 2),
+        "model.layers.0.rotary_emb.inv_freq": torch.ones(2),
+    }
+    save_file({**load_file(file), **more}, file, metadata={"format": "pt"})
+    quantize(tmp_path / "model", method="rtn", scheme="w4g32")
+    assert "holds 1 tensors" in caplog.text
+    assert "model.layers.2.extra.weight" in caplog.text
+
+
+def test_a_lone_name_to_skip_is_one_name(tiny):
+    model = quantize(tiny("llama"), method="rtn", scheme="w4g32", skip="down_proj")
+    assert set(model.qkern_report.kept) == {
+        "lm_head",
+        *(f"model.layers.{index}.mlp.down_proj" for index in range(2)),
+    }
+
+
+def test_a_hessian_beyond_saving_costs_one_layer_and_is_named(folder, tmp_path, monkeypatch, caplog):
+    calls = []
+
+    def factorize(hessian, damp):
+        calls.append(damp)
+        return None if len(calls) == 1 else original(hessian, damp)
+
+    original = gptq.factorize
+    monkeypatch.setattr(gptq, "factorize", factorize)
+    quantize(folder, method="gptq", scheme="w4g32", calibration=IDS, output=tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj"
+    layers = json.loads((tmp_path / "out" / "qkern.json").read_text())["layers"]
+    assert [layer for layer, facts in layers.items() if facts["notes"]] == [name]
+    assert "rounded to nearest" in layers[name]["notes"][0]
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert any(message.startswith(f"{name}: rounded to nearest") for message in warnings)

@@ -78,7 +78,11 @@ def command(
         bool, typer.Option("--static-groups", help="GPTQ: scales of all groups before the first column.")
     ] = False,
     search: Annotated[
-        Search | None, typer.Option(help="How scales are chosen (loss: GPTQ).", show_default="by method")
+        Search | None,
+        typer.Option(
+            help="How scales are chosen; loss is GPTQ's own and takes about twice the time.",
+            show_default="gptq: loss, else minmax",
+        ),
     ] = None,
     scale_only: Annotated[
         bool, typer.Option("--scale-only", help="AWQ: write the 16-bit model with the scales folded in.")

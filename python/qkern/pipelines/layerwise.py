@@ -199,7 +199,7 @@ def _take(
                 notes = ("rounded to nearest: no calibration token reached it",)
     _set(module, quantized)
     for note in notes:
-        logger.info("%s%s: %s", prefix, name, note)
+        logger.warning("%s%s: %s", prefix, name, note)
     full = prefix + name
     finished.weights[full] = quantized.to("cpu")
     finished.records[full] = LayerRecord(
@@ -254,7 +254,12 @@ def _scale(
     stages: Sequence[Stage],
     settings: Settings,
 ) -> None:
-    """Search AWQ's scales with the layer as it was and fold them."""
+    """Search AWQ's scales with the layer as it was and fold them.
+
+    Scores are the squared errors of the linears' own outputs, over all calibration tokens through their
+    second moments; they do not see the attention or MLP around the linears, which would have to run once
+    for each ratio and linear.
+    """
     config = stream.model.config
     if architecture is None:
         _warn_no_folding(config.model_type)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 HEAD: Final = "lm_head"
 # Buffers that older files hold and models compute themselves.
-_COMPUTED: Final = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
+COMPUTED: Final = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
 
 
 def load(
@@ -257,7 +257,7 @@ def _fill(
     ties: dict[int, list[str]] = {}
     for name, tensor in slots.items():
         ties.setdefault(id(tensor), []).append(name)
-    ignored = [*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
+    ignored = [*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
     filled: dict[str, Tensor] = {}
     left_over, mismatched = [], []
     for stored in plain:

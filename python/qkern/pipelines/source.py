@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from qkern.calibration import Weights, bind_names, load_tokenizer, meta_copy, meta_model
 from qkern.checkpoints import TensorFolder, model_folder, read_json
 from qkern.errors import FormatError, InputError
-from qkern.pipelines.load import load_whole
+from qkern.pipelines.load import COMPUTED, load_whole
 
 __all__ = ["Source", "open_source"]
 
@@ -127,12 +128,15 @@ def _open_memory(model: Any) -> Source:
     if meta:
         raise InputError(f"{meta[0]} has no value (meta device): load the weights first")
     folder = Path(getattr(model, "name_or_path", "") or ".missing")
+    copied = meta_copy(model)
+    if copied.config.tie_word_embeddings and not _is_tied(copied):
+        copied.config.tie_word_embeddings = False
     return Source(
         name=type(model).__name__,
-        model=meta_copy(model),
+        model=copied,
         weights=Weights(tensors, {name: name for name in tensors}, "the model"),
         folder=folder if (folder / "config.json").is_file() else None,
-        config=_with_architectures(model),
+        config=_with_architectures(copied),
     )
 
 
@@ -163,9 +167,14 @@ def _open_folder(folder: Path) -> Source:
         ) from error
     tensors = TensorFolder(folder)
     model = meta_model(config)
+    if _holds_own_head(model, tensors):
+        logger.warning("%s ties the head to the embedding but holds another head: that one is used", folder)
+        config.tie_word_embeddings = raw["tie_word_embeddings"] = False
+        model = meta_model(config)
     model.config.name_or_path = str(folder)
     names, missing = bind_names(model, tensors)
     if not missing:
+        _warn_of_unused(model, tensors, folder)
         weights = Weights(tensors, names, str(folder))
     else:
         logger.info(
@@ -175,6 +184,45 @@ def _open_folder(folder: Path) -> Source:
         )
         weights = _load_converted(folder, config)
     return Source(name=str(folder), model=model, weights=weights, folder=folder, config=raw)
+
+
+def _is_tied(model: Any) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and embedding is not None and head.weight is embedding.weight
+
+
+def _holds_own_head(model: Any, tensors: TensorFolder) -> bool:
+    """Whether files hold a head that differs from the embedding it is tied to; then nothing is tied."""
+    if not _is_tied(model):
+        return False
+    tied = model.get_input_embeddings().weight
+    names = (name for name, value in model.named_parameters(remove_duplicate=False) if value is tied)
+    prefix = f"{model.base_model_prefix}."
+    spellings = {spelling for name in names for spelling in (name, name.removeprefix(prefix), prefix + name)}
+    stored = [tensors[name] for name in sorted(spellings) if name in tensors]
+    return any(value.dtype != stored[0].dtype or not torch.equal(value, stored[0]) for value in stored[1:])
+
+
+def _warn_of_unused(model: Any, tensors: TensorFolder, folder: Path) -> None:
+    """Name what the files hold and the model has no place for, as transformers does on loading."""
+    prefix = f"{model.base_model_prefix}."
+    known = set(model.state_dict())
+    ignored = (*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
+    unused = [
+        name
+        for name in tensors
+        if known.isdisjoint((name, prefix + name, name.removeprefix(prefix)))
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if unused:
+        logger.warning(
+            "%s holds %d tensors that %s has no place for; they are left out: %s%s",
+            folder,
+            len(unused),
+            type(model).__name__,
+            ", ".join(unused[:4]),
+            ", ..." if len(unused) > 4 else "",
+        )
 
 
 def _load_converted(folder: Path, config: Any) -> Weights:
