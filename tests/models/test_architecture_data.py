@@ -169,6 +169,17 @@ def test_a_channel_that_rounding_would_delete_is_left_alone():
     assert norm.weight[0] == torch.tensor(1e-4)
 
 
+def test_a_channel_that_its_dtype_would_overflow_is_left_alone():
+    norm, linear = torch.nn.LayerNorm(2), torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        norm.weight.fill_(100)
+    x = torch.tensor([[3.0, -1.0]])
+    expected = linear(norm(x))
+    ratio = fold_norm(norm, [linear], torch.tensor([1e-3, 0.5]), dtype=torch.float16)
+    assert ratio.tolist() == [1, 0.5]
+    assert torch.allclose(linear(norm(x)), expected)
+
+
 @pytest.mark.parametrize(
     ("scale", "message"),
     [

@@ -68,7 +68,7 @@ def fold_norm(
     -------
     Tensor
         fp32 ``[K]``: the factor by which columns were multiplied, `scale` corrected for the rounding of
-        the norm (1 where rounding would have made the norm's channel vanish).
+        the norm (1 where the norm's channel would have vanished or become infinite).
 
     Raises
     ------
@@ -81,7 +81,7 @@ def fold_norm(
     old = weight + offset
     rounded = (old / scale - offset).to(dtype).float()
     new = rounded + offset
-    safe = (new != 0) & (old != 0)
+    safe = (new != 0) & (old != 0) & torch.isfinite(new)
     ratio = torch.where(safe, old / torch.where(safe, new, 1.0), 1.0)
     _replace(norm, "weight", torch.where(safe, rounded, weight))
     if getattr(norm, "bias", None) is not None:
