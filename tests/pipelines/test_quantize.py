@@ -199,6 +199,17 @@ def test_default_format_follows_the_scheme(scheme, wanted):
         ({"method": "rtn", "scheme": "w4g64z"}, "gptq_v2"),
         ({"method": "rtn", "scheme": "w3"}, "compressed-tensors"),
         ({"method": "gptq", "scheme": "w4g32", "act_order": "desc_act", "calibration": IDS}, "gptq"),
+        # Static groups keep each column in its own, so AWQ holds any order of the columns.
+        (
+            {
+                "method": "gptq",
+                "scheme": "w4g32z",
+                "act_order": "desc_act",
+                "static_groups": True,
+                "calibration": IDS,
+            },
+            "awq",
+        ),
     ],
 )
 def test_written_format(folder, tmp_path, options, wanted):

@@ -186,7 +186,9 @@ def checked_format(
     for name in target_names(structure, targets):
         N, K = column_weight(model.get_submodule(name)).shape
         shapes[name] = (settings.scheme, N, K)
-    act_order = settings.method == "gptq" and settings.gptq.act_order == "desc_act"
+    gptq = settings.gptq
+    # Static groups keep each column in the group it lies in, whatever the order.
+    act_order = settings.method == "gptq" and gptq.act_order == "desc_act" and not gptq.static_groups
     reasons: dict[str, str] = {}
     for name in (wanted,) if wanted else default_format(settings.scheme):
         candidate = format_named(name)
