@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +15,19 @@ import pytest
 import torch
 
 from qkern import _core
-from qkern.ops import dequantize_groupwise, quantize_groupwise
+from qkern.ops import (
+    dequant_matmul,
+    dequantize_groupwise,
+    gguf_decode,
+    gguf_encode,
+    gptq_update,
+    pack_bits,
+    pack_weight,
+    quantize_activations,
+    quantize_groupwise,
+    unpack_bits,
+    unpack_weight,
+)
 
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc"
@@ -28,6 +42,7 @@ def count():
     return len(os.listdir("/proc/self/task"))
 
 weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+tiny = weight[:20].contiguous()
 
 def digest():
     return int(quantize_groupwise(weight, "w4g128", backend="cpu").codes.sum())
@@ -38,8 +53,12 @@ before = count()
 expected = digest()
 print("one", count() - before)
 
-# Two threads: those that torch itself would start.
+# A tiny call is not worth waking a thread.
 torch.set_num_threads(2)
+quantize_groupwise(tiny, "w4g128", backend="cpu")
+print("tiny", count() - before)
+
+# Two threads: those that torch itself would start.
 first = digest()
 ours = count()
 torch.randn(2000, 2000).exp().sum()
@@ -54,12 +73,26 @@ print("parent", digest() == expected)
 print("pool", _core.thread_pool())
 """
 
+FORK_AFTER_TORCH = """
+import os, torch
+from qkern.ops import quantize_groupwise
+
+torch.set_num_threads(2)
+weight = torch.randn(1024, 1024)
+weight.exp().sum()  # torch has started its pool, qkern has not used it
+child = os.fork()
+if child == 0:
+    quantize_groupwise(weight, "w4g128", backend="cpu")
+    os._exit(0)
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
 WITHOUT_TORCH = """
 import array, importlib.util, os, sys, threading, time
 spec = importlib.util.spec_from_file_location("_core", sys.argv[1])
 core = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(core)
-N, K = 64, 1024
+N, K = 256, 1024
 codes = bytearray(i * 7 % 16 for i in range(N * K))
 
 def pack(threads):
@@ -94,22 +127,36 @@ print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def run(script: str, *arguments: str) -> list[str]:
+def run(script: str, *arguments: str, timeout: float = 120) -> list[str]:
     command = [sys.executable, "-W", "ignore", "-c", script, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+    # A group of its own: a child of the script that hangs goes with it.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, errors
+    return output.splitlines()
 
 
 @needs_proc
 def test_beside_torch_no_thread_is_added_and_fork_does_not_hang() -> None:
-    one, two, child, parent, pool = run(BESIDE_TORCH)
+    one, tiny, two, child, parent, pool = run(BESIDE_TORCH)
     assert one == "one 0"
+    assert tiny == "tiny 0"
     assert two.startswith("two True 0 "), two  # torch's next op starts nothing: the pool is shared
     assert two.removeprefix("two True 0 ") in ("0", "1"), two
     assert child == "child 0"
     assert parent == "parent True"
     assert pool in ("pool gomp", "pool kmp")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_does_not_enter_the_pool_that_torch_started_before_the_fork() -> None:
+    assert run(FORK_AFTER_TORCH, timeout=30) == ["child 0"]
 
 
 @needs_proc
@@ -122,7 +169,7 @@ def test_without_torch_a_pool_of_its_own_serves() -> None:
 
 
 def test_four_python_threads_at_once_get_the_same_results() -> None:
-    weights = [torch.randn(64, 200, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    weights = [torch.randn(512, 200, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     expected = [quantize_groupwise(weight, "w4g64z", backend="reference") for weight in weights]
     barrier = threading.Barrier(4)
 
@@ -142,18 +189,45 @@ def test_four_python_threads_at_once_get_the_same_results() -> None:
         assert list(executor.map(work, range(4))) == [True] * 4
 
 
+def every_op(weight: torch.Tensor) -> list[torch.Tensor]:
+    """Results of every native op; a piece is about 33,000 elements, so each has several."""
+    N, K = weight.shape
+    out = []
+    for spelling, search in (("w3g32z", "mse"), ("w4t", "minmax"), ("w2g100z", "minmax")):
+        qw = quantize_groupwise(weight, spelling, search=search, backend="cpu")
+        packed = pack_weight(qw, backend="cpu")
+        unpacked = unpack_weight(packed)
+        assert torch.equal(unpacked.codes, qw.codes)
+        assert torch.equal(unpacked.scales, qw.scales)
+        out += [qw.codes, qw.scales, dequantize_groupwise(qw, backend="cpu")]
+        for rows in (1, 5, 100):  # the last prepares several pieces and multiplies by two chunks of rows
+            out += [dequant_matmul(weight[:rows], packed, compute=compute) for compute in ("float", "int8")]
+    for layout in ("dense", "gptq", "awq"):
+        codes = unpack_bits(qw.codes, 2, (N, K), backend="cpu")
+        words = pack_bits(codes, 4, layout=layout, backend="cpu")
+        assert torch.equal(unpack_bits(words, 4, (N, K), layout=layout, backend="cpu"), codes)
+        out.append(words)
+    B = 128
+    hinv = torch.eye(B) + 0.1 * torch.randn(B, B, generator=torch.Generator().manual_seed(1)).triu(1)
+    grid = torch.full((N, 1), 0.1), torch.full((N, 1), 8, dtype=torch.uint8)
+    out += gptq_update(weight[:, :B], hinv, *grid, torch.zeros(B, dtype=torch.int32), bits=4, backend="cpu")
+    out += quantize_activations(weight, group_size=64, backend="cpu")
+    raw = gguf_encode(weight[:, :256].contiguous(), "q4_0")
+    return [*out, raw, gguf_decode(raw, "q4_0")]
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    weight = torch.randn(301, 130, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(304, 330, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append(quantize_groupwise(weight, "w3g32z", search="mse", backend="cpu"))
+            results.append(every_op(weight))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(result.codes, results[0].codes) for result in results)
-    assert all(torch.equal(result.scales, results[0].scales) for result in results)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def test_calls_release_the_gil() -> None:

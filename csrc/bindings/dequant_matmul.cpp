@@ -34,12 +34,10 @@ void* workspace(size_t bytes) {
     return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.get()), 64));
 }
 
-// Below this many products a second thread costs more than it saves.
-constexpr int64_t kSerialProducts = 1 << 18;
+// Products that cost as much as one element elsewhere: a vector instruction does up to 64.
+constexpr int64_t kProductsPerElement = 8;
 // Activations are prepared in pieces of this size, so that a long prompt does not need a copy of itself.
 constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
-// Up to this many rows the calling thread prepares them all: a parallel region costs more.
-constexpr int64_t kSerialRows = 4;
 
 class Linear {
   public:
@@ -72,7 +70,7 @@ class Linear {
             } else {
                 prepare.values = reinterpret_cast<float*>(buffer);
             }
-            qk::parallel_for(rows, kSerialRows, rows <= kSerialRows ? 1 : threads,
+            qk::parallel_for(rows, 1, view_.K, threads,
                              [&](int64_t begin, int64_t end) { kernels.matmul_prepare(prepare, begin, end); });
             qk::MatmulArgs args{};
             args.view = &view_;
@@ -87,8 +85,8 @@ class Linear {
             args.bias = at_address<const void>(bias);
             args.bias_dtype = static_cast<qk::DType>(bias_dtype);
             const int64_t chunks = (rows + qk::kMatmulRows - 1) / qk::kMatmulRows;
-            const bool small = view_.N * view_.K * rows < kSerialProducts;
-            qk::parallel_for(view_.panel_count * chunks, 1, small ? 1 : threads,
+            const int64_t tile_work = qk::kPanelRows * std::min(rows, qk::kMatmulRows) * view_.K / kProductsPerElement;
+            qk::parallel_for(view_.panel_count * chunks, 1, tile_work, threads,
                              [&](int64_t begin, int64_t end) { kernels.matmul_run(args, begin, end); });
         }
     }
@@ -109,7 +107,7 @@ class Linear {
         const int64_t count = (rows + qk::kPanelRows - 1) / qk::kPanelRows;
         const auto kernel = qk::kernels().matmul_decode;
         py::gil_scoped_release release;
-        qk::parallel_for(count, 1, threads,
+        qk::parallel_for(count, 1, qk::kPanelRows * view_.K, threads,
                          [&](int64_t begin, int64_t end) { kernel(args, first + begin, first + end); });
     }
 
@@ -227,7 +225,7 @@ void bind_dequant_matmul(py::module_& module) {
             }
             p.view.panels = bytes + p.panels_offset;
             const qk::PackArgs args = pack_args(p.view, per_tensor, codes, scales, zeros);
-            qk::parallel_for(panels_to_move(p.view, per_tensor), 1, threads,
+            qk::parallel_for(panels_to_move(p.view, per_tensor), 1, qk::kPanelRows * K, threads,
                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
         },
         py::arg("blob"), py::arg("N"), py::arg("K"), py::arg("groups"), py::arg("bits"), py::arg("zero_kind"),
@@ -274,7 +272,7 @@ void bind_dequant_matmul(py::module_& module) {
                 }
             }
             // A lone per-tensor scale is written by panel 0 only, so panels stay independent.
-            qk::parallel_for(panels_to_move(view, per_tensor), 1, threads,
+            qk::parallel_for(panels_to_move(view, per_tensor), 1, qk::kPanelRows * view.K, threads,
                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
         },
         py::arg("blob"), py::arg("bytes"), py::arg("codes"), py::arg("scales"), py::arg("zeros"),

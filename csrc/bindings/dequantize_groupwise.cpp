@@ -32,7 +32,7 @@ void bind_dequantize_groupwise(py::module_& module) {
             args.first_row = begin;
             const auto kernel = qk::kernels().dequantize_groupwise;
             py::gil_scoped_release release;
-            qk::parallel_for(end - begin, 4, threads,
+            qk::parallel_for(end - begin, 1, K, threads,
                              [&](int64_t from, int64_t to) { kernel(args, begin + from, begin + to); });
         },
         py::arg("codes"), py::arg("begin"), py::arg("end"), py::arg("K"), py::arg("group_size"), py::arg("groups"),

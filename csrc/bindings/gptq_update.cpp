@@ -28,7 +28,9 @@ void bind_gptq_update(py::module_& module) {
             args.errors = reinterpret_cast<float*>(errors);
             const auto kernel = qk::kernels().gptq_update;
             py::gil_scoped_release release;
-            qk::parallel_for(N, 16, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+            // Sixteen rows side by side; every column corrects those behind it.
+            qk::parallel_for(N, 16, (B + 1) * B / 2, threads,
+                             [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
         },
         py::arg("weight"), py::arg("weight_stride"), py::arg("N"), py::arg("B"), py::arg("hinv"), py::arg("scales"),
         py::arg("zeros"), py::arg("groups"), py::arg("group_index"), py::arg("bits"), py::arg("codebook"),

@@ -10,8 +10,8 @@ namespace py = pybind11;
 
 namespace {
 
-// Rows a piece: one tile of the transposing layouts.
-int64_t grain(qk::BitLayout layout) { return layout == qk::BitLayout::awq ? 128 : 16; }
+// One tile of the transposing layouts.
+int64_t tile_rows(qk::BitLayout layout) { return layout == qk::BitLayout::awq ? 128 : 16; }
 
 qk::BitsArgs pack_args(uintptr_t codes, int64_t codes_stride, int64_t N, int64_t K, int bits, int layout,
                        uintptr_t packed) {
@@ -38,7 +38,7 @@ void bind_pack_bits(py::module_& module) {
             std::atomic<int> worst{0};
             {
                 py::gil_scoped_release release;
-                qk::parallel_for(N, grain(args.layout), threads, [&](int64_t begin, int64_t end) {
+                qk::parallel_for(N, tile_rows(args.layout), K, threads, [&](int64_t begin, int64_t end) {
                     const auto status = static_cast<int>(kernel(args, begin, end));
                     if (status != 0) worst.store(status, std::memory_order_relaxed);
                 });
@@ -54,7 +54,7 @@ void bind_pack_bits(py::module_& module) {
             const qk::BitsArgs args = pack_args(codes, codes_stride, N, K, bits, layout, packed);
             const auto kernel = qk::kernels().unpack_bits;
             py::gil_scoped_release release;
-            qk::parallel_for(N, grain(args.layout), threads,
+            qk::parallel_for(N, tile_rows(args.layout), K, threads,
                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
         },
         py::arg("codes"), py::arg("codes_stride"), py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("layout"),

@@ -21,7 +21,7 @@ void bind_quantize_activations(py::module_& module) {
             args.scales = reinterpret_cast<float*>(scales);
             const auto kernel = qk::kernels().quantize_activations;
             py::gil_scoped_release release;
-            qk::parallel_for(M, 4, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+            qk::parallel_for(M, 1, K, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
         },
         py::arg("x"), py::arg("dtype"), py::arg("M"), py::arg("K"), py::arg("row_stride"), py::arg("group_size"),
         py::arg("codes"), py::arg("scales"), py::arg("threads"),

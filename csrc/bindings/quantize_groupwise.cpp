@@ -36,10 +36,12 @@ void bind_quantize_groupwise(py::module_& module) {
             args.codes = reinterpret_cast<uint32_t*>(codes);
             args.code_words = (K * bits + 31) / 32;
             const auto kernel = qk::kernels().quantize_groupwise;
+            // The search fits every group to about sixty-four grids.
+            const int64_t row_work = search_mse && !grid_given ? 64 * K : K;
             std::atomic<int> worst{0};
             {
                 py::gil_scoped_release release;
-                qk::parallel_for(N, 8, threads, [&](int64_t begin, int64_t end) {
+                qk::parallel_for(N, 1, row_work, threads, [&](int64_t begin, int64_t end) {
                     const auto status = static_cast<int>(kernel(args, begin, end));
                     if (status != 0) worst.store(status, std::memory_order_relaxed);
                 });

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -125,7 +126,11 @@ class Pool {
         {
             std::lock_guard<std::mutex> lock(mutex_);
             while (static_cast<int>(workers_.size()) < threads - 1) {
-                workers_.emplace_back([this, index = static_cast<int>(workers_.size())] { loop(index); });
+                try {
+                    workers_.emplace_back([this, index = static_cast<int>(workers_.size())] { loop(index); });
+                } catch (const std::system_error&) {
+                    break;  // the system has no thread left: those that exist do the work
+                }
                 workers_.back().detach();
             }
             work_ = &work;
@@ -166,16 +171,14 @@ class Pool {
     int active_ = 0;
 };
 
-void watch_for_fork() {
 #if !defined(_WIN32)
-    // The threads of the parent's pool do not exist in the child: entering it would hang.
-    static const int registered = pthread_atfork(nullptr, nullptr, [] {
-        g_forked_child.store(true);
-        g_pool_busy.clear();
-    });
-    (void)registered;
+// The threads of the parent's pool do not exist in the child: entering it would hang. Registered when the
+// module is loaded, since torch may have started its pool before our first call.
+[[maybe_unused]] const int g_fork_watched = pthread_atfork(nullptr, nullptr, [] {
+    g_forked_child.store(true);
+    g_pool_busy.clear();
+});
 #endif
-}
 
 }  // namespace
 
@@ -184,9 +187,11 @@ const char* pool_name() {
     return openmp().kmp_fork ? "kmp" : "own";
 }
 
-void parallel_for(int64_t total, int64_t grain, int threads, RangeFn fn, void* context) {
+void parallel_for(int64_t total, int64_t unit, int64_t work_of_one, int threads, RangeFn fn, void* context) {
     if (total <= 0) return;
-    grain = std::max<int64_t>(grain, 1);
+    unit = std::max<int64_t>(unit, 1);
+    const int64_t unit_work = std::min(std::max<int64_t>(work_of_one, 1), kPieceWork) * unit;
+    const int64_t grain = (kPieceWork + unit_work - 1) / unit_work * unit;
     const int64_t grains = (total + grain - 1) / grain;
     threads = static_cast<int>(std::min<int64_t>(threads, grains));
     const bool serial = threads <= 1 || tls_inside || g_forked_child.load(std::memory_order_relaxed) ||
@@ -195,7 +200,6 @@ void parallel_for(int64_t total, int64_t grain, int threads, RangeFn fn, void* c
         fn(context, 0, total);
         return;
     }
-    watch_for_fork();
     // Several chunks a thread, so that one late thread costs a chunk and not its whole share.
     const int64_t chunk_grains = std::max<int64_t>(1, grains / (static_cast<int64_t>(threads) * 8));
     Work work{fn, context, total, chunk_grains * grain, {}};

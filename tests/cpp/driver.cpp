@@ -61,9 +61,9 @@ class Case {
 
 // Runs `kernel(begin, end)`, which returns a status, on two threads; the worst status of all pieces.
 template <class Kernel>
-int64_t run_rows(int64_t rows, int64_t grain, Kernel&& kernel) {
+int64_t run_rows(int64_t rows, int64_t unit, Kernel&& kernel) {
     std::atomic<int64_t> worst{0};
-    qk::parallel_for(rows, grain, 2, [&](int64_t begin, int64_t end) {
+    qk::parallel_for(rows, unit, qk::kPieceWork, 2, [&](int64_t begin, int64_t end) {
         const auto status = static_cast<int64_t>(kernel(begin, end));
         if (status != 0) worst.store(status);
     });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +29,10 @@ __all__ = [
     "usable_tiers",
     "why_not_cpu",
 ]
+
+# Loaded with this module and not at the first call: it must see a fork to know that the threads are gone.
+with contextlib.suppress(ImportError):  # `_load` says why
+    import qkern._core  # noqa: F401
 
 # Order of qk::DType in csrc/include/qkern/types.h.
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
