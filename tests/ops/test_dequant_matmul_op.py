@@ -219,6 +219,47 @@ def test_a_corrupt_blob_is_an_error_and_never_a_crash(act_order):
     assert rejected > 100
 
 
+def test_a_corrupt_codebook_is_an_error():
+    packed = pack_weight(weight((8, 48), "nf4g16"))
+    for value in (float("nan"), 2.0):
+        blob = packed.blob.clone()
+        blob[112:116] = torch.tensor([value]).view(torch.uint8)  # the first entry of the table
+        with pytest.raises(InputError, match=r"codebook leaves -1\.\.1"):
+            use(corrupted(packed, blob))
+
+
+def test_a_corrupt_width_is_an_error_and_writes_nothing_beyond_the_codes():
+    packed = pack_weight(weight((70, 96), "w8g32"))
+    blob = packed.blob.clone()
+    blob[12] = 4  # fewer bits: the panels still fit
+    assert LinearHandle(corrupted(packed, blob)).N == 70
+    with pytest.raises(InputError, match="codes of 4 bits, not those of w8g32"):
+        unpack_weight(corrupted(packed, blob))
+
+
+def test_a_group_index_may_name_several_groups_of_a_per_tensor_weight():
+    plain = weight((20, 64), "w4t")
+    qw = replace(
+        plain,
+        scales=torch.tensor([[0.1, 0.2, -0.3, 0.4]], dtype=torch.float16),
+        group_index=(torch.arange(64) * 7 % 4).int(),
+    )
+    packed = pack_weight(qw)
+    back = unpack_weight(packed)
+    assert torch.equal(back.codes, qw.codes)
+    assert torch.equal(back.scales, qw.scales)
+    assert torch.equal(back.group_index, qw.group_index)
+    decoded = dequant_matmul(torch.eye(64), packed, compute="float").T
+    assert torch.equal(decoded, dequantize_groupwise(qw, backend="reference"))
+
+
+def test_one_token_without_a_batch_has_a_gradient_for_its_bias():
+    packed = pack_weight(weight((8, 16), "w4g16"))
+    bias = torch.zeros(8, requires_grad=True)
+    dequant_matmul(torch.randn(16), packed, bias).backward(torch.arange(8.0))
+    assert torch.equal(bias.grad, torch.arange(8.0))
+
+
 def test_a_corrupt_plain_blob_is_an_error():
     packed = pack_weight(weight((8, 48), "w4g16z"), backend="reference")
     with pytest.raises(InputError, match="too short"):

@@ -98,6 +98,15 @@ def test_non_finite_values_show_in_their_scale(backend, dtype):
     assert codes[2].eq(127).all()
 
 
+def test_a_group_longer_than_the_row_is_the_row(backend):
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    codes, scales = quantize_activations(x, backend=backend)
+    for group_size in (41, 2**63 - 1):
+        again = quantize_activations(x, group_size=group_size, backend=backend)
+        assert torch.equal(again[0], codes)
+        assert torch.equal(again[1], scales)
+
+
 def test_zero_rows_have_scale_zero(backend):
     codes, scales = quantize_activations(torch.zeros(2, 64), group_size=32, backend=backend)
     assert codes.eq(0).all()

@@ -124,6 +124,9 @@ inline const char* parse_packed(const uint8_t* blob, int64_t bytes, qk::PackedVi
     if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return "its bits are not 2, 3, 4 or 8";
     if (header.zero_kind < 0 || header.zero_kind > 3) return "its kind of zero point is unknown";
     if (header.zero_kind == 3 && bits != 4) return "a codebook has 4 bits";
+    for (const float value : header.table) {
+        if (header.zero_kind == 3 && !(value >= -1.0f && value <= 1.0f)) return "its codebook leaves -1..1";
+    }
     if (header.scale_dtype < 0 || header.scale_dtype > 2) return "its scale dtype is unknown";
     constexpr int64_t kLimit = int64_t{1} << 31;
     if (header.K < 0 || header.K >= kLimit || header.N < 0 || header.N >= kLimit || header.groups < 0 ||

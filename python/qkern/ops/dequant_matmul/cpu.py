@@ -140,8 +140,10 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
         raise _corrupt(error) from None
     if (header["N"], header["K"], header["scheme"]) != (N, K, str(scheme)):
         raise _corrupt(f"it holds {header['scheme']} [{header['N']}, {header['K']}], not {scheme} [{N}, {K}]")
-    groups = header["groups"]
-    scale_shape = (1, 1) if header["per_tensor"] else (N, groups)
+    if header["bits"] != scheme.bits:
+        raise _corrupt(f"it holds codes of {header['bits']} bits, not those of {scheme}")
+    # Per tensor there may be several groups all the same: a group index can name them.
+    scale_shape = (1 if header["per_tensor"] else N, header["groups"])
     scale_dtype = _SCALE_DTYPES[header["scale_dtype"]]
     codes = torch.empty(N, scheme.code_words(K), dtype=torch.int32)
     scales = torch.empty(scale_shape, dtype=scale_dtype)
@@ -240,10 +242,15 @@ class LinearHandle:
         bias_pointer = bias_dtype = 0
         if bias is not None:
             bias_dtype = DTYPE_CODES.get(bias.dtype, -1)
-            if bias_dtype not in (0, dtype) or bias.shape != (N,) or not bias.is_contiguous():
+            if (
+                bias_dtype not in (0, dtype)
+                or bias.shape != (N,)
+                or not bias.is_contiguous()
+                or not bias.is_cpu
+            ):
                 raise InputError(
-                    f"bias must be contiguous [{N}] of x's dtype or fp32: "
-                    f"got {bias.dtype} {tuple(bias.shape)}"
+                    f"bias must be contiguous [{N}] of x's dtype or fp32 on the CPU: "
+                    f"got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
                 )
             bias_pointer = bias.data_ptr()
         M = x.numel() // K if K else shape[:-1].numel()

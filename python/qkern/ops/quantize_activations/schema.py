@@ -30,7 +30,8 @@ def run(x: Tensor, group_size: int | None, backend: str) -> tuple[Tensor, Tensor
     implementation = select("quantize_activations", backend, Request(device=x.device, dtype=x.dtype))
     *lead, K = x.shape
     M = x.numel() // K if K else torch.Size(lead).numel()
-    codes, scales = implementation.call(x.detach().reshape(M, K), group_size or max(K, 1))
+    length = max(K, 1) if group_size is None else min(group_size, max(K, 1))
+    codes, scales = implementation.call(x.detach().reshape(M, K), length)
     if K == 0 and group_size is None:
         scales = torch.zeros(M, 1, device=x.device)
     return codes.view(x.shape), scales.view(*lead, _groups(K, group_size))
