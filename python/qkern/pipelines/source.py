@@ -129,7 +129,7 @@ def _open_memory(model: Any) -> Source:
         raise InputError(f"{meta[0]} has no value (meta device): load the weights first")
     folder = Path(getattr(model, "name_or_path", "") or ".missing")
     copied = meta_copy(model)
-    if copied.config.tie_word_embeddings and not _is_tied(copied):
+    if getattr(copied.config, "tie_word_embeddings", False) and not _is_tied(copied):
         copied.config.tie_word_embeddings = False
     return Source(
         name=type(model).__name__,
