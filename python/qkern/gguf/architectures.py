@@ -38,6 +38,8 @@ class GGUFArchitecture:
         Queries and keys are normalized a head.
     qkv_bias : bool
         q, k and v always have a bias.
+    optional_bias : bool
+        llama.cpp reads the biases that ``attention_bias`` switches on.
     seventy_b : bool
         80 layers with grouped queries are the model whose value matrices get more bits.
     """
@@ -47,6 +49,7 @@ class GGUFArchitecture:
     interleaved_rope: bool = False
     qk_norm: bool = False
     qkv_bias: bool = False
+    optional_bias: bool = True
     seventy_b: bool = False
 
     def shapes(self, config: Config, *, tied: bool) -> dict[str, tuple[int, ...]]:
@@ -141,6 +144,10 @@ class GGUFArchitecture:
             raise UnsupportedError(
                 f"hidden_act {config['hidden_act']!r}: llama.cpp's {self.name} has silu only"
             )
+        if config.get("attention_bias") and not self.optional_bias:
+            raise UnsupportedError(
+                f"attention_bias is true, but llama.cpp's {self.name} has no biases and would not load the file"
+            )
         head = head_dim(config)
         writer.add_context_length(config["max_position_embeddings"])
         writer.add_embedding_length(config["hidden_size"])
@@ -163,7 +170,7 @@ ARCHITECTURES: Final[dict[str, GGUFArchitecture]] = {
         GGUFArchitecture(model_type="llama", name="llama", interleaved_rope=True, seventy_b=True),
         GGUFArchitecture(model_type="mistral", name="llama", interleaved_rope=True, seventy_b=True),
         GGUFArchitecture(model_type="qwen2", name="qwen2", qkv_bias=True, seventy_b=True),
-        GGUFArchitecture(model_type="qwen3", name="qwen3", qk_norm=True),
+        GGUFArchitecture(model_type="qwen3", name="qwen3", qk_norm=True, optional_bias=False),
     )
 }
 
