@@ -146,7 +146,7 @@ class GGUFArchitecture:
             )
         if config.get("attention_bias") and not self.optional_bias:
             raise UnsupportedError(
-                f"attention_bias is true, but llama.cpp's {self.name} has no biases and would not load the file"
+                f"attention_bias is true, but llama.cpp's {self.name} has no biases and cannot load it"
             )
         head = head_dim(config)
         writer.add_context_length(config["max_position_embeddings"])
