@@ -288,7 +288,7 @@ def _assign(model: Any, members: list[str], filled: dict[str, Tensor]) -> None:
     shared = _as_slot(model, source, filled[source])
     for name in members:
         value = shared
-        if name in filled and not torch.equal(filled[name], filled[source]):
+        if name != source and name in filled and not torch.equal(filled[name], filled[source]):
             logger.warning(
                 "%s and %s differ in the file although config.json ties them: kept apart", source, name
             )
