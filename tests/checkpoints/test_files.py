@@ -288,7 +288,7 @@ def test_disk_full_in_the_middle(tmp_path: Path, limit: int) -> None:
 
 def test_parent_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(QkernError, match="cannot write"):
+    with pytest.raises(InputError, match="file is a file; choose another"):
         CheckpointWriter(tmp_path / "file" / "out", format="gptq")
 
 

@@ -163,7 +163,7 @@ def test_empty_and_missing_calibration_files(folder, tmp_path_factory):
         ({"scale_only": True}, InputError, "scale_only folds AWQ's scales"),
         ({"method": "awq", "scale_only": True, "format": "awq"}, InputError, "drop format"),
         ({"max_shard_size": "big"}, InputError, "big"),
-        ({"device": "abacus"}, InputError, "device 'abacus' cannot be used"),
+        ({"device": "abacus"}, InputError, "device 'abacus' cannot be used.*allowed are auto, cpu"),
         ({"skip": ["dwon_proj"]}, InputError, "'dwon_proj' in skip or include matches no linear"),
         ({"skip": ["*"]}, InputError, "nothing to quantize"),
         ({"method": "gptq", "calibration": IDS, "samples": 0}, InputError, "samples must be at least 1"),
@@ -180,6 +180,12 @@ def test_output_that_exists(folder):
     (output / "precious.txt").write_text("mine")
     fails(folder, InputError, "exists and is not empty", output=output)
     fails(folder, InputError, "exists and is no folder", output=output / "precious.txt")
+    fails(
+        folder,
+        InputError,
+        r"precious.txt is a file; choose",
+        output=output / "precious.txt" / "deeper" / "out",
+    )
     assert [path.name for path in output.iterdir()] == ["precious.txt"]
     # An empty one is fine.
     (output / "precious.txt").unlink()

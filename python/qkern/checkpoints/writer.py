@@ -78,6 +78,9 @@ def check_output(output: str | Path) -> Path:
             )
     elif given.exists() or given.is_symlink():
         raise InputError(f"output {given} exists and is no folder; choose another")
+    blocked = next((parent for parent in folder.parents if parent.exists()), folder)
+    if not blocked.is_dir():
+        raise InputError(f"output folder {given} cannot be made: {blocked} is a file; choose another")
     return folder
 
 

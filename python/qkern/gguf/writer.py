@@ -97,6 +97,8 @@ def write_gguf(
 
     if path.exists():
         raise InputError(f"{path} exists: remove it or choose another --output")
+    if path.parent.is_file():
+        raise InputError(f"{path} cannot be made: {path.parent} is a file; choose another --output")
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} of the output file does not exist; make it first")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

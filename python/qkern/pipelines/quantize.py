@@ -212,7 +212,10 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); allowed are auto, cpu, "
+            "and cuda, cuda:N or mps where torch has them: use auto or cpu"
+        ) from error
     return device
 
 
