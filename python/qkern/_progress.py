@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sized
 from contextlib import contextmanager
 from functools import cache
@@ -46,7 +47,7 @@ def console() -> Console:
     return Console(stderr=True)
 
 
-class Task:
+class Task(ABC):
     """Progress of one activity; `task` makes it.
 
     Parameters
@@ -81,11 +82,13 @@ class Task:
             return None
         return (time.monotonic() - self._started) / self.done * max(self.total - self.done, 0)
 
+    @abstractmethod
     def _show(self) -> None:
-        raise NotImplementedError
+        """Bring what the user sees up to date."""
 
+    @abstractmethod
     def _close(self) -> None:
-        raise NotImplementedError
+        """Take it off the screen, or say the last of it."""
 
 
 class _LogTask(Task):
