@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
@@ -322,6 +322,11 @@ class PackedWeight:
         Output and input features.
     scheme : Scheme
         Scheme of the weight inside.
+
+    Attributes
+    ----------
+    spelling : str
+        ``str(scheme)``, made here because a compiler that traces a call cannot build the string.
     """
 
     blob: Tensor
@@ -329,3 +334,7 @@ class PackedWeight:
     N: int
     K: int
     scheme: Scheme
+    spelling: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spelling", str(self.scheme))

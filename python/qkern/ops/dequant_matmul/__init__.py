@@ -155,15 +155,9 @@ def dequant_matmul(
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     compute = resolve_compute(compute, x, weight.scheme, needs_grad=needs_grad)
     out: Tensor = torch.ops.qkern.dequant_matmul(
-        x, packed.blob, bias, packed.layout, N, K, _spelling(packed.scheme), compute
+        x, packed.blob, bias, packed.layout, N, K, packed.spelling, compute
     )
     return out
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _spelling(scheme: Scheme) -> str:
-    # A compiler that treats every integer as dynamic could not build the string.
-    return str(scheme)
 
 
 def _packed_for(weight: PackedWeight | QuantizedWeight, x: Tensor, backend: str) -> PackedWeight:
