@@ -22,6 +22,7 @@ __all__ = [
     "NON_FINITE",
     "SCALE_OVERFLOW",
     "core",
+    "empty",
     "force_tier",
     "pointer",
     "rows_of",
@@ -83,9 +84,27 @@ def why_not_cpu(device: torch.device) -> str | None:
     return _load()[1]
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a kernel to fill, whatever torch's default device and default dtype are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def pointer(tensor: Tensor | None) -> int:
-    """Address of the first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+    """Address of the first element; 0 for None.
+
+    Raises
+    ------
+    InputError
+        If the tensor is on another device than the CPU: a kernel cannot follow its address.
+    """
+    if tensor is None:
+        return 0
+    if not tensor.is_cpu:
+        raise InputError(
+            "all tensors of a call to the native kernels must be on the CPU: "
+            f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; move it to the CPU"
+        )
+    return tensor.data_ptr()
 
 
 def rows_of(matrix: Tensor) -> tuple[Tensor, int]:

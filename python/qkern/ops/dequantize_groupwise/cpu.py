@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from qkern.ops import _native
 from qkern.ops.codebooks import CODEBOOK_CODES
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from qkern.ops.registry import Request
     from qkern.schemes import QuantizedWeight
 
@@ -30,7 +30,7 @@ def dequantize_into(qw: QuantizedWeight, begin: int, end: int, out: Tensor, out_
     offsets = None if qw.offsets is None else qw.offsets.contiguous()
     group_index = None if qw.group_index is None else qw.group_index.contiguous()
     _native.core().dequantize_groupwise(
-        codes=codes.data_ptr(),
+        codes=_native.pointer(codes),
         begin=begin,
         end=end,
         K=K,
@@ -39,13 +39,13 @@ def dequantize_into(qw: QuantizedWeight, begin: int, end: int, out: Tensor, out_
         bits=scheme.bits,
         codebook=CODEBOOK_CODES[scheme.codebook],
         scale_dtype=_native.DTYPE_CODES[scales.dtype],
-        scales=scales.data_ptr(),
+        scales=_native.pointer(scales),
         zeros=_native.pointer(zeros),
         offsets=_native.pointer(offsets),
         group_index=_native.pointer(group_index),
         rows_per_scale=max(qw.N, 1) if scheme.per_tensor else 1,
         out_dtype=_native.DTYPE_CODES[out.dtype],
-        out=out.data_ptr(),
+        out=_native.pointer(out),
         out_stride=out_stride,
         threads=_native.threads(),
     )
@@ -53,6 +53,6 @@ def dequantize_into(qw: QuantizedWeight, begin: int, end: int, out: Tensor, out_
 
 def dequantize(qw: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Weights of the shape of `qw`; arguments are validated by the caller."""
-    out = torch.empty(qw.shape, dtype=dtype)
+    out = _native.empty(*qw.shape, dtype=dtype)
     dequantize_into(qw, 0, out[..., 0].numel() if qw.K else 0, out, qw.K)
     return out

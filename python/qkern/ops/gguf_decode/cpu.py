@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from qkern.ops import _native
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qkern.ops.gguf_types import GGUFType
     from qkern.ops.registry import Request
 
@@ -25,8 +24,13 @@ def decode(rows: Tensor, kind: GGUFType) -> Tensor:
     """Decode contiguous uint8 ``[N, bytes]``; arguments are validated by the caller."""
     N = rows.shape[0]
     K = rows.shape[1] // kind.bytes * kind.block
-    out = torch.empty(N, K)
+    out = _native.empty(N, K)
     _native.core().gguf_decode(
-        type=kind.id, raw=rows.data_ptr(), out=out.data_ptr(), rows=N, K=K, threads=_native.threads()
+        type=kind.id,
+        raw=_native.pointer(rows),
+        out=_native.pointer(out),
+        rows=N,
+        K=K,
+        threads=_native.threads(),
     )
     return out

@@ -25,12 +25,12 @@ def why_not(request: Request) -> str | None:
 def encode(rows: Tensor, kind: GGUFType, importance: Tensor | None) -> Tensor:
     """Encode contiguous fp32 ``[N, K]``; arguments are validated by the caller."""
     N, K = rows.shape
-    out = torch.empty(N, kind.row_bytes(K), dtype=torch.uint8)
+    out = _native.empty(N, kind.row_bytes(K), dtype=torch.uint8)
     finite = _native.core().gguf_encode(
         type=kind.id,
-        x=rows.data_ptr(),
+        x=_native.pointer(rows),
         importance=_native.pointer(importance),
-        out=out.data_ptr(),
+        out=_native.pointer(out),
         rows=N,
         K=K,
         threads=_native.threads(),

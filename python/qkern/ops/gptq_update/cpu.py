@@ -35,22 +35,22 @@ def update(
     weight, stride = _native.rows_of(weight)
     hinv, scales, group_index = hinv.contiguous(), scales.contiguous(), group_index.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
-    codes = torch.empty(N, B, dtype=torch.uint8)
-    errors = torch.empty(N, B)
+    codes = _native.empty(N, B, dtype=torch.uint8)
+    errors = _native.empty(N, B)
     _native.core().gptq_update(
-        weight=weight.data_ptr(),
+        weight=_native.pointer(weight),
         weight_stride=stride,
         N=N,
         B=B,
-        hinv=hinv.data_ptr(),
-        scales=scales.data_ptr(),
+        hinv=_native.pointer(hinv),
+        scales=_native.pointer(scales),
         zeros=_native.pointer(zeros),
         groups=scales.shape[1],
-        group_index=group_index.data_ptr(),
+        group_index=_native.pointer(group_index),
         bits=bits,
         codebook=CODEBOOK_CODES[codebook],
-        codes=codes.data_ptr(),
-        errors=errors.data_ptr(),
+        codes=_native.pointer(codes),
+        errors=_native.pointer(errors),
         threads=_native.threads(),
     )
     return codes, errors

@@ -41,15 +41,15 @@ def pack(codes: Tensor, bits: int, layout: str) -> Tensor:
     """Pack uint8 ``[N, K]``; arguments are validated by the caller."""
     N, K = codes.shape
     codes, stride = _native.rows_of(codes)
-    packed = torch.empty(packed_shape(N, K, bits, layout), dtype=torch.int32)
+    packed = _native.empty(*packed_shape(N, K, bits, layout), dtype=torch.int32)
     status = _native.core().pack_bits(
-        codes=codes.data_ptr(),
+        codes=_native.pointer(codes),
         codes_stride=stride,
         N=N,
         K=K,
         bits=bits,
         layout=LAYOUT_CODES[layout],
-        packed=packed.data_ptr(),
+        packed=_native.pointer(packed),
         threads=_native.threads(),
     )
     if status == _native.CODE_RANGE:
@@ -61,15 +61,15 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, int], layout: str) -> Te
     """Unpack to uint8 ``[N, K]``; arguments are validated by the caller."""
     N, K = shape
     packed = packed.contiguous()
-    codes = torch.empty(shape, dtype=torch.uint8)
+    codes = _native.empty(*shape, dtype=torch.uint8)
     _native.core().unpack_bits(
-        codes=codes.data_ptr(),
+        codes=_native.pointer(codes),
         codes_stride=K,
         N=N,
         K=K,
         bits=bits,
         layout=LAYOUT_CODES[layout],
-        packed=packed.data_ptr(),
+        packed=_native.pointer(packed),
         threads=_native.threads(),
     )
     return codes

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qkern.ops._native import DTYPE_CODES, core, pointer, threads, why_not_cpu
+from qkern.ops._native import DTYPE_CODES, core, empty, pointer, threads, why_not_cpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +26,8 @@ def quantize(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     M, K = x.shape
     if K > 1 and x.stride(1) != 1:
         x = x.contiguous()
-    codes = torch.empty(M, K, dtype=torch.int8)
-    scales = torch.empty(M, -(-K // group_size), dtype=torch.float32)
+    codes = empty(M, K, dtype=torch.int8)
+    scales = empty(M, -(-K // group_size))
     core().quantize_activations(
         x=pointer(x),
         dtype=DTYPE_CODES[x.dtype],

@@ -33,7 +33,7 @@ def run(x: Tensor, group_size: int | None, backend: str) -> tuple[Tensor, Tensor
     length = max(K, 1) if group_size is None else min(group_size, max(K, 1))
     codes, scales = implementation.call(x.detach().reshape(M, K), length)
     if K == 0 and group_size is None:
-        scales = torch.zeros(M, 1, device=x.device)
+        scales = torch.zeros(M, 1, dtype=torch.float32, device=x.device)
     return codes.view(x.shape), scales.view(*lead, _groups(K, group_size))
 
 

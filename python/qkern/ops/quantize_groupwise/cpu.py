@@ -40,7 +40,7 @@ def _run(
     rows, stride = _native.rows_of(rows)
     R, K = rows.shape
     status = _native.core().quantize_groupwise(
-        weight=rows.data_ptr(),
+        weight=_native.pointer(rows),
         dtype=_native.DTYPE_CODES[rows.dtype],
         N=R,
         K=K,
@@ -54,7 +54,7 @@ def _run(
         importance=_native.pointer(importance),
         importance_stride=0 if importance is None or importance.dim() == 1 else K,
         scale_dtype=_native.DTYPE_CODES[scales.dtype],
-        scales=scales.data_ptr(),
+        scales=_native.pointer(scales),
         zeros=_native.pointer(zeros),
         grid_given=rows_per_grid > 0,
         rows_per_grid=max(rows_per_grid, 1),
@@ -79,9 +79,9 @@ def quantize(
     *experts, N, K = weight.shape
     E = experts[0] if experts else 1
     shape = (*experts, *scheme.scale_shape(N, K))
-    codes = torch.empty(*experts, N, scheme.code_words(K), dtype=torch.int32)
-    scales = torch.empty(shape, dtype=torch.float32 if scheme.double_quant else scale_dtype)
-    zeros = torch.empty(shape, dtype=torch.uint8) if scheme.zero_point else None
+    codes = _native.empty(*experts, N, scheme.code_words(K), dtype=torch.int32)
+    scales = _native.empty(*shape, dtype=torch.float32 if scheme.double_quant else scale_dtype)
+    zeros = _native.empty(*shape, dtype=torch.uint8) if scheme.zero_point else None
     if importance is not None:
         importance = (
             importance.contiguous() if importance.dim() == 1 else importance.expand(weight.shape).contiguous()

@@ -31,14 +31,17 @@ def dynamic_table() -> Tensor:
     for i in range(_DECADES):
         pieces = 2 ** (_DECADES - 1 - i)
         middles += [10.0**-i * (0.1 + 0.9 * (piece + 0.5) / pieces) for piece in range(pieces)]
-    return torch.tensor(sorted([*middles, *(-x for x in middles), 0.0, 1.0]), dtype=torch.float32)
+    return torch.tensor(
+        sorted([*middles, *(-x for x in middles), 0.0, 1.0]), dtype=torch.float32, device="cpu"
+    )
 
 
 def nest(scales: Tensor) -> NestedScales:
     """Quantize fp32 scales of any shape, relative to their mean, in blocks of `BLOCK`."""
     flat = scales.reshape(-1).float()
     # Summed exactly: the same mean on every device and for any number of threads.
-    offset = float(torch.tensor(math.fsum(flat.tolist()) / max(flat.numel(), 1), dtype=torch.float32))
+    mean = math.fsum(flat.tolist()) / max(flat.numel(), 1)
+    offset = float(torch.tensor(mean, dtype=torch.float32, device="cpu"))
     centred = flat - offset
     blocks = torch.nn.functional.pad(centred, (0, -flat.numel() % BLOCK)).reshape(
         -(-flat.numel() // BLOCK), BLOCK
