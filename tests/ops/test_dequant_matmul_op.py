@@ -61,6 +61,18 @@ def test_handle_keeps_the_blob_alive():
     assert torch.equal(handle(x), first)
 
 
+def test_handle_follows_a_blob_that_moves():
+    packed = pack_weight(weight((512, 512), "w4g32"))
+    handle, x = LinearHandle(packed), activations(2, 512)
+    expected, address = handle(x), packed.blob.data_ptr()
+    packed.blob.share_memory_()
+    assert packed.blob.data_ptr() != address
+    # The old memory is free: what takes its place must not be read.
+    taken = [torch.full((packed.blob.numel(),), 7, dtype=torch.uint8) for _ in range(50)]
+    assert torch.equal(handle(x), expected)
+    assert taken[0][0] == 7
+
+
 def test_handle_says_what_is_wrong():
     handle = LinearHandle(pack_weight(weight((8, 16), "w4")))
     for x in (torch.ones(2, 17), torch.ones(2, 16, dtype=torch.float64), torch.tensor(1.0)):
@@ -223,9 +235,32 @@ def test_a_corrupt_codebook_is_an_error():
     packed = pack_weight(weight((8, 48), "nf4g16"))
     for value in (float("nan"), 2.0):
         blob = packed.blob.clone()
-        blob[112:116] = torch.tensor([value]).view(torch.uint8)  # the first entry of the table
+        blob[112:116] = torch.tensor([value]).view(torch.uint8)  # an entry of the table
         with pytest.raises(InputError, match=r"codebook leaves -1\.\.1"):
             use(corrupted(packed, blob))
+
+
+@pytest.mark.parametrize("layout", ["reference", "cpu"])
+def test_corrupt_second_level_scales_are_an_error(layout):
+    qw = weight((21, 70), "nf4g64d")
+    packed = pack_weight(qw, backend=layout)
+    head = qw.nested.absmax.numel().to_bytes(8, "little")
+    # The count is the last field of 24 bytes, and the table behind it starts with -1.
+    whole = packed.blob.numpy().tobytes()
+    at = whole.index(head + torch.tensor([float(qw.nested.table[0])]).numpy().tobytes())
+    for count in (2**40, -1, 10**4):
+        blob = packed.blob.clone()
+        blob[at : at + 8] = torch.tensor([count]).view(torch.uint8)
+        with pytest.raises(InputError, match="second-level scales exceed"):
+            unpack_weight(corrupted(packed, blob))
+    if layout == "cpu":
+        blob = packed.blob.clone()
+        extra_bytes = 88  # its place in qk::PackedHeader
+        assert int.from_bytes(whole[extra_bytes : extra_bytes + 8], "little") > 1024
+        for count in (1, 23, 30, 1000):
+            blob[extra_bytes : extra_bytes + 8] = torch.tensor([count]).view(torch.uint8)
+            with pytest.raises(InputError, match="second-level scales exceed"):
+                unpack_weight(corrupted(packed, blob))
 
 
 def test_a_corrupt_width_is_an_error_and_writes_nothing_beyond_the_codes():

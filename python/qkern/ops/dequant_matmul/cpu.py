@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
-from qkern.ops._native import DTYPE_CODES, core, pointer, threads, why_not_cpu
+from qkern.ops._native import DTYPE_CODES, core, empty, pointer, threads, why_not_cpu
 from qkern.ops.codebooks import codebook
 from qkern.ops.dequant_matmul.plain import nested_from_bytes, nested_to_bytes
 from qkern.schemes import PackedWeight, QuantizedWeight
@@ -50,7 +50,7 @@ def _columns_by_group(qw: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
     """Find where groups start, int32 ``[groups + 1]``, and the order of the columns (None: as they are)."""
     K, groups = qw.K, qw.scales.shape[1]
     if qw.group_index is None:
-        starts = torch.arange(groups + 1, dtype=torch.int32) * max(qw.scheme.group_length(K), 1)
+        starts = torch.arange(groups + 1, dtype=torch.int32, device="cpu") * max(qw.scheme.group_length(K), 1)
         return starts.clamp_(max=K), None
     index = qw.group_index
     if K and (int(index.min()) < 0 or int(index.max()) >= groups):
@@ -59,10 +59,10 @@ def _columns_by_group(qw: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
             f"got {int(index.min())}..{int(index.max())}"
         )
     counts = torch.bincount(index, minlength=groups)
-    starts = torch.zeros(groups + 1, dtype=torch.int32)
+    starts = torch.zeros(groups + 1, dtype=torch.int32, device="cpu")
     starts[1:] = counts.cumsum(0)
     order = index.argsort(stable=True).to(torch.int32)
-    in_place = bool((order == torch.arange(K, dtype=torch.int32)).all())
+    in_place = bool((order == torch.arange(K, dtype=torch.int32, device="cpu")).all())
     return starts, None if in_place else order
 
 
@@ -94,7 +94,7 @@ def pack(qw: QuantizedWeight) -> PackedWeight:
         "extra_bytes": extra_bytes,
     }
     size = core().packed_bytes(**shape, permuted=order is not None)
-    blob = torch.empty(size, dtype=torch.uint8)
+    blob = empty(size, dtype=torch.uint8)
     core().pack_weight(
         blob=pointer(blob),
         **shape,
@@ -145,12 +145,12 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
     # Per tensor there may be several groups all the same: a group index can name them.
     scale_shape = (1 if header["per_tensor"] else N, header["groups"])
     scale_dtype = _SCALE_DTYPES[header["scale_dtype"]]
-    codes = torch.empty(N, scheme.code_words(K), dtype=torch.int32)
-    scales = torch.empty(scale_shape, dtype=scale_dtype)
+    codes = empty(N, scheme.code_words(K), dtype=torch.int32)
+    scales = empty(*scale_shape, dtype=scale_dtype)
     kind = header["zero_kind"]
-    zeros = torch.empty(scale_shape, dtype=torch.uint8) if kind == _ZEROS else None
-    offsets = torch.empty(scale_shape, dtype=scale_dtype) if kind == _OFFSETS else None
-    index = torch.empty(K, dtype=torch.int32) if header["has_index"] else None
+    zeros = empty(*scale_shape, dtype=torch.uint8) if kind == _ZEROS else None
+    offsets = empty(*scale_shape, dtype=scale_dtype) if kind == _OFFSETS else None
+    index = empty(K, dtype=torch.int32) if header["has_index"] else None
     core().unpack_weight(
         blob=pointer(blob),
         bytes=blob.numel(),
@@ -189,7 +189,7 @@ class LinearHandle:
         If the blob is corrupt or belongs to another layout.
     """
 
-    __slots__ = ("K", "N", "_blob", "_native")
+    __slots__ = ("K", "N", "_address", "_blob", "_native")
 
     def __init__(self, packed: PackedWeight) -> None:
         if packed.layout != LAYOUT:
@@ -205,9 +205,9 @@ class LinearHandle:
         return handle
 
     def _attach(self, blob: Tensor, N: int, K: int) -> None:
-        self._blob, self.N, self.K = blob, N, K
+        self._blob, self._address, self.N, self.K = blob, pointer(blob), N, K
         try:
-            self._native = core().Linear(blob.data_ptr(), blob.numel())
+            self._native = core().Linear(self._address, blob.numel())
         except ValueError as error:
             raise _corrupt(error) from None
         if (self._native.N, self._native.K) != (N, K):
@@ -230,6 +230,8 @@ class LinearHandle:
         InputError
             On a wrong shape or dtype.
         """
+        if self._blob.data_ptr() != self._address:  # moved, as torch does to share memory with a process
+            self._attach(self._blob, self.N, self.K)
         shape, K, N = x.shape, self.K, self.N
         dtype = DTYPE_CODES.get(x.dtype)
         if dtype is None or x.dim() == 0 or shape[-1] != K or not x.is_cpu:
@@ -287,7 +289,7 @@ class LinearHandle:
         # An odd multiple of the row unit: a power of two would map every line to a few cache sets.
         stride = -(-rows // _ROW_UNIT) * _ROW_UNIT
         stride += _ROW_UNIT if stride % (2 * _ROW_UNIT) == 0 else 0
-        slab = torch.empty(self.K, stride, dtype=dtype)
+        slab = empty(self.K, stride, dtype=dtype)
         self._native.decode(slab.data_ptr(), DTYPE_CODES[dtype], stride, first, rows, torch.get_num_threads())
         return slab[:, :rows]
 
@@ -303,7 +305,7 @@ class LinearHandle:
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """``grad [M, N] @ W`` in grad's dtype, summed in fp32."""
-        total = torch.zeros(grad.shape[0], self.K, dtype=torch.float32)
+        total = grad.new_zeros(grad.shape[0], self.K, dtype=torch.float32)
         for first, last in self._slabs(torch.float32):
             total.addmm_(grad[:, first:last].float(), self._decode(first, last, torch.float32).T)
         return total.to(grad.dtype)

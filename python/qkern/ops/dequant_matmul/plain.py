@@ -39,18 +39,38 @@ def nested_to_bytes(nested: NestedScales) -> Tensor:
     return torch.cat([first, _bytes(nested.table), _bytes(nested.absmax), _bytes(nested.codes)])
 
 
-def nested_from_bytes(raw: Tensor) -> NestedScales:
-    """Undo `nested_to_bytes`; the tensors are copies."""
+def _nested_head(raw: Tensor) -> tuple[int, float, int]:
+    """Block, offset and number of absmax of the bytes that `nested_to_bytes` made."""
     size = _NESTED_HEAD.itemsize
-    head = raw[:size].cpu().numpy().view(_NESTED_HEAD)[0]
+    block = offset = absmax = 0
+    if raw.numel() >= size:
+        block, offset, absmax = raw[:size].cpu().numpy().view(_NESTED_HEAD)[0].tolist()
+    if block < 1 or absmax < 0 or size + 4 * (_TABLE + absmax) > raw.numel():
+        raise InputError(
+            f"packed weight is not sound: its second-level scales exceed their {raw.numel()} bytes; "
+            "pack it again from the quantized weight"
+        )
+    return block, offset, absmax
+
+
+def nested_from_bytes(raw: Tensor) -> NestedScales:
+    """Undo `nested_to_bytes`; the tensors are copies.
+
+    Raises
+    ------
+    InputError
+        If the bytes do not hold what their head says.
+    """
+    block, offset, absmax = _nested_head(raw)
+    size = _NESTED_HEAD.itemsize
     table_end = size + 4 * _TABLE
-    absmax_end = table_end + 4 * int(head["absmax"])
+    absmax_end = table_end + 4 * absmax
     return NestedScales(
         codes=raw[absmax_end:].clone(),
         table=raw[size:table_end].clone().view(torch.float32),
         absmax=raw[table_end:absmax_end].clone().view(torch.float32),
-        offset=float(head["offset"]),
-        block=int(head["block"]),
+        offset=offset,
+        block=block,
     )
 
 
@@ -107,8 +127,7 @@ def unpack(blob: Tensor, layout: str, N: int, K: int, scheme: Scheme) -> Quantiz
     nested = None
     if "nested" in parts:
         raw = blob[end:]
-        head = raw[: _NESTED_HEAD.itemsize].cpu().numpy().view(_NESTED_HEAD)[0]
-        used = _NESTED_HEAD.itemsize + 4 * (_TABLE + int(head["absmax"])) + math.prod(scale_shape)
+        used = _NESTED_HEAD.itemsize + 4 * (_TABLE + _nested_head(raw)[2]) + math.prod(scale_shape)
         nested = nested_from_bytes(raw[:used])
     return QuantizedWeight(
         codes=views["codes"],
