@@ -216,7 +216,9 @@ def test_export():
     assert torch.equal(program.module()(x), model(x))
     assert "qkern.dequant_matmul" in program.graph_module.code
     with pytest.raises(InputError, match=r"call pack\(\) on the module before"):
-        torch.export.export(nn.Sequential(QuantLinear.from_linear(make_linear(), "w4g32")), (x,), strict=False)
+        torch.export.export(
+            nn.Sequential(QuantLinear.from_linear(make_linear(), "w4g32")), (x,), strict=False
+        )
 
 
 def test_fake_tensors_and_a_default_device():
