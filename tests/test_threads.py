@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,16 @@ if child == 0:
 print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
+SECOND_RUNTIME = """
+import ctypes, sys, torch
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+from qkern import _core
+from qkern.ops import quantize_groupwise
+torch.set_num_threads(2)
+quantize_groupwise(torch.randn(512, 512), "w4g128", backend="cpu")
+print(_core.thread_pool())
+"""
+
 WITHOUT_TORCH = """
 import array, importlib.util, os, sys, threading, time
 spec = importlib.util.spec_from_file_location("_core", sys.argv[1])
@@ -157,6 +168,18 @@ def test_beside_torch_no_thread_is_added_and_fork_does_not_hang() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_does_not_enter_the_pool_that_torch_started_before_the_fork() -> None:
     assert run(FORK_AFTER_TORCH, timeout=30) == ["child 0"]
+
+
+@pytest.mark.skipif(
+    _core.thread_pool() != "gomp" or shutil.which("cc") is None,
+    reason="torch has LLVM's runtime here, or there is no C compiler",
+)
+def test_another_runtime_in_the_process_is_not_used(tmp_path: Path) -> None:
+    source, library = tmp_path / "second.c", tmp_path / "second.so"
+    names = ("__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num")
+    source.write_text("void abort(void);\n" + "".join(f"void {name}(void) {{ abort(); }}\n" for name in names))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    assert run(SECOND_RUNTIME, str(library)) == ["gomp"]
 
 
 @needs_proc

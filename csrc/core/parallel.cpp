@@ -2,7 +2,7 @@
 // the cores and the module links no OpenMP runtime.
 //
 // Both OpenMP entry points are looked up by name: GOMP_parallel (GCC's runtime, torch's Linux wheels) and
-// __kmpc_fork_call (LLVM's and Intel's). Work is claimed in chunks from one atomic counter, so a thread
+// __kmpc_fork_call (LLVM's and Intel's). A process may hold two runtimes, so the one of torch is chosen. Work is claimed in chunks from one atomic counter, so a thread
 // that the runtime does not deliver, or that the OS preempts, is never waited for.
 #include "qkern/parallel.h"
 
@@ -77,17 +77,30 @@ struct OpenMp {
     KmpThreadNum kmp_thread = nullptr;
 };
 
+#if !defined(_WIN32)
+// Whether two functions come from one shared library.
+bool same_library(void* a, void* b) {
+    Dl_info of_a{}, of_b{};
+    return dladdr(a, &of_a) != 0 && dladdr(b, &of_b) != 0 && of_a.dli_fbase == of_b.dli_fbase;
+}
+#endif
+
 OpenMp find_openmp() {
     OpenMp found;
 #if !defined(_WIN32)
     const auto symbol = [](const char* name) { return dlsym(RTLD_DEFAULT, name); };
     found.in_parallel = reinterpret_cast<OmpInParallel>(symbol("omp_in_parallel"));
-    // LLVM's runtime also exports GOMP_parallel for compatibility, but only its own entry point is tested.
+    void* const gomp = symbol("GOMP_parallel");
     found.kmp_fork = reinterpret_cast<KmpFork>(symbol("__kmpc_fork_call"));
     found.kmp_push = reinterpret_cast<KmpPushThreads>(symbol("__kmpc_push_num_threads"));
     found.kmp_thread = reinterpret_cast<KmpThreadNum>(symbol("__kmpc_global_thread_num"));
     if (!found.kmp_push || !found.kmp_thread) found.kmp_fork = nullptr;
-    if (!found.kmp_fork) found.gomp = reinterpret_cast<GompParallel>(symbol("GOMP_parallel"));
+    // LLVM's runtime exports GOMP_parallel as well; then torch runs on it, whichever compiler built torch, and
+    // its own entry point serves. Two libraries: another package (MKL, for one) brought LLVM's beside torch's.
+#if !defined(__APPLE__)
+    if (found.kmp_fork && gomp && !same_library(gomp, reinterpret_cast<void*>(found.kmp_fork))) found.kmp_fork = nullptr;
+#endif
+    if (!found.kmp_fork) found.gomp = reinterpret_cast<GompParallel>(gomp);
 #endif
     return found;
 }
