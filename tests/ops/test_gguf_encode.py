@@ -134,6 +134,27 @@ def test_values_beyond_fp16_scales_are_refused():
     assert gguf_decode(gguf_encode(x, "bf16"), "bf16")[2, 5] == x[2, 5].bfloat16().float()
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("size", [60000.0, 65500.0])
+def test_values_at_the_end_of_fp16_stay_finite(name, size):
+    x = (2 * torch.rand(64, 256, generator=torch.Generator().manual_seed(0)) - 1) * size
+    x[:, 0], x[:, 1] = -size, size
+    decoded = gguf_decode(gguf_encode(x, name), name)
+    assert (decoded - x).norm() < 0.2 * x.norm()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("light", [1e-10, 1e-14, 1e-22, 1e-31, 1e-42])
+def test_columns_that_hardly_count(name, light):
+    x = gaussian(64, 512)
+    importance = torch.full((512,), light)
+    importance[256:] = 1.0
+    importance[5], x[:, 5] = 1.0, 0.0  # a block whose only weight that counts is zero
+    decoded = gguf_decode(gguf_encode(x, name, importance=importance), name)
+    assert (decoded - x)[:, 256:].norm() < 0.1 * x.norm()
+    assert decoded.isfinite().all()
+
+
 def test_wrong_arguments_are_named():
     x = gaussian(2, 96)
     with pytest.raises(InputError, match=r"blocks of 256 weights: got rows of 96"):

@@ -65,6 +65,8 @@ inline void affine_block(const float* x, const float* w, int top, uint16_t* d, u
         scale = fit.scale;
         offset = fit.offset;
     }
+    // A fit may start below the range, where fp16 ends before the weights do.
+    offset = offset < -65504.0f ? -65504.0f : offset > 65504.0f ? 65504.0f : offset;
     *d = to_f16(scale);
     *m = to_f16(offset);
     choose_codes(x, kBlock, inverse_or_zero(from_f16(*d)), -from_f16(*m), 0.0f, high, codes);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from qkern.ops.gguf_types import gguf_type
 from qkern.ops.registry import Backend, Implementation, Request, register, select
 
 __all__ = ["gguf_encode"]
+
+# Importance relative to the mean below which a column counts as one without any.
+_LIGHTEST: Final = 1e-12
 
 register(Implementation(op="gguf_encode", backend=Backend.CPU, call=cpu.encode, why_not=cpu.why_not))
 
@@ -69,6 +73,10 @@ def _check_importance(importance: Tensor, K: int) -> Tensor:
     values = importance.detach().to(device="cpu", dtype=torch.float32)
     if not torch.isfinite(values).all() or bool((values < 0).any()):
         raise InputError("importance must be finite and at least 0: got NaN, Inf or a negative value")
-    # Only ratios matter; a mean of 1 keeps the products of the search in range.
+    # Only ratios matter; a mean of 1 keeps the products of the search in range, and no column that counts is
+    # so light that their reciprocals leave it.
     mean = values.double().mean()
-    return (values / mean).float().contiguous() if mean > 0 else torch.ones(K)
+    if mean == 0:
+        return torch.ones(K, dtype=torch.float32, device="cpu")
+    values = values.double() / mean
+    return torch.where(values < _LIGHTEST, 0.0, values).float().contiguous()
