@@ -177,7 +177,9 @@ def test_a_child_does_not_enter_the_pool_that_torch_started_before_the_fork() ->
 def test_another_runtime_in_the_process_is_not_used(tmp_path: Path) -> None:
     source, library = tmp_path / "second.c", tmp_path / "second.so"
     names = ("__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num")
-    source.write_text("void abort(void);\n" + "".join(f"void {name}(void) {{ abort(); }}\n" for name in names))
+    source.write_text(
+        "void abort(void);\n" + "".join(f"void {name}(void) {{ abort(); }}\n" for name in names)
+    )
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
     assert run(SECOND_RUNTIME, str(library)) == ["gomp"]
 
