@@ -75,8 +75,13 @@ def test_handle_follows_a_blob_that_moves():
 
 def test_handle_says_what_is_wrong():
     handle = LinearHandle(pack_weight(weight((8, 16), "w4")))
-    for x in (torch.ones(2, 17), torch.ones(2, 16, dtype=torch.float64), torch.tensor(1.0)):
-        with pytest.raises(InputError, match=r"x must be .* \[\.\.\., 16\]"):
+    for x, what in (
+        (torch.ones(2, 17), r"shape: got \[2, 17\], allowed is \[\.\.\., 16\]"),
+        (torch.tensor(1.0), r"shape: got \[\]"),
+        (torch.ones(2, 16, dtype=torch.float64), r"dtype: got torch\.float64"),
+        (torch.ones(2, 16, device="meta"), "device: got meta, allowed is cpu"),
+    ):
+        with pytest.raises(InputError, match=f"wrong {what}"):
             handle(x)
     with pytest.raises(InputError, match="bias must be"):
         handle(torch.ones(2, 16), torch.ones(7))
@@ -158,10 +163,14 @@ def test_errors():
     qw = weight((8, 16), "w4")
     packed = pack_weight(qw)
     x = torch.ones(2, 16)
-    with pytest.raises(InputError, match=r"x must be .*16.*got torch.float32 \(2, 17\)"):
+    with pytest.raises(InputError, match=r"wrong shape: got \[2, 17\], allowed is \[\.\.\., 16\]"):
         dequant_matmul(torch.ones(2, 17), packed)
-    with pytest.raises(InputError, match="x must be fp32, fp16 or bf16"):
+    with pytest.raises(InputError, match=r"wrong dtype: got torch\.float64 \[2, 16\], allowed are"):
         dequant_matmul(x.double(), packed)
+    with pytest.raises(InputError, match="wrong device: got meta, allowed is cpu"):
+        dequant_matmul(x.to("meta"), packed)
+    with pytest.raises(InputError, match="bias is on the wrong device: got meta"):
+        dequant_matmul(x, packed, torch.ones(8, device="meta"))
     with pytest.raises(InputError, match=r"bias must be \[8\]"):
         dequant_matmul(x, packed, torch.ones(9))
     with pytest.raises(InputError, match="unknown compute: got 'int4'"):

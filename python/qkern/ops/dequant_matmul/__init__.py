@@ -8,9 +8,10 @@ import torch
 
 from qkern.errors import InputError
 from qkern.ops.dequant_matmul import cpu, plain, reference, schema  # noqa: F401 - schema registers the torch op
+from qkern.ops.dequant_matmul.checks import check_input
 from qkern.ops.dequant_matmul.cpu import LinearHandle
 from qkern.ops.registry import Backend, Implementation, Request, register, select
-from qkern.schemes import FLOAT_DTYPES, PackedWeight, QuantizedWeight, Scheme
+from qkern.schemes import PackedWeight, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,17 +142,12 @@ def dequant_matmul(
         If the named backend cannot run this call.
     """
     K, N = weight.K, weight.N
-    if x.dtype not in FLOAT_DTYPES or x.dim() == 0 or x.shape[-1] != K:
-        raise InputError(
-            f"x must be fp32, fp16 or bf16 [..., {K}], K of the weight: got {x.dtype} {tuple(x.shape)}"
-        )
+    check_input(x, K, weight.device if isinstance(weight, QuantizedWeight) else weight.blob.device)
     if bias is not None and (bias.dtype not in (x.dtype, torch.float32) or tuple(bias.shape) != (N,)):
         raise InputError(f"bias must be [{N}] of x's dtype or fp32: got {bias.dtype} {tuple(bias.shape)}")
     packed = _packed_for(weight, x, backend)
-    if packed.blob.device != x.device or (bias is not None and bias.device != x.device):
-        raise InputError(
-            f"x, weight and bias must be on one device: got x on {x.device}, weight on {packed.blob.device}"
-        )
+    if bias is not None and bias.device != x.device:
+        raise InputError(f"bias is on the wrong device: got {bias.device}, allowed is that of x, {x.device}")
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     compute = resolve_compute(compute, x, weight.scheme, needs_grad=needs_grad)
     out: Tensor = torch.ops.qkern.dequant_matmul(

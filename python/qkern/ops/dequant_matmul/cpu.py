@@ -10,6 +10,7 @@ from torch import Tensor
 from qkern.errors import InputError
 from qkern.ops._native import DTYPE_CODES, core, empty, pointer, threads, why_not_cpu
 from qkern.ops.codebooks import codebook
+from qkern.ops.dequant_matmul.checks import check_input
 from qkern.ops.dequant_matmul.plain import nested_from_bytes, nested_to_bytes
 from qkern.schemes import PackedWeight, QuantizedWeight
 
@@ -235,10 +236,7 @@ class LinearHandle:
         shape, K, N = x.shape, self.K, self.N
         dtype = DTYPE_CODES.get(x.dtype)
         if dtype is None or x.dim() == 0 or shape[-1] != K or not x.is_cpu:
-            raise InputError(
-                f"x must be fp32, fp16 or bf16 [..., {K}] on the CPU: "
-                f"got {x.dtype} {tuple(shape)} on {x.device}"
-            )
+            check_input(x, K, self._blob.device)
         if compute not in ("int8", "float"):
             raise InputError(f"unknown compute: got {compute!r}, allowed are 'int8' and 'float'")
         bias_pointer = bias_dtype = 0
