@@ -15,8 +15,9 @@ from torch import nn
 
 from qkern import InputError, QuantizedWeight, QuantLinear, UnsupportedError
 from qkern.nn.state import FORM
-from qkern.ops import dequantize_groupwise, quantize_groupwise
+from qkern.ops import dequant_matmul, dequantize_groupwise, quantize_groupwise
 from qkern.ops._native import core, force_tier
+from qkern.ops.dequant_matmul.checks import check_input
 
 SCHEMES = ("w2g16", "w3g32z", "w4g32", "w4g32z", "w4", "w8", "w8t", "nf4g16", "w4g32a8")
 N, K = 24, 80
@@ -406,8 +407,9 @@ def test_strict_load_names_what_is_missing_and_what_is_too_much():
     layer = QuantLinear.from_linear(make_linear(), "w4g32")
     state = layer.state_dict()
     del state["scales"]
+    del state["codes"]
     state["zeros"] = torch.zeros(1)
-    with pytest.raises(RuntimeError, match=r"Missing key.*scales[\s\S]*Unexpected key.*zeros"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*codes.*scales[\s\S]*Unexpected key.*zeros"):
         layer.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"Missing key.*codes"):
         layer.pack().load_state_dict({"bias": torch.zeros(N)})
@@ -499,25 +501,40 @@ def test_from_meta_linear_is_empty():
 def test_repr_tells_scheme_and_state():
     layer = QuantLinear.from_linear(make_linear(), "w4g32z")
     assert repr(layer) == (
-        f"QuantLinear(in_features={K}, out_features={N}, scheme=w4g32z, bias=True, compute=auto, loading)"
+        f"QuantLinear(in_features={K}, out_features={N}, scheme=w4g32z, bias=True, compute=auto, "
+        "packs at the first forward)"
     )
-    assert layer.pack().layout in repr(layer)
+    assert f", packed as {layer.pack().layout})" in repr(layer)
+    assert ", no values yet)" in repr(layer.to("meta"))
+    assert ", no values yet)" in repr(QuantLinear(layer.scheme, N, K))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_wrong_input_features(packed, requires_grad):
+def test_wrong_input_shape(packed, requires_grad):
     layer = QuantLinear.from_linear(make_linear(), "w4g32")
     if packed:
         layer.pack()
-    with pytest.raises(InputError, match=f"{K}"):
+    message = rf"x has the wrong shape: got \[2, {K + 1}\], allowed is \[\.\.\., {K}\].*; transpose"
+    with pytest.raises(InputError, match=message):
         layer(torch.randn(2, K + 1, requires_grad=requires_grad))
 
 
-def test_wrong_input_dtype():
+@pytest.mark.parametrize("grad", [False, True])
+def test_wrong_input_dtype(grad):
     layer = QuantLinear.from_linear(make_linear(), "w4g32").pack()
-    with pytest.raises(InputError, match="int64"):
-        layer(torch.ones(2, K, dtype=torch.int64))
+    message = rf"wrong dtype: got torch\.float64 \[2, {K}\], allowed are torch\.float32.*; convert it"
+    with pytest.raises(InputError, match=message):
+        layer(torch.ones(2, K, dtype=torch.float64, requires_grad=grad))
+
+
+def test_wrong_input_device():
+    layer = QuantLinear.from_linear(make_linear(), "w4g32")
+    message = r"x is on the wrong device: got cpu, allowed is meta.*; move x with x\.to\('meta'\)"
+    with pytest.raises(InputError, match=message):
+        check_input(inputs(2), K, torch.device("meta"))
+    with pytest.raises(InputError, match="wrong device: got meta, allowed is cpu"):
+        dequant_matmul(inputs(2).to("meta"), layer.quantized())
 
 
 def test_wrong_arguments():
@@ -541,5 +558,32 @@ def test_wrong_dtype_in_a_state_dict():
     layer = QuantLinear.from_linear(make_linear(), "w4g32")
     state = layer.state_dict()
     state["codes"] = state["codes"].to(torch.int64)
-    with pytest.raises(InputError, match=r"codes of QuantLinear must be torch\.int32: got torch\.int64"):
+    with pytest.raises(InputError, match=r"got codes int64 .*; allowed is codes int32"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("saved", ["w8g32", "w4g16", "w4g32z", "w4"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_state_dict_of_another_scheme(saved, strict):
+    source = nn.Sequential(nn.ReLU(), nn.ModuleDict({"proj": QuantLinear.from_linear(make_linear(), saved)}))
+    target = nn.Sequential(nn.ReLU(), nn.ModuleDict({"proj": QuantLinear.empty(N, K, "w4g32", bias=True)}))
+    arriving = source[1]["proj"].codes
+    with pytest.raises(InputError) as info:
+        target.load_state_dict(source.state_dict(), strict=strict)
+    message = str(info.value)
+    assert message.startswith(
+        f"1.proj: the weight that arrives is not one of this QuantLinear, w4g32 [{N}, {K}]: "
+    )
+    assert f"got codes int32 {list(arriving.shape)}, scales float16 " in message
+    assert f"; allowed is codes int32 [{N}, 10], scales float16 [{N}, 3], the scales" in message
+    assert message.endswith("or read a checkpoint with qkern.load")
+
+
+def test_a_state_dict_with_half_a_weight():
+    layer = QuantLinear.from_linear(make_linear(), "w4g32z")
+    state = layer.state_dict()
+    del state["zeros"]
+    with pytest.raises(
+        InputError, match=r"^the state_dict: .*got codes .*, scales .*; allowed is .*zeros uint8"
+    ):
         layer.load_state_dict(state)

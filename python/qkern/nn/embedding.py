@@ -124,15 +124,34 @@ class QuantEmbedding(QuantModule):
         Raises
         ------
         InputError
-            If `ids` are not integers.
+            If `ids` are not int64 or int32, or on the CPU outside ``0..V-1``.
         """
         if ids.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"ids must be int64 or int32: got {ids.dtype}")
+            raise InputError(
+                f"ids have the wrong dtype: got {ids.dtype} {list(ids.shape)}, allowed are torch.int64 and "
+                "torch.int32; convert them with ids.long() if they are row numbers"
+            )
         dtype = self.like.dtype
         table = self.quantized()
         if ids.device.type == "meta" or table.device.type == "meta":
             return torch.empty(*ids.shape, self.embedding_dim, dtype=dtype, device="meta")
         rows = ids.reshape(-1)
+        if torch.compiler.is_compiling():
+            # Plain torch is what a tracer can see into; the values are the same.
+            found = dequantize_groupwise(self._rows(table, rows), dtype, backend="reference")
+        else:
+            try:
+                found = dequantize_groupwise(self._rows(table, rows), dtype)
+            except IndexError:  # asked only now: looking at the ids before would cost every call
+                low, high = int(rows.min()), int(rows.max())
+                raise InputError(
+                    f"ids are out of range: got {low} to {high}, allowed are 0 to {self.num_embeddings - 1}, "
+                    "the rows of the table; check that tokenizer and model belong together"
+                ) from None
+        return found.reshape(*ids.shape, self.embedding_dim)
+
+    def _rows(self, table: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
+        """Part of the table with the rows ``[n]``."""
 
         def pick(tensor: Tensor | None) -> Tensor | None:
             # Per tensor there is one scale, which serves whichever rows are picked.
@@ -140,7 +159,7 @@ class QuantEmbedding(QuantModule):
 
         scales = pick(table.scales)
         assert scales is not None
-        picked = QuantizedWeight(
+        return QuantizedWeight(
             codes=table.codes.index_select(0, rows),
             scales=scales,
             shape=(rows.numel(), self.embedding_dim),
@@ -149,9 +168,6 @@ class QuantEmbedding(QuantModule):
             offsets=pick(table.offsets),
             group_index=table.group_index,
         )
-        # Plain torch is what a tracer can see into; the values are the same.
-        backend = "reference" if torch.compiler.is_compiling() else "auto"
-        return dequantize_groupwise(picked, dtype, backend=backend).reshape(*ids.shape, self.embedding_dim)
 
     def as_linear(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., H]``: the table as a head without a bias."""

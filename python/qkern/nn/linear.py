@@ -15,8 +15,9 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.nn.state import FORM, QuantModule
 from qkern.ops import pack_weight, quantize_groupwise, unpack_weight
 from qkern.ops.dequant_matmul import LinearHandle, resolve_compute
+from qkern.ops.dequant_matmul.checks import check_input
 from qkern.ops.dequant_matmul.cpu import LAYOUT as CPU_LAYOUT
-from qkern.schemes import FLOAT_DTYPES, PackedWeight, QuantizedWeight, Scheme, as_scheme
+from qkern.schemes import PackedWeight, QuantizedWeight, Scheme, as_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -329,7 +330,7 @@ class QuantLinear(QuantModule):
         Raises
         ------
         InputError
-            If the last dimension of `x` is not ``in_features``.
+            If the dtype, the last dimension or the device of `x` is not what the weight takes.
         """
         tracing = torch.compiler.is_compiling()
         if tracing:
@@ -352,12 +353,7 @@ class QuantLinear(QuantModule):
         """Call the torch op: what autograd, compilers, modes and profilers see."""
         blob = self.blob
         assert blob is not None
-        self._check_input(x)
-        if x.device != blob.device and not x.is_meta:
-            raise InputError(
-                f"input and weight must be on one device: got x on {x.device}, the weight on {blob.device}; "
-                "move the module to the device of x"
-            )
+        check_input(x, self.in_features, None if x.is_meta else blob.device)
         if forward_ad._current_level >= 0 and _has_tangent(x):
             raise UnsupportedError(
                 "QuantLinear has no forward-mode derivative: use reverse mode (backward, torch.func.vjp)"
@@ -368,20 +364,13 @@ class QuantLinear(QuantModule):
         )
         return out
 
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() == 0 or x.shape[-1] != self.in_features or x.dtype not in FLOAT_DTYPES:
-            raise InputError(
-                f"x must be fp32, fp16 or bf16 [..., {self.in_features}], the in_features of this layer: "
-                f"got {x.dtype} {tuple(x.shape)}"
-            )
-
     def _has_no_values(self) -> bool:
         """Whether the weight is a shape only: on the meta device, or a fake tensor."""
         codes = self.codes  # once: another thread may just be packing it
         return codes is not None and (codes.is_meta or type(codes) is not Tensor)
 
     def _shape_only(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+        check_input(x, self.in_features)
         if not x.is_meta and type(x) is Tensor:
             raise InputError(
                 "the weight is on the meta device and has no values: load a state_dict with assign=True first"
@@ -390,7 +379,12 @@ class QuantLinear(QuantModule):
 
     def extra_repr(self) -> str:
         """Shape, scheme and state, for ``repr``."""
-        state = "loading" if self.layout is None else self.layout
+        if self.layout is not None:
+            state = f"packed as {self.layout}"
+        elif self.codes is None or self.codes.is_meta:
+            state = "no values yet"
+        else:
+            state = "packs at the first forward"
         return f"{super().extra_repr()}, bias={self.bias is not None}, compute={self.compute}, {state}"
 
 

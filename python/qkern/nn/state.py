@@ -125,34 +125,48 @@ class QuantModule(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Also when nothing of the weight arrives: strict loading then names what is missing.
         self._restore()
-        for name in FORM:
-            self._fit_buffer(name, state_dict.get(prefix + name))
+        held = {name: tensor for name in FORM if (tensor := self._buffers[name]) is not None}
+        arriving = {name: state_dict[prefix + name] for name in FORM if prefix + name in state_dict}
+        if held and all(isinstance(tensor, Tensor) for tensor in arriving.values()):
+            self._refuse_other_scheme(prefix, held, arriving)
+            for name, tensor in arriving.items():
+                # nn.Module copies into a buffer: it gets the scales' dtype, and with act-order their number.
+                buffer = held.get(name, tensor)
+                if (buffer.dtype, buffer.shape) != (tensor.dtype, tensor.shape) and not tensor.is_meta:
+                    self._buffers[name] = torch.empty_like(tensor, device=buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._forget()
 
-    def _fit_buffer(self, name: str, arriving: Tensor | None) -> None:
-        """Give a buffer the dtype of what will be copied into it, and with act-order its group count."""
-        held = self._buffers[name]
-        if arriving is None or held is None or arriving.device.type == "meta":
+    def _refuse_other_scheme(self, prefix: str, held: dict[str, Tensor], arriving: dict[str, Tensor]) -> None:
+        """Raise one error where nn.Module has one for each tensor; parts of a weight may arrive alone."""
+        whole = "codes" not in arriving or arriving.keys() == held.keys()
+        if whole and all(self._fits(name, held[name], arriving[name]) for name in held.keys() & arriving):
             return
-        shape = held.shape
-        if name in ("scales", "zeros", "offsets") and self.group_index is not None and arriving.dim() == 2:
-            # Files may number more groups than K / group_size.
-            shape = torch.Size((shape[0], arriving.shape[1]))
-        dtype = (
-            arriving.dtype if name in ("scales", "offsets") and arriving.dtype in FLOAT_DTYPES else held.dtype
+        raise InputError(
+            f"{prefix.removesuffix('.') or 'the state_dict'}: the weight that arrives is not one of this "
+            f"{type(self).__name__}, {self.scheme} [{self.out_features}, {self.in_features}]: got "
+            f"{_described(arriving)}; allowed is {_described(held)}, the scales in fp16, bf16 or fp32; "
+            "make the module with the scheme that was saved, or read a checkpoint with qkern.load"
         )
-        if arriving.dtype != dtype:
-            raise InputError(
-                f"{name} of {type(self).__name__} must be {dtype}: got {arriving.dtype}; "
-                "load tensors that qkern wrote, or convert the checkpoint with qkern.load"
-            )
-        if (held.dtype, held.shape) != (dtype, shape):
-            self._buffers[name] = torch.empty(shape, dtype=dtype, device=held.device)
+
+    def _fits(self, name: str, held: Tensor, arriving: Tensor) -> bool:
+        shape, dtypes = arriving.shape, (held.dtype,)
+        if name in ("scales", "zeros", "offsets") and self.group_index is not None:
+            shape = shape[:-1] + held.shape[-1:]  # files may number more groups than K / group_size
+        if name in ("scales", "offsets"):
+            dtypes = FLOAT_DTYPES
+        return shape == held.shape and arriving.dtype in dtypes
 
     def extra_repr(self) -> str:
         """Shape and scheme, for ``repr``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
+
+
+def _described(form: dict[str, Tensor]) -> str:
+    return ", ".join(
+        f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        for name, tensor in form.items()
+    )
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
