@@ -91,7 +91,9 @@ class Scheme:
         """
         match = _SPELLING.fullmatch(spelling)
         if match is None:
-            raise InputError(f"not a scheme: got {spelling!r}, allowed is {_GRAMMAR}")
+            close = re.sub(r"[^a-z0-9]", "", spelling.lower())
+            hint = f"; did you mean {close!r}?" if _SPELLING.fullmatch(close) else ""
+            raise InputError(f"not a scheme: got {spelling!r}, allowed is {_GRAMMAR}{hint}")
         group = match["group"]
         return cls(
             bits=int(match["bits"] or 4),

@@ -1,0 +1,22 @@
+"""The spelling of a scheme: strict, with a hint where only the writing differs."""
+
+import pytest
+
+from qkern.errors import InputError
+from qkern.schemes import Scheme
+
+
+@pytest.mark.parametrize(
+    ("spelling", "meant"),
+    [("W4G128", "w4g128"), ("w4_g128", "w4g128"), (" w8a8\n", "w8a8"), ("NF4-g64-d", "nf4g64d")],
+)
+def test_another_writing_is_refused_with_the_right_one(spelling, meant):
+    with pytest.raises(InputError, match=rf"not a scheme: .*; did you mean '{meant}'\?$"):
+        Scheme.parse(spelling)
+    assert str(Scheme.parse(meant)) == meant
+
+
+@pytest.mark.parametrize("spelling", ["int4", "", "W4G", "128w4"])
+def test_no_hint_without_a_scheme_that_is_close(spelling):
+    with pytest.raises(InputError, match=r"not a scheme: .* for example w4g128 or w4g128z$"):
+        Scheme.parse(spelling)
