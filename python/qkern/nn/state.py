@@ -150,11 +150,10 @@ class QuantModule(nn.Module):
         )
 
     def _fits(self, name: str, held: Tensor, arriving: Tensor) -> bool:
-        shape, dtypes = arriving.shape, (held.dtype,)
+        shape = arriving.shape
         if name in ("scales", "zeros", "offsets") and self.group_index is not None:
             shape = shape[:-1] + held.shape[-1:]  # files may number more groups than K / group_size
-        if name in ("scales", "offsets"):
-            dtypes = FLOAT_DTYPES
+        dtypes = FLOAT_DTYPES if name in ("scales", "offsets") else (held.dtype,)
         return shape == held.shape and arriving.dtype in dtypes
 
     def extra_repr(self) -> str:
