@@ -393,6 +393,22 @@ def test_tensors_without_a_place_are_named(tiny, tmp_path, caplog):
     assert "model.layers.2.extra.weight" in caplog.text
 
 
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_a_folder_of_several_dtypes_gives_what_its_output_gives(tiny, tmp_path, method):
+    # The config names the dtype that all of it is loaded in.
+    model = tiny("qwen2", dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.data = parameter.data.float()
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(tmp_path / "model")
+    options = {"method": method, "scheme": "w8g32", "calibration": IDS}
+    returned = quantize(tmp_path / "model", **options)
+    assert {parameter.dtype for parameter in returned.parameters()} == {torch.bfloat16}
+    quantize(tmp_path / "model", **options, output=tmp_path / "out")
+    assert torch.equal(logits(returned), logits(load(tmp_path / "out")))
+
+
 def test_a_lone_name_to_skip_is_one_name(tiny):
     model = quantize(tiny("llama"), method="rtn", scheme="w4g32", skip="down_proj")
     assert set(model.qkern_report.kept) == {

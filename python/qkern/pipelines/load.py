@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["load", "load_whole"]
+__all__ = ["config_dtype", "load", "load_whole"]
 
 logger = logging.getLogger(__name__)
 
@@ -195,12 +195,17 @@ def _load_quantized(checkpoint: QuantizedCheckpoint, config: Any, dtype: torch.d
     return model
 
 
-def _stored_dtype(checkpoint: QuantizedCheckpoint, config: Any) -> torch.dtype:
+def config_dtype(config: Any) -> torch.dtype | None:
+    """Dtype that a config names for all its floating-point tensors, if it is one that qkern computes in."""
     named = getattr(config, "dtype", None)
     if isinstance(named, str):
         named = getattr(torch, named, None)
-    if named in FLOAT_DTYPES:
-        assert isinstance(named, torch.dtype)
+    return named if named in FLOAT_DTYPES else None
+
+
+def _stored_dtype(checkpoint: QuantizedCheckpoint, config: Any) -> torch.dtype:
+    named = config_dtype(config)
+    if named is not None:
         return named
     for name in checkpoint.plain:
         if (found := checkpoint.tensors[name].dtype) in FLOAT_DTYPES:

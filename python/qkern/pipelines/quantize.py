@@ -343,13 +343,14 @@ def _assemble(source: Source, layers: Sequence[Finished]) -> Any:
     for finished in layers:
         for name, quantized in finished.weights.items():
             bias = _bias(name, finished, weights)
-            model.set_submodule(name, QuantLinear.from_quantized(quantized, bias))
+            model.set_submodule(name, QuantLinear.from_quantized(quantized, bias, source.dtype))
             changed.pop(f"{name}.bias", None)
     for name, tensor in changed.items():
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    fill(model, weights)
-    model.config.dtype = weights.get(source.stored_once()[0]).dtype
+        value = tensor.to(source.dtype or tensor.dtype)
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    fill(model, weights, dtype=source.dtype)
+    model.config.dtype = source.dtype or weights.get(source.stored_once()[0]).dtype
     if source.folder is not None and (source.folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 

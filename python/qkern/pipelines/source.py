@@ -14,7 +14,7 @@ import torch
 from qkern.calibration import Weights, bind_names, load_tokenizer, meta_copy, meta_model
 from qkern.checkpoints import TensorFolder, model_folder, read_json
 from qkern.errors import FormatError, InputError
-from qkern.pipelines.load import COMPUTED, load_whole
+from qkern.pipelines.load import COMPUTED, config_dtype, load_whole
 
 __all__ = ["Source", "open_source"]
 
@@ -37,6 +37,9 @@ class Source:
         Where config and tokenizer lie; None for a model in memory that came from no folder.
     config : dict
         What goes into config.json.
+    dtype : torch.dtype or None
+        What the config of a folder says that its tensors are loaded in, whatever they are stored in; None:
+        as they are.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Source:
     weights: Weights
     folder: Path | None
     config: dict[str, Any]
+    dtype: torch.dtype | None = None
 
     def identity(self) -> str:
         """Hash that changes when the weights may have changed.
@@ -166,6 +170,7 @@ def _open_folder(folder: Path) -> Source:
             f"{folder / 'config.json'} is no config that transformers reads: {error}"
         ) from error
     tensors = TensorFolder(folder)
+    dtype = config_dtype(config)
     model = meta_model(config)
     if _holds_own_head(model, tensors):
         logger.warning("%s ties the head to the embedding but holds another head: that one is used", folder)
@@ -183,7 +188,7 @@ def _open_folder(folder: Path) -> Source:
             missing[0],
         )
         weights = _load_converted(folder, config)
-    return Source(name=str(folder), model=model, weights=weights, folder=folder, config=raw)
+    return Source(name=str(folder), model=model, weights=weights, folder=folder, config=raw, dtype=dtype)
 
 
 def _is_tied(model: Any) -> bool:
