@@ -52,6 +52,32 @@ def test_certain_predictions_are_finite():
     assert (found == 0).all()
 
 
+def masked(seed, noise=0.0):
+    def run(ids):
+        logits = model(seed, noise)(ids).clone()
+        logits[..., 3] = -torch.inf
+        return logits
+
+    return run
+
+
+def test_tokens_that_are_impossible_for_both_cost_nothing():
+    ids = random_ids(64)
+    found = kl_divergence(masked(0), masked(2, 0.3), ids, window=16, allow_short=True)
+    p = torch.softmax(masked(0)(ids).double(), -1)
+    q = torch.softmax(masked(2, 0.3)(ids).double(), -1)
+    kept = [i for i in range(VOCABULARY) if i != 3]
+    expected = (p * (p / q).log())[:, kept].sum(-1).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.isfinite(kl_divergence(masked(0), model(2, 0.3), ids, window=16, allow_short=True)).all()
+
+
+@pytest.mark.parametrize("broken", [masked(2), lambda ids: model(2)(ids) * torch.nan])
+def test_divergences_that_are_not_finite_are_refused(broken):
+    with pytest.raises(InputError, match="not finite at 64 of 64"):
+        kl_divergence(model(0), broken, random_ids(64), window=16, allow_short=True)
+
+
 def test_reference_logits_give_the_same_and_are_checked():
     ids = random_ids(80)
     logits = window_logits(model(0), ids, window=16, batch_size=2)

@@ -61,7 +61,7 @@ def kl_divergence(
     Raises
     ------
     InputError
-        If the text is too short, or if the vocabularies differ.
+        If the text is too short, the vocabularies differ, or a divergence is not finite.
     """
     windows = split_windows(ids, window, bos)
     if windows.numel() < MIN_POSITIONS and not allow_short:
@@ -88,6 +88,12 @@ def kl_divergence(
             )
         result[rows] = _kl_rows(expected.to(found.device), found)
         done = rows.stop
+    broken = int((~np.isfinite(result)).sum())
+    if broken:
+        raise InputError(
+            f"the divergence is not finite at {broken} of {result.size} positions: logits have NaN or Inf, or a "
+            "token that is impossible for one model alone; check the weights, and load fp16 ones in fp32"
+        )
     return result
 
 
@@ -106,8 +112,8 @@ def _rows_of(logits: Tensor) -> Logits:
 def _kl_rows(expected: Tensor, found: Tensor) -> NDArray[np.float64]:
     blocks = []
     for (_, p), (_, q) in zip(log_probabilities(expected), log_probabilities(found), strict=True):
-        # kl_div takes 0 * log 0 as 0; rounding may leave a hair below zero.
-        pointwise = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True)
+        # 0 * log 0 is 0, also where q is 0 too; rounding may leave a hair below zero.
+        pointwise = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
         blocks.append(pointwise.sum(-1).clamp(min=0).cpu())
     result: NDArray[np.float64] = torch.cat(blocks).double().numpy()
     return result
