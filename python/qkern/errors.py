@@ -1,11 +1,11 @@
-"""The exceptions that qkern raises on purpose.
+"""The exceptions that qkern raises on purpose, and how the reason of a foreign one is put in words.
 
 Every message names four things: what is wrong, what arrived, what is allowed, what to do.
 """
 
 from __future__ import annotations
 
-__all__ = ["FormatError", "InputError", "NativeError", "QkernError", "UnsupportedError"]
+__all__ = ["FormatError", "InputError", "NativeError", "QkernError", "UnsupportedError", "reason_of"]
 
 
 class QkernError(Exception):
@@ -32,3 +32,9 @@ class UnsupportedError(QkernError, NotImplementedError):
 
 class NativeError(QkernError, RuntimeError):
     """The native module is missing, does not load, or reported an internal failure."""
+
+
+def reason_of(error: Exception) -> str:
+    """Say in one line what a foreign error says; of the system's without number and file name."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(line.strip() for line in text.splitlines())

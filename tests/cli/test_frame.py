@@ -53,17 +53,26 @@ def test_usage_errors_exit_2(capsys, arguments):
 def test_failures_exit_1_with_one_line(capsys, tmp_path):
     code, out, err = run(capsys, "perplexity", "model", "--text", str(tmp_path / "missing.txt"))
     assert (code, out) == (1, "")
-    assert err.startswith("qkern: error: cannot read the text file")
-    assert err.count("\n") == 1
+    reason = "No such file or directory; name a UTF-8 text file"
+    assert err == f"qkern: error: cannot read the text file {tmp_path / 'missing.txt'}: {reason}\n"
 
 
-def test_unforeseen_operating_system_error_is_one_line_too(capsys, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device", "out.bin")
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "out.bin"), "out.bin: No space left on device"),
+        (OSError(18, "Invalid cross-device link", "a", None, b"b"), "a: b: Invalid cross-device link"),
+        (OSError("hub says\n  no"), "hub says no"),
+        (OSError(), "OSError"),
+        (qkern.InputError("first\nsecond"), "first second"),
+    ],
+)
+def test_every_error_is_one_line(capsys, monkeypatch, error, line):
+    def fail():
+        raise error
 
-    monkeypatch.setattr("qkern.cli.info.collect", full)
-    code, out, err = run(capsys, "info")
-    assert (code, out, err) == (1, "", "qkern: error: [Errno 28] No space left on device: 'out.bin'\n")
+    monkeypatch.setattr("qkern.cli.info.collect", fail)
+    assert run(capsys, "info") == (1, "", f"qkern: error: {line}\n")
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ def test_usage_errors_exit_2(capsys, folder, tmp_path, arguments):
     code, out, err = run(capsys, "quantize", folder, "--output", tmp_path / "out", *arguments)
     assert (code, out) == (2, "")
     assert "Usage: qkern quantize" in err
+    assert "Value error" not in err
     assert run(capsys, "quantize", folder)[0] == 2
 
 

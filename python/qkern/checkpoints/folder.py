@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError, safe_open
 
-from qkern.errors import FormatError, InputError
+from qkern.errors import FormatError, InputError, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +68,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FormatError(f"{file} is missing: the model folder is incomplete") from None
     except OSError as error:
-        raise FormatError(f"{file} cannot be read: {error.strerror}") from error
+        raise FormatError(f"{file} cannot be read: {reason_of(error)}") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file} is not valid JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):

@@ -20,7 +20,7 @@ from qkern._version import __version__
 from qkern.checkpoints.folder import model_folder
 from qkern.checkpoints.registry import format_named
 from qkern.checkpoints.shards import ShardWriter, parse_size
-from qkern.errors import InputError, QkernError, UnsupportedError
+from qkern.errors import InputError, QkernError, UnsupportedError, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -272,7 +272,7 @@ class CheckpointWriter:
         except OSError as error:
             self.abort()
             raise QkernError(
-                f"cannot write {self.output}: {error.strerror or error}; no half-written output was left; "
+                f"cannot write {self.output}: {reason_of(error)}; no half-written output was left; "
                 "free space or choose another output folder"
             ) from error
         except BaseException:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from typer.core import TyperCommand
 
 from qkern import __version__, _env, _progress
-from qkern.errors import QkernError
+from qkern.errors import QkernError, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,8 +81,17 @@ def _options(
     _set_up_logging(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
 
 
+class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # pydantic's, through newer typers
+            raise
+
+
 for _name in COMMANDS:
-    app.command(_name)(importlib.import_module(f"qkern.cli.{_name.replace('-', '_')}").command)
+    app.command(_name, cls=_Command)(importlib.import_module(f"qkern.cli.{_name.replace('-', '_')}").command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,5 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=None if arguments is None else list(arguments), prog_name="qkern")
     except (QkernError, OSError) as error:
         logging.getLogger("qkern").debug("traceback of the error below", exc_info=True)
-        sys.stderr.write(f"qkern: error: {error}\n")
+        sys.stderr.write(f"qkern: error: {_one_line(error)}\n")
         sys.exit(1)
+
+
+def _one_line(error: QkernError | OSError) -> str:
+    names = (getattr(error, "filename", None), getattr(error, "filename2", None))
+    return ": ".join([*(os.fsdecode(name) for name in names if name is not None), reason_of(error)])

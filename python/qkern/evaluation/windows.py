@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern._progress import track
-from qkern.errors import InputError
+from qkern.errors import InputError, reason_of
 from qkern.nn import compute_mode
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ def read_text(path: str | Path) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the text file {path}: {error}; name a UTF-8 text file") from error
+        raise InputError(
+            f"cannot read the text file {path}: {reason_of(error)}; name a UTF-8 text file"
+        ) from error
     if not text.strip():
         raise InputError(f"the text file {path} is empty: give a text of at least one window of tokens")
     return text

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qkern._progress import track
-from qkern.errors import InputError, QkernError
+from qkern.errors import InputError, QkernError, reason_of
 from qkern.ops.gguf_encode import gguf_encode
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def write_gguf(
         writer.close()
         partial.replace(path)
     except OSError as error:
-        raise QkernError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+        raise QkernError(f"cannot write {path}: {reason_of(error)}; nothing was left there") from error
     finally:
         writer.close()
         partial.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qkern.checkpoints import read_json
-from qkern.errors import InputError, QkernError
+from qkern.errors import InputError, QkernError, reason_of
 from qkern.pipelines.layerwise import Finished, LayerRecord
 from qkern.schemes import QuantizedWeight, Scheme
 
@@ -146,8 +146,7 @@ class Partial:
         temporary.replace(self.folder / name)
 
     def _cannot_write(self, error: Exception) -> QkernError:
-        reason = getattr(error, "strerror", None) or error
         return QkernError(
-            f"cannot write {self.folder}: {reason}; no output was made and {self.count} finished layers are "
-            "kept there: free space and run the same command again to go on, or remove the folder"
+            f"cannot write {self.folder}: {reason_of(error)}; no output was made and {self.count} finished "
+            "layers are kept there: free space and run the same command again to go on, or remove the folder"
         )
