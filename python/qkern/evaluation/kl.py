@@ -91,8 +91,8 @@ def kl_divergence(
     broken = int((~np.isfinite(result)).sum())
     if broken:
         raise InputError(
-            f"the divergence is not finite at {broken} of {result.size} positions: logits have NaN or Inf, or a "
-            "token that is impossible for one model alone; check the weights, and load fp16 ones in fp32"
+            f"the divergence is not finite at {broken} of {result.size} positions: logits have NaN or Inf, "
+            "or a token that is impossible for one model alone; check the weights, and load fp16 ones in fp32"
         )
     return result
 
