@@ -153,6 +153,7 @@ def test_empty_and_missing_calibration_files(folder, tmp_path_factory):
         ({"scheme": "w5g128"}, InputError, "unsupported bits: got 5"),
         ({"scheme": "int4"}, InputError, "not a scheme: got 'int4'"),
         ({"scheme": "w4g32a8"}, UnsupportedError, "quantize with w4g32"),
+        ({"scheme": "nf4g32d"}, UnsupportedError, "quantizes its scales too.*: quantize with nf4g32"),
         ({"scheme": "nf4g32", "method": "gptq", "calibration": IDS}, UnsupportedError, "use method='rtn'"),
         ({"scheme": "nf4g32"}, UnsupportedError, "no work was done: .* not the nf4 codebook"),
         ({"method": "obq"}, InputError, "unknown method 'obq'"),

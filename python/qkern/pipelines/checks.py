@@ -74,7 +74,12 @@ def checked_settings(
             f"{parsed} asks for quantized activations, which are chosen when a model runs (compute='int8'): "
             f"quantize with {parsed.weight_only()}"
         )
-    if method != "rtn" and (parsed.codebook is not None or parsed.double_quant):
+    if parsed.double_quant:
+        raise UnsupportedError(
+            f"{parsed} quantizes its scales too, which neither modules nor checkpoint formats hold: "
+            f"quantize with {replace(parsed, double_quant=False)}"
+        )
+    if method != "rtn" and parsed.codebook is not None:
         raise UnsupportedError(f"method {method} quantizes on uniform grids: got {parsed}; use method='rtn'")
     allowed = ("minmax", "mse", "loss") if method == "gptq" else ("minmax", "mse")
     if search is not None and search not in allowed:
