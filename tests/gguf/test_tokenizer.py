@@ -117,6 +117,20 @@ def test_an_unknown_pre_tokenizer_is_refused_unless_named(shipped, model_folder,
         assert file.metadata["tokenizer.ggml.pre"] == "qwen2"
 
 
+@pytest.mark.parametrize("step", ["a space before the text", "normalizer Lowercase"])
+def test_what_llama_cpp_does_not_do_before_a_known_split_is_refused(step, shipped, model_folder, tmp_path):
+    from tokenizers import normalizers, pre_tokenizers
+
+    tokenizer = byte_level(("digits",), read_text(shipped / "search.txt")[:5_000])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=step.startswith("a space"))
+    if step.startswith("normalizer"):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    folder, _ = model_folder("llama", vocab_size=tokenizer.get_vocab_size())
+    put_tokenizer(folder, tokenizer, eos_token="</s>")
+    with pytest.raises(UnsupportedError, match=step):
+        export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+
+
 def varint(number):
     out = bytearray()
     while number > 127:

@@ -103,7 +103,7 @@ def _load(folder: Path) -> Any:
 
 
 def _pre_tokenizer(content: Mapping[str, Any]) -> str:
-    splits = tuple(_splits(content.get("pre_tokenizer") or {}))
+    splits = (*_rewrites(content.get("normalizer") or {}), *_splits(content.get("pre_tokenizer") or {}))
     name = PRE_TOKENIZERS.get(splits)
     if name is None:
         raise UnsupportedError(
@@ -113,12 +113,22 @@ def _pre_tokenizer(content: Mapping[str, Any]) -> str:
     return name
 
 
+def _rewrites(normalizer: Mapping[str, Any]) -> list[str]:
+    """Name the steps that change text before it is split; llama.cpp has none for a byte-level tokenizer."""
+    kind = normalizer.get("type")
+    if kind == "Sequence":
+        return [rewrite for part in normalizer["normalizers"] for rewrite in _rewrites(part)]
+    # NFC changes only text that is not composed, which hardly occurs; Qwen's tokenizers have it.
+    return [] if kind in (None, "NFC") else [f"normalizer {kind}"]
+
+
 def _splits(pre_tokenizer: Mapping[str, Any]) -> list[str]:
     kind = pre_tokenizer.get("type")
     if kind == "Sequence":
         return [split for part in pre_tokenizer["pretokenizers"] for split in _splits(part)]
     if kind == "ByteLevel":
-        return [_GPT2] if pre_tokenizer.get("use_regex", True) else []
+        space = ["a space before the text"] if pre_tokenizer.get("add_prefix_space") else []
+        return [*space, *([_GPT2] if pre_tokenizer.get("use_regex", True) else [])]
     if kind == "Split":
         pattern = pre_tokenizer["pattern"]
         return [pattern.get("Regex") or f"literal {pattern.get('String')!r}"]
