@@ -136,7 +136,7 @@ def test_bytes_mean_what_the_definition_says(name: str, scheme: Scheme) -> None:
     name=st.sampled_from(NAMES),
     bits=st.sampled_from((2, 3, 4, 8)),
     zero_point=st.booleans(),
-    group_size=st.sampled_from((None, 1, 8, 24, 32, 48, 128)),
+    group_size=st.sampled_from((None, 1, 8, 16, 24, 32, 64, 128)),
     N=st.integers(1, 80),
     K=st.integers(1, 160),
     act_order=st.booleans(),
@@ -166,14 +166,31 @@ def test_what_a_format_holds_comes_back(
 
 
 def test_short_last_group() -> None:
-    scheme = Scheme(bits=4, group_size=48)
-    assert FORMATS["gptq"].holds(scheme, 32, 64) is None
-    assert "divide" in str(FORMATS["awq"].holds(scheme, 32, 64))
-    assert "divide" in str(FORMATS["compressed-tensors"].holds(scheme, 32, 64))
-    qw = random_weight(scheme, 32, 64)
+    scheme = Scheme(bits=4, group_size=64)
+    assert FORMATS["gptq"].holds(scheme, 32, 96) is None
+    assert "divide" in str(FORMATS["awq"].holds(scheme, 32, 96))
+    assert "divide" in str(FORMATS["compressed-tensors"].holds(scheme, 32, 96))
+    qw = random_weight(scheme, 32, 96)
     tensors = FORMATS["gptq"].encode("m", qw)
     assert tensors["m.scales"].shape == (2, 32)
-    assert tensors["m.g_idx"].tolist() == [0] * 48 + [1] * 16
+    assert tensors["m.g_idx"].tolist() == [0] * 64 + [1] * 32
+
+
+@pytest.mark.parametrize("K", [96, 64])
+def test_group_sizes_that_gptq_readers_refuse_are_read_and_not_written(
+    K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt, scheme = FORMATS["gptq_v2"], Scheme(bits=4, group_size=48, zero_point=True)
+    qw = random_weight(scheme, 32, K)
+    with pytest.raises(
+        UnsupportedError, match=r"^m: GPTQ's readers refuse groups of 48: allowed are 16, 32, "
+    ):
+        fmt.encode("m", qw)
+    monkeypatch.setattr("qkern.checkpoints.gptq.GROUP_SIZES", (48,))  # a writer that does not mind
+    entry = fmt.entry(fmt.config({"m": scheme}), "m")
+    tensors = fmt.encode("m", qw)
+    monkeypatch.undo()
+    assert_same(fmt.decode("m", tensors, entry), qw)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +198,8 @@ def test_short_last_group() -> None:
     [
         ("gptq", "w4g32", 32, 40, False, "multiples of 32"),
         ("gptq", "w4g32", 40, 32, False, "multiples of 32"),
+        ("gptq", "w4g100", 64, 256, False, "groups of 100: allowed are 16, 32, 64, 128, 256, 512, 1024"),
+        ("gptq_v2", "w4g2048", 64, 4096, False, "groups of 2048"),
         ("gptq", "nf4g64", 64, 64, False, "codebook"),
         ("gptq_v2", "w4t", 64, 64, False, "per tensor"),
         ("gptq_v2", "w4g64a8", 64, 64, False, "a8"),

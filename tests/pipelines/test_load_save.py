@@ -102,7 +102,7 @@ CASES = [
     ("gptq", "w2g32", False),
     ("gptq", "w3", True),
     ("gptq", "w4g32", True),
-    ("gptq", "w8g40", False),  # 40 divides neither 64 nor 96: a short last group
+    ("gptq", "w8g64", False),  # 64 does not divide 96: a short last group
     ("gptq_v2", "w2z", False),
     ("gptq_v2", "w3g32z", True),
     ("gptq_v2", "w4g32z", True),
@@ -326,7 +326,7 @@ def test_tokenizer_and_generation_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "expected"),
-    [("w4g32", "gptq"), ("w4g32z", "awq"), ("w3g32", "compressed-tensors"), ("w8g40z", "gptq_v2")],
+    [("w4g32", "gptq"), ("w4g32z", "awq"), ("w3g32", "compressed-tensors"), ("w8g64z", "gptq_v2")],
 )
 def test_default_format(tmp_path: Path, scheme: str, expected: str) -> None:
     model = model_of("llama")

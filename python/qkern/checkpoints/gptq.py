@@ -51,6 +51,8 @@ __all__ = ["GPTQ", "GPTQ_V2", "GptqFormat"]
 logger = logging.getLogger(__name__)
 
 MULTIPLE: Final = 32
+# What GPTQModel, and transformers through it, load; vLLM takes 32, 64 and 128. Any other is read here only.
+GROUP_SIZES: Final = (16, 32, 64, 128, 256, 512, 1024)
 HEAD: Final = "lm_head"
 
 
@@ -72,8 +74,13 @@ class GptqFormat:
     parts: frozenset[str] = frozenset(("qweight", "qzeros", "scales", "g_idx"))
 
     def holds(self, scheme: Scheme, N: int, K: int, *, act_order: bool = False) -> str | None:
-        """See `Format.holds`; a short last group and act-order are held."""
+        """See `Format.holds`; a short last group of these sizes is held, and act-order."""
         reason = plain_reason(scheme, "GPTQ")
+        if reason is None and scheme.group_size not in (None, *GROUP_SIZES):
+            return (
+                f"GPTQ's readers refuse groups of {scheme.group_size}: allowed are "
+                f"{', '.join(map(str, GROUP_SIZES))}, or none: one scale a channel; choose one of these"
+            )
         if reason is None and (K % MULTIPLE or N % MULTIPLE):
             reason = (
                 f"GPTQ packs whole words and needs input and output features that are multiples of "
