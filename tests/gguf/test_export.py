@@ -33,6 +33,16 @@ def test_f32_weights_come_back_unchanged(model_type, model_folder, tmp_path):
     assert report.bpw_file == pytest.approx(8 * report.file_bytes / sum(w.numel() for w in weights.values()))
 
 
+def test_without_grouped_queries_a_file_need_not_name_the_value_heads(model_folder, tmp_path):
+    folder, model = model_folder("llama", num_key_value_heads=4)
+    export_gguf(folder, tmp_path / "model.gguf", "f32")
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        del file.metadata["llama.attention.head_count_kv"]
+        weights = dict(file.state_dict())
+    expected = model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+
+
 def test_quantized_weights_are_those_of_the_op(shipped, exported):
     original = load_file(shipped / "model.safetensors")
     weights = weights_of(exported("q4_0", pure=True))
@@ -156,6 +166,20 @@ def test_paths_that_cannot_be(shipped, tmp_path):
     with pytest.raises(InputError, match=r"model\.gguf exists"):
         export_gguf(shipped, tmp_path / "model.gguf", "q8_0")
     assert (tmp_path / "model.gguf").read_bytes() == b"mine"
+
+
+def test_in_the_model_folder_only_a_gguf_is_written(shipped, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in shipped.iterdir():
+        (folder / file.name).symlink_to(file)
+    for name in ("model-extra.safetensors", "deeper/x.bin"):
+        with pytest.raises(InputError, match=r"only a \.gguf is told from the model's own files: name it"):
+            export_gguf(folder, folder / name, "q8_0")
+    export_gguf(folder, folder / "model.gguf", "q8_0")
+    assert {file.name for file in folder.iterdir()} == {file.name for file in shipped.iterdir()} | {
+        "model.gguf"
+    }
 
 
 def test_a_full_disk_leaves_no_file(shipped, tmp_path, monkeypatch):

@@ -262,7 +262,8 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         config = {
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": self._integer("attention.head_count_kv"),
+            # Files of models without grouped queries may leave it out.
+            "num_key_value_heads": self._integer("attention.head_count_kv", default=heads),
             "hidden_size": hidden,
             "intermediate_size": self._integer("feed_forward_length"),
             "vocab_size": 1,
