@@ -203,6 +203,19 @@ def test_an_output_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "precious").read_text() == "data"
 
 
+def test_an_output_in_the_model_folder_or_around_it_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "models" / "m"
+    model.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(model)
+    for output in (model, model / "q", model / "deep" / "q", tmp_path / "link" / "q", tmp_path / "models"):
+        with pytest.raises(InputError, match=r"same or one inside the other.*beside it, .*m-quantized"):
+            check_output(output, source=model)
+    assert list(model.iterdir()) == []
+    for source in (None, "", "owner/name", tmp_path / "missing"):
+        assert check_output(model / "q", source=source) == model / "q"
+    assert check_output(tmp_path / "models" / "m-q", source=model) == tmp_path / "models" / "m-q"
+
+
 def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")

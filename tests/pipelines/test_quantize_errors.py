@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
-from qkern.pipelines import load, quantize
+from qkern.pipelines import load, quantize, save
 
 IDS = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(1))
 
@@ -118,6 +119,23 @@ def test_embedding_that_is_not_finite(folder):
 
 
 @pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.self_attn.q_proj.bias", "lm_head.weight"]
+)
+def test_what_is_copied_is_checked_before_any_work(folder, name, monkeypatch):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def work(*_):
+        raise AssertionError("work had begun")
+
+    monkeypatch.setattr(sys.modules[quantize.__module__], "_calibration", work)
+    monkeypatch.setattr(sys.modules[quantize.__module__]._Run, "layers", work)
+    for method in ("rtn", "gptq"):
+        fails(folder, InputError, f"tensor {name} of .* NaN", method=method, calibration=IDS)
+
+
+@pytest.mark.parametrize(
     ("calibration", "error", "message"),
     [
         (None, InputError, "calibration is missing"),
@@ -192,6 +210,19 @@ def test_output_that_exists(folder):
     (output / "precious.txt").unlink()
     quantize(folder, method="rtn", scheme="w4g32", output=output)
     assert (output / "model.safetensors").exists()
+
+
+def test_output_in_the_model_folder(folder):
+    contents = sorted(path.name for path in folder.iterdir())
+    message = "must not be the same or one inside the other"
+    for output in (folder, folder / "out", folder.parent):
+        fails(folder, InputError, message, output=output)
+    model = load(folder)
+    with pytest.raises(InputError, match=message):
+        quantize(model, method="rtn", output=folder / "out")
+    with pytest.raises(InputError, match=message):
+        save(model, folder / "out")
+    assert sorted(path.name for path in folder.iterdir()) == contents
 
 
 @contextmanager

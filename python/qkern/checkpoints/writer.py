@@ -58,16 +58,32 @@ _COMPANIONS: Final = (
 )
 
 
-def check_output(output: str | Path) -> Path:
+def check_output(output: str | Path, *, source: str | Path | None = None) -> Path:
     """Return the output folder as an absolute path, links followed, if a checkpoint may be written there.
+
+    Parameters
+    ----------
+    output : str or Path
+        The folder to write.
+    source : str, Path or None
+        Folder of the model that is read, which must stay as it is; anything else than a folder is ignored.
 
     Raises
     ------
     InputError
-        If it exists and is not an empty folder, or a folder that cannot be replaced by the finished one.
+        If it lies in `source` or around it, exists and is not an empty folder, or is a folder that cannot be
+        replaced by the finished one.
     """
     given = Path(output)
     folder = given.resolve()
+    if source and Path(source).is_dir():
+        model = Path(source).resolve()
+        if folder.is_relative_to(model) or model.is_relative_to(folder):
+            raise InputError(
+                f"output folder {given} and the model folder {source} must not be the same or one inside the "
+                f"other: the model's folder stays as it is; choose a folder beside it, for example "
+                f"{Path(source).with_name(f'{model.name}-quantized')}"
+            )
     if folder.is_dir():
         if any(folder.iterdir()):
             raise InputError(f"output folder {given} exists and is not empty; choose another or empty it")

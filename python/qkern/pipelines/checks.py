@@ -19,7 +19,15 @@ from qkern.schemes import Scheme, as_scheme
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["METHODS", "Targets", "checked_format", "checked_settings", "choose_targets", "default_format"]
+__all__ = [
+    "METHODS",
+    "Targets",
+    "checked_format",
+    "checked_settings",
+    "choose_targets",
+    "default_format",
+    "target_names",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 
 from qkern import __version__
 from qkern.checkpoints import QuantizedCheckpoint
-from qkern.errors import FormatError
+from qkern.errors import FormatError, InputError
 from qkern.gguf import PlannedTensor, add_tokenizer, architecture_for, mixture_for, write_gguf
 from qkern.gguf.architectures import rope_factors
 from qkern.gguf.mixture import choose_type
@@ -80,7 +80,7 @@ def export_gguf(
         Folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model: 16-bit, or quantized in a format
         that qkern reads (its weights are decoded and encoded anew).
     output : str or Path
-        The file; must not exist.
+        The file; must not exist. In the model's folder its name must end in ``.gguf``.
     type : str
         ``q8_0``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q4_k_m``, ``q6_k``, ``f16``, ``bf16`` or ``f32``.
         The quantized ones are llama.cpp's mixtures: the output matrix, and in ``q4_k_m`` some others,
@@ -106,6 +106,15 @@ def export_gguf(
     """
     mixture = mixture_for(type)
     path = Path(output)
+    if (
+        path.suffix != ".gguf"
+        and Path(model).is_dir()
+        and path.resolve().is_relative_to(Path(model).resolve())
+    ):
+        raise InputError(
+            f"{path} lies in the model folder {model}, where only a .gguf is told from the model's own "
+            f"files: name it {path.with_suffix('.gguf').name}, or choose another --output"
+        )
     with QuantizedCheckpoint(model) as checkpoint:
         architecture = architecture_for(str(checkpoint.config.get("model_type")))
         config = _full_config(checkpoint)

@@ -8,6 +8,7 @@ import logging
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -19,7 +20,7 @@ from qkern.checkpoints import CheckpointWriter, check_output, format_named, pars
 from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.models import Structure, describe
 from qkern.nn import QuantLinear
-from qkern.pipelines.checks import Targets, checked_format, checked_settings, choose_targets
+from qkern.pipelines.checks import Targets, checked_format, checked_settings, choose_targets, target_names
 from qkern.pipelines.layerwise import Finished, LayerRecord, Settings, quantize_head, quantize_layer
 from qkern.pipelines.partial import Partial
 from qkern.pipelines.recipe import QuantizationReport, recipe_layers
@@ -27,7 +28,6 @@ from qkern.pipelines.source import Source, open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from qkern.calibration import Weights
     from qkern.quantizers.gptq import ActOrder
@@ -77,7 +77,8 @@ def quantize(
     calibration : optional
         Source of texts as in `qkern.calibration.load_texts`, or token ids int64 ``[S, T]``.
     output : str or Path, optional
-        Folder to write, which must not exist or be empty. None: the model is returned.
+        Folder to write, which must not exist or be empty, and not lie in the model's. None: the model is
+        returned.
     format : str, optional
         ``gptq``, ``gptq_v2``, ``awq`` or ``compressed-tensors``; default: see `default_format`.
     skip : sequence of str, or str
@@ -130,7 +131,8 @@ def quantize(
         method, scheme, damp, act_order, static_groups, block_size, search, scale_only
     )
     parse_size(max_shard_size)
-    folder = None if output is None else check_output(output)
+    read_from = model if isinstance(model, (str, Path)) else getattr(model, "name_or_path", None)
+    folder = None if output is None else check_output(output, source=read_from)
     if format is not None:
         format_named(format)
         if folder is None or scale_only:
@@ -141,6 +143,7 @@ def quantize(
     targets = choose_targets(source.model, structure, skip, include)
     if folder is not None and not scale_only:
         format = checked_format(source.model, structure, targets, settings, format)
+    _refuse_nonfinite(source, set(target_names(structure, targets)))
     ids = None
     if method != "rtn":
         ids = _calibration(source, calibration, tokenizer, samples, length, seed)
@@ -203,6 +206,13 @@ def _keeping(partial: Partial) -> Iterator[None]:
         if partial.count == 0:
             partial.remove()
         raise
+
+
+def _refuse_nonfinite(source: Source, quantized: set[str]) -> None:
+    """Read what is copied as it is: a NaN in it would come to light only when the output is written."""
+    for name in source.stored_once():
+        if name.removesuffix(".weight") not in quantized:
+            source.weights.get(name)
 
 
 def _device(name: str) -> torch.device:

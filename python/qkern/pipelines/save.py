@@ -39,7 +39,7 @@ def save(
     model : PreTrainedModel
         Its `QuantLinear` modules are written in `format`, everything else as it is.
     path : str or Path
-        Must not exist, or be an empty folder.
+        Must not exist, or be an empty folder, and not lie in the folder that the model was loaded from.
     format : str or None
         ``gptq``, ``gptq_v2``, ``awq`` or ``compressed-tensors``; None: the first that `quantize` would
         take for the scheme; for mixtures compressed-tensors, or gptq_v2 where only that holds the layers.
@@ -65,7 +65,7 @@ def save(
     QkernError
         If the disk is full; nothing is left behind.
     """
-    check_output(path)
+    check_output(path, source=getattr(model, "name_or_path", None))
     layers = quant_linears(model)
     embeddings = [name for name, module in model.named_modules() if isinstance(module, QuantEmbedding)]
     if embeddings:
