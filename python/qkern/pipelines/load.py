@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,7 +17,8 @@ from qkern.checkpoints import QuantizedCheckpoint, read_json
 from qkern.errors import FormatError, InputError
 from qkern.models import column_weight
 from qkern.nn import QuantLinear, named_linears, quant_linears
-from qkern.schemes import FLOAT_DTYPES
+from qkern.nn.state import FORM
+from qkern.schemes import FLOAT_DTYPES, QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -244,9 +246,15 @@ def _replace_layers(
                 continue
         elif linear.bias is not None:
             missing.append(f"{name}.bias")
-        model.set_submodule(names[name], QuantLinear.from_quantized(qw, bias, dtype))
+        model.set_submodule(names[name], QuantLinear.from_quantized(_copied(qw), bias, dtype))
     _refuse(checkpoint.folder, missing=missing, mismatched=mismatched)
     return biases
+
+
+def _copied(qw: QuantizedWeight) -> QuantizedWeight:
+    """Copy the tensors: what safetensors returns is a view of the file, which may change later."""
+    parts = {name: getattr(qw, name) for name in FORM}
+    return replace(qw, **{name: part.clone() for name, part in parts.items() if part is not None})
 
 
 def _fill(
@@ -275,7 +283,7 @@ def _fill(
         if tensor.shape != slots[name].shape:
             mismatched.append(stored)
             continue
-        # Copied, since what safetensors returns is a view of the file, which may change later.
+        # Copied, as the quantized layers are.
         filled[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
     missing = [
         name
