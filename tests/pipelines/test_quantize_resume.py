@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qkern.errors import InputError, QkernError, UnsupportedError
-from qkern.pipelines import quantize
+from qkern.pipelines import partial, quantize
 from qkern.pipelines import quantize as quantize_function
 
 IDS = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(1))
@@ -151,6 +151,47 @@ def test_a_format_that_turns_out_not_to_fit_costs_no_work(tiny, tmp_path, layers
     quantize(model, **options, format="gptq_v2")
     assert layers_done == [0, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_second_run_with_the_same_output_is_refused(folder, tmp_path, monkeypatch, resume):
+    quantize(folder, output=tmp_path / "whole", method="rtn", scheme="w4g32")
+    original, refused = module.quantize_layer, []
+
+    def meanwhile(*arguments):
+        done = original(*arguments)
+        with pytest.raises(InputError, match=r"another run .* is at work in .*out\.partial: wait") as info:
+            quantize(folder, output=tmp_path / "out", method="rtn", scheme="w4g32", resume=resume)
+        refused.append(info)
+        return done
+
+    monkeypatch.setattr(module, "quantize_layer", meanwhile)
+    quantize(folder, output=tmp_path / "out", method="rtn", scheme="w4g32")
+    assert len(refused) == 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_folder_that_a_run_took_with_it_is_not_held(tmp_path, monkeypatch):
+    flock = partial.fcntl.flock
+
+    def late(file, how):
+        (tmp_path / "out.partial" / ".lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(partial.fcntl, "flock", late)
+    with pytest.raises(InputError, match="another run"):
+        partial.Partial(tmp_path / "out", {})
+
+
+def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(partial.fcntl, "flock", unsupported)
+    with partial.Partial(tmp_path / "out", {"method": "rtn"}):
+        pass
+    assert "out.partial cannot be locked (Operation not supported)" in caplog.text
 
 
 def test_no_resume_starts_afresh(folder, tmp_path, stop_after, layers_done):

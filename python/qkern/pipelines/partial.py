@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import os
 import shutil
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,12 +24,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Partial"]
 
+logger = logging.getLogger(__name__)
+
 _KEY_FILE: Final = "run.json"
+_LOCK_FILE: Final = ".lock"
 _PARTS: Final = ("codes", "scales", "zeros", "offsets", "group_index")
 
 
 class Partial:
-    """The folder ``<output>.partial`` with one file for each finished layer.
+    """The folder ``<output>.partial`` with one file for each finished layer; a context manager.
+
+    Inside the block no other run can use the folder: a lock is held that the system takes back when the
+    process ends, however it ends.
 
     Parameters
     ----------
@@ -40,31 +49,74 @@ class Partial:
     Raises
     ------
     InputError
-        If the folder belongs to a run with another key, or to nobody that qkern knows.
+        If another run holds the folder, or it belongs to a run with another key, or to nobody that qkern
+        knows.
     """
 
     def __init__(self, output: Path, key: Mapping[str, Any], *, resume: bool = True) -> None:
         self.folder = output.with_name(f"{output.name}.partial")
-        key_file = self.folder / _KEY_FILE
         self._refuse_strangers()
-        if not resume:
-            self.remove()
-        if key_file.is_file():
-            before = read_json(key_file)
-            differing = [name for name in key if before.get(name) != key[name]]
-            if differing:
-                name = differing[0]
-                raise InputError(
-                    f"{self.folder} holds layers of another run ({name} was {before.get(name)!r}, now "
-                    f"{key[name]!r}): repeat that run, remove the folder, or start afresh with resume=False "
-                    "(--no-resume)"
-                )
-            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._replace(_KEY_FILE, json.dumps(dict(key), indent=2) + "\n")
+            self._lock = (self.folder / _LOCK_FILE).open("ab")
         except OSError as error:
             raise self._cannot_write(error) from error
+        try:
+            self._take_lock()
+            if not resume:
+                for file in self.folder.iterdir():
+                    if file.name != _LOCK_FILE:
+                        file.unlink()
+            self._take_key(dict(key))
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _take_lock(self) -> None:
+        """Hold the folder until the file is closed."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): start no second run to it", self.folder, reason_of(error)
+            )
+            return
+        else:
+            # A run that ended just now took the folder with it.
+            taken = os.fstat(self._lock.fileno()).st_nlink == 0
+        if taken:
+            raise InputError(
+                f"another run with the same output is at work in {self.folder}: wait until it has ended, or "
+                "choose another output"
+            )
+
+    def _take_key(self, key: dict[str, Any]) -> None:
+        """Write the key of a new run, or compare it with that of the earlier one."""
+        key_file = self.folder / _KEY_FILE
+        if not key_file.is_file():
+            try:
+                self._replace(_KEY_FILE, json.dumps(key, indent=2) + "\n")
+            except OSError as error:
+                self.remove()
+                raise self._cannot_write(error) from error
+            return
+        before = read_json(key_file)
+        differing = [name for name in key if before.get(name) != key[name]]
+        if differing:
+            name = differing[0]
+            raise InputError(
+                f"{self.folder} holds layers of another run ({name} was {before.get(name)!r}, now "
+                f"{key[name]!r}): repeat that run, remove the folder, or start afresh with resume=False "
+                "(--no-resume)"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.close()
 
     def save(self, name: str, finished: Finished) -> None:
         """Write a layer; it appears under its name only when it is complete.
@@ -130,7 +182,10 @@ class Partial:
         if not self.folder.exists() or (self.folder / _KEY_FILE).is_file():
             return
         # A run that was killed before its first layer leaves this much.
-        if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {f".{_KEY_FILE}.tmp"}:
+        if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= {
+            _LOCK_FILE,
+            f".{_KEY_FILE}.tmp",
+        }:
             return
         raise InputError(
             f"{self.folder} is where finished layers are kept, but what is there is not from a run of qkern "

@@ -180,16 +180,16 @@ def quantize(
         result = _assemble(source, layers)
         result.qkern_report = summing.report()
         return result
-    partial = Partial(folder, _key(source, facts), resume=resume)
-    with _keeping(partial):
-        for _ in run.layers(partial):
-            pass
-    with CheckpointWriter(folder, format=format, max_shard_size=max_shard_size) as writer:
+    with Partial(folder, _key(source, facts), resume=resume) as partial:
         with _keeping(partial):
-            _write_tensors(writer, source, partial, run.names(), summing)
-        report = summing.report(folder, format)
-        _finish(writer, source, targets, settings, report, tokenizer)
-    partial.remove()
+            for _ in run.layers(partial):
+                pass
+        with CheckpointWriter(folder, format=format, max_shard_size=max_shard_size) as writer:
+            with _keeping(partial):
+                _write_tensors(writer, source, partial, run.names(), summing)
+            report = summing.report(folder, format)
+            _finish(writer, source, targets, settings, report, tokenizer)
+        partial.remove()
     return report
 
 
