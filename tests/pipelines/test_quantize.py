@@ -85,6 +85,16 @@ def test_a_sharded_folder_gives_what_the_model_in_memory_gives(folder, tiny, met
     assert torch.equal(logits(one), logits(two))
 
 
+def test_the_result_does_not_depend_on_the_folder_it_came_from(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    result = quantize(tmp_path / "model", method="rtn", scheme="w4g32")
+    expected = logits(result)
+    file = tmp_path / "model" / "model.safetensors"
+    with file.open("r+b") as raw:
+        raw.write(b"\xff" * file.stat().st_size)
+    assert torch.equal(logits(result), expected)
+
+
 def test_rtn_rounds_every_linear(folder, tiny):
     result = quantize(folder, method="rtn", scheme="w4g32")
     for name, linear in named_linears(tiny("llama", dtype=torch.bfloat16)).items():

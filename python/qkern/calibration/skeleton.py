@@ -149,6 +149,7 @@ def fill(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     skip: Collection[str] = (),
+    copied: bool = False,
 ) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Give every meta parameter (and stored buffer) of `module` its value.
 
@@ -166,6 +167,8 @@ def fill(
         Where they go.
     skip : collection of str
         Names (in the model) of child modules that stay as they are.
+    copied : bool
+        Share no memory with `weights`, which may be views of a file.
 
     Returns
     -------
@@ -190,7 +193,7 @@ def fill(
                 if old is None or not old.is_meta:
                     continue
                 if id(old) not in done:
-                    value = _value(weights, base + leaf, old.shape, dtype, device)
+                    value = _value(weights, base + leaf, old.shape, dtype, device, copied)
                     done[id(old)] = nn.Parameter(value, requires_grad=False)
                 owner._parameters[leaf] = done[id(old)]
                 replaced.append((owner, leaf, old))
@@ -198,7 +201,7 @@ def fill(
                 if buffer is not None:
                     value = buffer.to(device)
                     if base + leaf in weights and leaf not in owner._non_persistent_buffers_set:
-                        value = _value(weights, base + leaf, buffer.shape, None, device)
+                        value = _value(weights, base + leaf, buffer.shape, None, device, copied)
                     owner._buffers[leaf] = value
     except BaseException:
         _restore(replaced)
@@ -222,7 +225,12 @@ def filled(module: nn.Module, weights: Weights, **options: Any) -> Iterator[nn.M
 
 
 def _value(
-    weights: Weights, name: str, shape: torch.Size, dtype: torch.dtype | None, device: torch.device | str
+    weights: Weights,
+    name: str,
+    shape: torch.Size,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    copied: bool,
 ) -> Tensor:
     value = weights.get(name)
     if value.shape != shape:
@@ -230,4 +238,5 @@ def _value(
             f"tensor {weights.names[name]} of {weights.where} must be {list(shape)} by the config: got "
             f"{list(value.shape)}; config and weights belong to different models"
         )
-    return value.to(device, dtype if dtype is not None and value.is_floating_point() else value.dtype)
+    wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    return value.to(device, wanted, copy=copied)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qkern import __version__, _progress
 from qkern.calibration import LayerStream, bounded_length, calibration_hash, fill, load_texts, make_batches
-from qkern.checkpoints import CheckpointWriter, check_output, format_named, parse_size
+from qkern.checkpoints import CheckpointWriter, TensorFolder, check_output, format_named, parse_size
 from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.models import Structure, describe
 from qkern.nn import QuantLinear
@@ -359,7 +359,7 @@ def _assemble(source: Source, layers: Sequence[Finished]) -> Any:
         owner, _, leaf = name.rpartition(".")
         value = tensor.to(source.dtype or tensor.dtype)
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    fill(model, weights, dtype=source.dtype)
+    fill(model, weights, dtype=source.dtype, copied=isinstance(weights.tensors, TensorFolder))
     model.config.dtype = source.dtype or weights.get(source.stored_once()[0]).dtype
     if source.folder is not None and (source.folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
