@@ -151,15 +151,16 @@ def test_awq_folds_scales_that_help(tiny, model_type):
 
 
 def test_awq_on_an_unknown_architecture_says_what_it_skips(tiny, caplog):
-    from qkern.pipelines import layerwise
-
-    layerwise._warn_no_folding.cache_clear()
-    with caplog.at_level(logging.WARNING, "qkern"):
-        quantize(tiny("gpt_neox"), method="awq", scheme="w4g32z", calibration=IDS)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 1
-    assert "gpt_neox" in warnings[0]
-    assert "scales are skipped (norm to linears, linear to linear)" in warnings[0]
+    options = {"method": "awq", "scheme": "w4g32z", "calibration": IDS}
+    for _ in range(2):  # once a run, and in every run
+        caplog.clear()
+        quantize(tiny("gpt_neox"), **options)
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(warnings) == 1
+        assert "gpt_neox" in warnings[0]
+        assert "scales are skipped (norm to linears, linear to linear)" in warnings[0]
+    with pytest.raises(UnsupportedError, match="no data for the architecture gpt_neox to fold them by"):
+        quantize(tiny("gpt_neox"), **options, scale_only=True)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])

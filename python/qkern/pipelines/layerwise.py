@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -237,15 +236,6 @@ def _capture(
     return seen
 
 
-@cache
-def _warn_no_folding(model_type: str) -> None:
-    logger.warning(
-        "qkern has no data for the architecture %s: AWQ's scales are skipped (norm to linears, linear to "
-        "linear), only its clipping is applied",
-        model_type,
-    )
-
-
 def _scale(
     stream: LayerStream,
     architecture: Architecture | None,
@@ -262,7 +252,6 @@ def _scale(
     """
     config = stream.model.config
     if architecture is None:
-        _warn_no_folding(config.model_type)
         return
     layer, prefix, weights = stream.layers[index], stream.prefix(index), stream.weights
     seen: dict[str, HessianAccumulator] = {}

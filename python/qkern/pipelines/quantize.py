@@ -18,7 +18,7 @@ from qkern import __version__, _progress
 from qkern.calibration import LayerStream, bounded_length, calibration_hash, fill, load_texts, make_batches
 from qkern.checkpoints import CheckpointWriter, TensorFolder, check_output, format_named, parse_size
 from qkern.errors import FormatError, InputError, UnsupportedError
-from qkern.models import Structure, describe
+from qkern.models import Structure, describe, known_architectures
 from qkern.nn import QuantLinear
 from qkern.pipelines.checks import Targets, checked_format, checked_settings, choose_targets, target_names
 from qkern.pipelines.layerwise import Finished, LayerRecord, Settings, quantize_head, quantize_layer
@@ -118,9 +118,10 @@ def quantize(
     FormatError
         If the model's files are damaged.
     UnsupportedError
-        If the format cannot hold a layer, before any work; or on experts stored as 3-D parameters. Only
-        whether a zero point is 0, which GPTQ v1 cannot store, is known at the end: finished layers are then
-        kept for the same call with ``format="gptq_v2"``.
+        If the format cannot hold a layer, before any work; on experts stored as 3-D parameters; or on
+        `scale_only` for an architecture without data. Only whether a zero point is 0, which GPTQ v1 cannot
+        store, is known at the end: finished layers are then kept for the same call with
+        ``format="gptq_v2"``.
     QkernError
         If the disk is full; finished layers are kept in ``<output>.partial``.
     """
@@ -140,6 +141,8 @@ def quantize(
     target_device = _device(device)
     source = open_source(model)
     structure = describe(source.model)
+    if method == "awq" and structure.architecture is None:
+        _say_no_folding(source.model.config.model_type, scale_only)
     targets = choose_targets(source.model, structure, skip, include)
     if folder is not None and not scale_only:
         format = checked_format(source.model, structure, targets, settings, format)
@@ -213,6 +216,19 @@ def _refuse_nonfinite(source: Source, quantized: set[str]) -> None:
     for name in source.stored_once():
         if name.removesuffix(".weight") not in quantized:
             source.weights.get(name)
+
+
+def _say_no_folding(model_type: str, scale_only: bool) -> None:
+    if scale_only:
+        raise UnsupportedError(
+            f"scale_only folds AWQ's scales, and qkern has no data for the architecture {model_type} to fold "
+            f"them by; known are {', '.join(known_architectures())}"
+        )
+    logger.warning(
+        "qkern has no data for the architecture %s: AWQ's scales are skipped (norm to linears, linear to "
+        "linear), only its clipping is applied",
+        model_type,
+    )
 
 
 def _device(name: str) -> torch.device:
