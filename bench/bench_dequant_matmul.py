@@ -1,129 +1,211 @@
-"""Speed of dequant_matmul beside torch's linear on dense weights and the bandwidth of a read loop.
+"""Speed of dequant_matmul beside other libraries' products and this machine's ceilings.
 
-python bench/bench_dequant_matmul.py [--shape 18944x3584] [--schemes w4g128,w8] [--rows 1,32] [--threads 1]
+    python bench/bench_dequant_matmul.py [--set quick] [--threads 2] [--peers-python PYTHON]
+    python bench/bench_dequant_matmul.py --shapes 18944x3584,small --schemes w4g128,nf4g64 --rows 1,8,512
 
-Weights are rotated over --rotate MB, so that they come from memory. GB/s counts the information of the
-weight, N * K * (bits + 16 / group) / 8; "of read" holds it against a sum over as many bytes in the same run.
-One thread is timed in processor time, several in wall-clock time: on a busy machine only the first means
-anything.
+All contestants of a shape and a scheme are measured in one interleaved run, each in a process of its own,
+their weights rotated over --rotate MB so that they come from memory. GB/s counts the information of a weight,
+N * K * (bits + 16 / group) / 8: padding is loss. ``of read`` and ``of peak`` hold it against the bandwidth
+and the int8 (compute int8 and onnxruntime, ggml) or bf16 or fp32 peak measured in the same run.
 --slabs compares compute float with and without torch's matmul on decoded slabs, which sets the thresholds in
 python/qkern/ops/dequant_matmul/cpu.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import time
+import importlib
+import statistics
+import sys
+import tomllib
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
+import measure
+import roofline
+from contestant import Job, copies, relative_error, sample_rows, time_job
+from peers import information
 
-from qkern.ops import pack_weight
-from qkern.ops._native import core, force_tier
-from qkern.ops.dequant_matmul import LinearHandle
-from qkern.schemes import QuantizedWeight, Scheme
+if TYPE_CHECKING:
+    from qkern.schemes import QuantizedWeight
 
-
-def least_seconds(calls, threads, repeats):
-    """Least time of one call, going round through `calls`."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    calls[0]()
-    best = float("inf")
-    for i in range(max(repeats, len(calls))):
-        begin = clock()
-        calls[i % len(calls)]()
-        best = min(best, clock() - begin)
-    return best
+PEERS = ("torch_dense", "torch_int4pack", "onnxruntime_nbits", "ggml", "bitsandbytes_nf4")
+# Which of the machine's products a contestant uses, by how its name starts.
+PRODUCTS = {"qkern int8": "int8", "onnxruntime": "int8", "ggml": "int8", "torch fp32": "fp32"}
+# int8 activations in groups of 128; bf16 weights or activations and a bf16 result.
+ALLOWED = {"int8": 1.5e-2, "float": 6e-3}
 
 
-def read_gbps(rotate_bytes, threads):
-    """Bytes read a second by torch's sum of int64, which does nothing but load and add."""
-    chunk = 64 << 20
-    buffers = [torch.ones(chunk // 8, dtype=torch.int64) for _ in range(max(rotate_bytes // chunk, 1))]
-    return chunk / least_seconds([buffer.sum for buffer in buffers], threads, 16) / 1e9
+def VERSION() -> str:
+    import qkern
+
+    return f"qkern {qkern.__version__}"
 
 
-def random_weight(N, K, spelling):
+def random_weight(N: int, K: int, spelling: str) -> QuantizedWeight:
     """Any codes do for timing; the scales keep the products finite."""
-    scheme = Scheme.parse(spelling)
+    import torch
+
+    from qkern.schemes import QuantizedWeight, Scheme
+
+    scheme, generator = Scheme.parse(spelling), torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (N, scheme.code_words(K)), generator=generator, dtype=torch.int32)
     shape = scheme.scale_shape(N, K)
-    words = torch.randint(-(2**31), 2**31 - 1, (N, scheme.code_words(K)), dtype=torch.int32)
-    zeros = torch.randint(0, scheme.levels, shape, dtype=torch.uint8) if scheme.zero_point else None
-    scales = (torch.rand(shape) * 0.01).half()
+    zeros = None
+    if scheme.zero_point:
+        zeros = torch.randint(0, scheme.levels, shape, generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(shape, generator=generator) * 0.01 + 0.01).half()
     return QuantizedWeight(codes=words, scales=scales, shape=(N, K), scheme=scheme, zeros=zeros)
 
 
-def copies(packed, rotate_bytes):
-    """Make handles on enough copies of a weight to fill `rotate_bytes`."""
-    count = max(rotate_bytes // packed.blob.numel(), 1)
-    return [LinearHandle(replace(packed, blob=packed.blob.clone())) for _ in range(count)]
+@functools.lru_cache(maxsize=1)
+def handles(scheme: str, N: int, K: int, rotate: int) -> tuple[list[Any], Any]:
+    """Make handles on copies of a packed weight, and decode the rows that are checked."""
+    from qkern.ops import dequantize_groupwise, pack_weight
+    from qkern.ops.dequant_matmul import LinearHandle
+
+    qw = random_weight(N, K, scheme)
+    rows, packed = sample_rows(N), pack_weight(qw, backend="cpu")
+    zeros = None if qw.zeros is None else qw.zeros[rows]
+    some = replace(qw, codes=qw.codes[rows], scales=qw.scales[rows], zeros=zeros, shape=(len(rows), K))
+    decoded = dequantize_groupwise(some, backend="reference").double()
+    count = copies(packed.blob.numel(), rotate)
+    made = [LinearHandle(replace(packed, blob=packed.blob.clone())) for _ in range(count)]
+    return made, decoded
 
 
-def compare_slabs(N, K, spelling, rows, threads):
+def prepare(case: dict[str, Any]) -> Job:
+    import torch
+
+    from qkern.ops._native import core
+
+    torch.set_grad_enabled(False)
+    N, K, M, (_, compute, dtype) = case["N"], case["K"], case["M"], case["variant"].split()
+    made, decoded = handles(case["scheme"], N, K, case["rotate"])
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(1))
+    x = x.to({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    return Job(
+        calls=[functools.partial(handle, x, None, compute) for handle in made],
+        error=relative_error(made[0](x, None, compute)[:, sample_rows(N)], x.double() @ decoded.T),
+        allowed=1e-5 if (compute, dtype) == ("float", "fp32") else ALLOWED[compute],
+        bytes=information(case["scheme"], N, K),
+        operations=2 * M * N * K,
+        facts={"tier": core().active_tier()},
+    )
+
+
+def contestants(scheme: str, N: int, K: int, rows: list[int], options: Any) -> list[measure.Contestant]:
+    """List qkern's variants and those of every peer that can hold such weights, for each M."""
+    entries = [("bench_dequant_matmul", f"qkern {variant}") for variant in options.computes.split(",")]
+    for name in () if options.no_peers else PEERS:
+        peer = importlib.import_module(f"peers.{name}")
+        entries += [(f"peers.{name}", variant) for variant in peer.variants(scheme)]
+    return [
+        measure.Contestant(
+            name=f"{variant}",
+            module=module,
+            tier=options.tier if module == "bench_dequant_matmul" else None,
+            case={
+                "variant": variant,
+                "scheme": scheme,
+                "N": N,
+                "K": K,
+                "M": M,
+                "rotate": options.rotate << 20,
+            },
+        )
+        for M in rows
+        for module, variant in entries
+    ]
+
+
+def share(record: dict[str, Any]) -> tuple[float, float]:
+    """Parts of the read bandwidth and of the peak of its product that a contestant reaches."""
+    ceilings, seconds = record["ceilings"], record["seconds"]
+    kind = next((kind for start, kind in PRODUCTS.items() if record["contestant"].startswith(start)), "bf16")
+    if kind == "int8" and record.get("forced") == "avx2":
+        kind = "int8 maddubs"
+    peak = ceilings.get(kind) or ceilings["fp32"]
+    return record["bytes"] / seconds / 1e9 / ceilings["read"], record["operations"] / seconds / 1e9 / peak
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    """Print a table: a line a contestant, milliseconds and the larger of its two shares for each M."""
+    first = records[0]
+    rows = sorted({record["case"]["M"] for record in records})
+    found = {(record["contestant"], record["case"]["M"]): record for record in records}
+    limits = ", ".join(f"{name} {rate:.0f}" for name, rate in first["ceilings"].items())
+    print(f"\n{first['shape']} {first['scheme']}, {first['threads']} threads; {limits} (GB/s and GOP/s)")
+    print(f"{'milliseconds':24}" + "".join(f"{f'M={M}':>17}" for M in rows))
+    for name in dict.fromkeys(record["contestant"] for record in records):
+        line = f"{name:24}"
+        for M in rows:
+            record = found[name, M]
+            if "seconds" not in record:
+                line += f"{'-':>17}"
+                continue
+            read, peak = share(record)
+            limit = f"{100 * read:.0f}% r" if read >= peak else f"{100 * peak:.0f}% p"
+            line += f"{1e3 * record['seconds']:10.3f}{limit:>7}"
+        print(line)
+    disturbed = statistics.median(record["others"] for record in records if "others" in record)
+    print(f"r: of the read bandwidth, p: of the product's peak; others had {disturbed:.2f} cores meanwhile")
+
+
+def compare_slabs(options: Any) -> None:
+    import torch
+
     from qkern.ops.dequant_matmul import cpu
 
-    handle = LinearHandle(pack_weight(random_weight(N, K, spelling)))
-    chosen = cpu.slab_rows
+    N, K = (int(size) for size in options.shapes.split(",")[0].split("x"))
+    torch.set_num_threads(options.threads)
+    handle = handles(options.schemes.split(",")[0], N, K, 0)[0][0]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for M in rows:
-            x = torch.randn(M, K).to(dtype)
-            times = []
+        for M in (int(M) for M in options.rows.split(",")):
+            x, medians = torch.randn(M, K).to(dtype), []
             for threshold in (1 << 60, 1):
                 cpu.slab_rows = lambda _, threshold=threshold: threshold
-                times.append(1e3 * least_seconds([lambda x=x: handle(x, None, "float")], threads, 4))
-            print(f"{dtype!s:15} M {M:5}  kernel {times[0]:8.2f} ms  slabs {times[1]:8.2f} ms")
-    cpu.slab_rows = chosen
+                job = Job(calls=[functools.partial(handle, x, None, "float")])
+                medians.append(
+                    1e3 * statistics.median(time_job(job, options.seconds, measure.time.perf_counter))
+                )
+            print(f"{dtype!s:15} M {M:5}  kernel {medians[0]:8.2f} ms  slabs {medians[1]:8.2f} ms")
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", default="18944x3584")
-    parser.add_argument("--schemes", default="w4g128,w4g32z,w3g128,w2g64,w8,nf4g64")
-    parser.add_argument("--rows", default="1,4,8,32,128,512")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tier", default=core().active_tier())
-    parser.add_argument("--rotate", type=int, default=512, help="MB of weights to go round through")
-    parser.add_argument("--slabs", action="store_true")
-    arguments = parser.parse_args()
-    N, K = (int(size) for size in arguments.shape.split("x"))
-    rows, threads = [int(M) for M in arguments.rows.split(",")], arguments.threads
-    rotate = arguments.rotate << 20
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    with force_tier(arguments.tier), torch.inference_mode():
-        if arguments.slabs:
-            compare_slabs(N, K, arguments.schemes.split(",")[0], rows, threads)
-            return
-        read = read_gbps(rotate, threads)
-        print(f"tier {arguments.tier}, {N} x {K}, {threads} thread(s), read {read:.1f} GB/s, x in bf16")
-        dense = {}
-        for dtype in (torch.bfloat16, torch.float32):
-            count = max(rotate // (N * K * dtype.itemsize), 1)
-            weights = [torch.randn(N, K, dtype=dtype) for _ in range(count)]
-            for M in rows:
-                x = torch.randn(M, K, dtype=dtype)
-                calls = [lambda x=x, w=w: F.linear(x, w) for w in weights]
-                dense[dtype, M] = least_seconds(calls, threads, 4 if M < 128 else 2)
-        print("scheme     bits  compute     M        ms   GB/s  of read   GOP/s  of bf16  of fp32")
-        for spelling in arguments.schemes.split(","):
-            qw = random_weight(N, K, spelling)
-            handles = copies(pack_weight(qw), rotate)
-            bits = qw.scheme.bits + 16 / qw.scheme.group_length(K)
-            for compute in ("int8", "float"):
-                for M in rows:
-                    x = torch.randn(M, K, dtype=torch.bfloat16)
-                    calls = [functools.partial(handle, x, None, compute) for handle in handles]
-                    best = least_seconds(calls[: 2 if M >= 128 else None], threads, 2 if M >= 128 else 16)
-                    gbps = N * K * bits / 8 / best / 1e9
-                    print(
-                        f"{spelling:10}{bits:5.2f}  {compute:7}{M:6}{1e3 * best:10.3f}{gbps:7.1f}"
-                        f"{100 * gbps / read:7.0f} %{2 * M * N * K / best / 1e9:8.0f}"
-                        f"{best / dense[torch.bfloat16, M]:9.3f}{best / dense[torch.float32, M]:9.3f}"
-                    )
+def shapes_of(spelled: list[str], models: dict[str, list[str]]) -> list[tuple[int, int]]:
+    """``["18944x3584", "small"]``: shapes and names of models."""
+    flat = [shape for name in spelled for shape in models.get(name, [name])]
+    return [(int(N), int(K)) for N, K in (shape.split("x") for shape in flat)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    known = tomllib.loads((measure.BENCH / "shapes.toml").read_text())
+    made = measure.parser(__doc__)
+    made.add_argument("--set", default="quick", choices=known["sets"], help="named in bench/shapes.toml")
+    made.add_argument("--shapes", help="NxK or names of bench/shapes.toml, separated by commas")
+    made.add_argument("--schemes")
+    made.add_argument("--rows")
+    made.add_argument("--computes", default="int8 bf16,float bf16,float fp32", help="compute and dtype of x")
+    made.add_argument("--slabs", action="store_true")
+    options = measure.parse(made, arguments)
+    for name in ("shapes", "schemes", "rows"):
+        if getattr(options, name) is None:
+            setattr(options, name, ",".join(map(str, known["sets"][options.set][name])))
+    if options.slabs:
+        compare_slabs(options)
+        return
+    rows = [int(M) for M in options.rows.split(",")]
+    wrong = False
+    for N, K in shapes_of(options.shapes.split(","), known["models"]):
+        for scheme in options.schemes.split(","):
+            entries = contestants(scheme, N, K, rows, options)
+            results = measure.race([*roofline.contestants(), *entries], options)
+            group = {"shape": f"{N}x{K}", "scheme": scheme, "forced": options.tier}
+            records = measure.records("dequant_matmul", results, options, roofline.ceilings(results), **group)
+            show(records)
+            measure.save(records, options)
+            wrong |= any(record.get("absent", "").startswith("wrong") for record in records)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -1,52 +1,42 @@
-"""Speed of the GGUF decoders, beside the gguf package's.
+"""Speed of the GGUF decoders, beside the gguf package's: bytes of fp32 output a second.
 
-    python bench/bench_gguf_decode.py [--rows 256] [--columns 4096]
-
-MB/s of fp32 output in processor time on one thread, the best of five runs taken in turn.
+python bench/bench_gguf_decode.py [--shape 256x4096] [--cases q4_k] [--threads 1] [--tier avx512]
 """
 
 from __future__ import annotations
 
-import argparse
-import time
+from typing import Any
 
-import torch
+import table
+from bench_gguf_encode import TYPES
+from contestant import Job, relative_error
+from table import VERSION
 
-from gguf import GGMLQuantizationType, quants
-from qkern.ops import gguf_decode, gguf_encode
-from qkern.ops._native import core
-from qkern.ops.gguf_types import GGUF_TYPES
+__all__ = ["VERSION", "prepare"]
+
+CASES = [f"{name} {package}" for name in TYPES for package in ("qkern", "gguf")]
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def prepare(case: dict[str, Any]) -> Job:
+    import torch
+
+    from gguf import GGMLQuantizationType, quants
+    from qkern.ops import gguf_decode, gguf_encode
+    from qkern.ops.gguf_types import GGUF_TYPES
+
+    name, package = case["variant"].split()
+    x = torch.randn(case["N"], case["K"], generator=torch.Generator().manual_seed(0))
+    raw = gguf_encode(x, name)
+    bytes_, kind = raw.numpy(), GGMLQuantizationType(GGUF_TYPES[name].id)
+    calls = {"qkern": lambda: gguf_decode(raw, name), "gguf": lambda: quants.dequantize(bytes_, kind)}
+    return Job(
+        calls=[calls[package]],
+        error=relative_error(gguf_decode(raw, name), torch.from_numpy(quants.dequantize(bytes_, kind))),
+        allowed=1e-6,
+        bytes=x.nbytes,
+        facts={"tier": table.tier()} if package == "qkern" else {},
     )
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--columns", type=int, default=4096)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    x = torch.randn(arguments.rows, arguments.columns)
-    print(f"tier {core().active_tier()}, {arguments.rows} x {arguments.columns}, one thread, MB/s of fp32")
-    print(f"{'type':6}{'qkern':>9}{'gguf':>9}   faster")
-    for name, kind in GGUF_TYPES.items():
-        if name == "f32":  # a copy
-            continue
-        raw = gguf_encode(x, name)
-        peers = {
-            "qkern": lambda raw=raw, name=name: gguf_decode(raw, name),
-            "gguf": lambda raw=raw, kind=kind: quants.dequantize(raw.numpy(), GGMLQuantizationType(kind.id)),
-        }
-        seconds = dict.fromkeys(peers, float("inf"))
-        for _ in range(5):
-            for peer, decode in peers.items():
-                begin = time.thread_time()
-                decode()
-                seconds[peer] = min(seconds[peer], time.thread_time() - begin)
-        rates = "".join(f"{x.nbytes / 1e6 / seconds[peer]:9.0f}" for peer in peers)
-        print(f"{name:6}{rates}{seconds['gguf'] / seconds['qkern']:8.1f}x")
 
 
 if __name__ == "__main__":
-    main()
+    table.main(__doc__, __file__, CASES, N=256)

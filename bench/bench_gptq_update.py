@@ -1,47 +1,47 @@
-"""Speed of gptq_update beside its torch reference, the best of several runs taken in turn.
+"""Speed of gptq_update, N * B * (B - 1) operations for blocks of B columns, beside its torch reference.
 
-python bench/bench_gptq_update.py [--rows 4096] [--threads 1] [--tier avx512]
+python bench/bench_gptq_update.py [--shape 4096x1] [--cases native] [--threads 1] [--tier avx512]
 """
 
 from __future__ import annotations
 
-import argparse
+from typing import Any
 
-import torch
+import table
+from contestant import Job, relative_error
+from table import VERSION
 
-from measure import best_seconds
-from qkern.ops import gptq_update
-from qkern.ops._native import core, force_tier
+__all__ = ["VERSION", "prepare"]
+
+CASES = [f"B={B} {name}" for B in (64, 128, 256, 512) for name in ("native", "reference")]
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def prepare(case: dict[str, Any]) -> Job:
+    import torch
+
+    from qkern.ops import gptq_update
+
+    N, (columns, name) = case["N"], case["variant"].split()
+    B, generator = int(columns[2:]), torch.Generator().manual_seed(0)
+    weight = torch.randn(N, B, generator=generator)
+    hinv = (0.1 * torch.randn(B, B, generator=generator)).triu(1) + torch.eye(B)
+    scales = torch.rand(N, 1, generator=generator) + 0.1
+    zeros, index = torch.full((N, 1), 8, dtype=torch.uint8), torch.zeros(B, dtype=torch.int32)
+    backend = "cpu" if name == "native" else "reference"
+
+    def update(rows: int, backend: str) -> Any:
+        return gptq_update(weight[:rows], hinv, scales[:rows], zeros[:rows], index, bits=4, backend=backend)
+
+    codes, errors = update(16, backend)
+    truth = update(16, "reference")
+    return Job(
+        calls=[lambda: update(N, backend)],
+        error=table.differing((codes,), truth[:1]) + relative_error(errors, truth[1]),
+        allowed=1e-5,
+        operations=N * B * (B - 1),
+        facts={"tier": table.tier()} if name == "native" else {},
     )
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tier", default=core().active_tier())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    N = arguments.rows
-    print(f"tier {arguments.tier}, {N} rows, {arguments.threads} thread(s)")
-    for B in (64, 128, 256, 512):
-        weight = torch.randn(N, B)
-        hinv = (0.1 * torch.randn(B, B)).triu(1) + torch.eye(B)
-        scales, zeros = torch.rand(N, 1) + 0.1, torch.full((N, 1), 8, dtype=torch.uint8)
-        inputs = (weight, hinv, scales, zeros, torch.zeros(B, dtype=torch.int32))
-        with force_tier(arguments.tier):
-            native = best_seconds(
-                lambda x=inputs: gptq_update(*x, bits=4, backend="cpu"), arguments.threads, 5
-            )
-            plain = best_seconds(
-                lambda x=inputs: gptq_update(*x, bits=4, backend="reference"), arguments.threads, 2
-            )
-        gflops = N * B * (B - 1) / native / 1e9
-        ours, theirs = f"{1e3 * native:9.2f} ms{gflops:8.1f} GFLOP/s", f"{1e3 * plain:9.2f} ms"
-        print(f"B {B:4}{ours}   reference {theirs}{plain / native:7.1f}x")
 
 
 if __name__ == "__main__":
-    main()
+    table.main(__doc__, __file__, CASES, unit="GOP/s", N=4096, K=1)

@@ -1,24 +1,39 @@
 """Speed of quantize_activations, as bytes of activations and codes a second, into fresh outputs.
 
-python bench/bench_quantize_activations.py [--rows 4096] [--columns 4096] [--threads 1] [--tier avx512vnni]
+python bench/bench_quantize_activations.py [--shape 4096x4096] [--cases g128] [--tier avx512vnni]
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-import measure
-from qkern.ops import quantize_activations
+import table
+from contestant import Job
+from table import VERSION
+
+__all__ = ["VERSION", "prepare"]
+
+CASES = [f"{dtype} {group}" for dtype in ("float32", "bfloat16") for group in ("token", "g128", "g32")]
 
 
-def rows(N, K):
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(N, K).to(dtype)
-        for group_size in (None, 128, 32):
-            moved = x.nbytes + x.numel()
-            name = f"{str(dtype).removeprefix('torch.')} {f'g{group_size}' if group_size else 'per token'}"
-            yield name, moved, lambda x=x, g=group_size: quantize_activations(x, group_size=g, backend="cpu")
+def prepare(case: dict[str, Any]) -> Job:
+    import torch
+
+    from qkern.ops import quantize_activations
+
+    dtype, spelled = case["variant"].split()
+    group = None if spelled == "token" else int(spelled[1:])
+    x = torch.randn(case["N"], case["K"], generator=torch.Generator().manual_seed(0)).to(
+        getattr(torch, dtype)
+    )
+    found = quantize_activations(x[:16], group_size=group, backend="cpu")
+    return Job(
+        calls=[lambda: quantize_activations(x, group_size=group, backend="cpu")],
+        error=table.differing(found, quantize_activations(x[:16], group_size=group, backend="reference")),
+        bytes=x.nbytes + x.numel(),
+        facts={"tier": table.tier()},
+    )
 
 
 if __name__ == "__main__":
-    measure.run(__doc__, rows)
+    table.main(__doc__, __file__, CASES)

@@ -1,29 +1,45 @@
-"""Speed of quantize_groupwise, as bytes of weights, codes and scales a second.
+"""Speed of quantize_groupwise, as bytes of weights, codes and scales a second, into fresh outputs.
 
-python bench/bench_quantize_groupwise.py [--rows 4096] [--columns 4096] [--threads 1] [--tier avx512]
+python bench/bench_quantize_groupwise.py [--shape 4096x4096] [--cases minmax] [--threads 1] [--tier avx512]
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-import measure
-from qkern.ops import quantize_groupwise
+import table
+from contestant import Job
+from table import VERSION
+
+__all__ = ["VERSION", "prepare"]
+
+SCHEMES = ("w8", "w4g128", "w4g128z", "w4g32", "w3g128", "w2g64", "nf4g64")
+CASES = [f"{scheme} {dtype} minmax" for dtype in ("float32", "bfloat16") for scheme in SCHEMES]
+# The search is slow: an eighth of the rows.
+CASES += [f"{scheme} float32 mse" for scheme in ("w8", "w4g128", "w4g128z", "w2g64", "nf4g64")]
 
 
-def rows(N, K):
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.randn(N, K).to(dtype)
-        for spelling in ("w8", "w4g128", "w4g128z", "w4g32", "w3g128", "w2g64", "nf4g64"):
-            qw = quantize_groupwise(weight, spelling)
-            moved = weight.nbytes + qw.codes.nbytes + qw.scales.nbytes
-            name = f"{spelling} {str(dtype)[6:]}"
-            yield name, moved, lambda w=weight, s=spelling: quantize_groupwise(w, s, backend="cpu")
-    part = torch.randn(N // 8, K)
-    for spelling in ("w8", "w4g128", "w4g128z", "w2g64", "nf4g64"):
-        name = f"{spelling} mse (1/8 of rows)"
-        yield name, part.nbytes, lambda s=spelling: quantize_groupwise(part, s, search="mse", backend="cpu")
+def prepare(case: dict[str, Any]) -> Job:
+    import torch
+
+    from qkern.ops import quantize_groupwise
+
+    spelling, dtype, search = case["variant"].split()
+    rows = case["N"] if search == "minmax" else max(case["N"] // 8, 1)
+    weight = torch.randn(rows, case["K"], generator=torch.Generator().manual_seed(0)).to(
+        getattr(torch, dtype)
+    )
+    qw = quantize_groupwise(weight, spelling, search=search, backend="cpu")
+    plain = quantize_groupwise(weight[:16], spelling, search=search, backend="reference")
+    zeros = None if qw.zeros is None else qw.zeros[:16]
+    found = (qw.codes[:16], qw.scales[:16], zeros)
+    return Job(
+        calls=[lambda: quantize_groupwise(weight, spelling, search=search, backend="cpu")],
+        error=table.differing(found, (plain.codes, plain.scales, plain.zeros)),
+        bytes=weight.nbytes + qw.codes.nbytes + qw.scales.nbytes,
+        facts={"tier": table.tier()},
+    )
 
 
 if __name__ == "__main__":
-    measure.run(__doc__, rows)
+    table.main(__doc__, __file__, CASES)
