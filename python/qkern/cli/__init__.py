@@ -31,6 +31,7 @@ COMMANDS: Final = (
     "export-gguf",
     "perplexity",
     "generate",
+    "bench",
 )
 
 app = typer.Typer(
