@@ -146,6 +146,17 @@ def test_grouped_query_pair_keeps_the_function_and_lowers_the_error() -> None:
     assert after < 0.5 * lost(output, rounded(output, "w4g32z"), mixed)
 
 
+@pytest.mark.parametrize("heads", [3, 5])
+def test_shared_scales_are_equal_to_the_last_bit(heads: int) -> None:
+    # Vectors of a processor and what is left over after them may round a power differently.
+    share = grouped_query_share(heads, 1, 16)
+    for seed in range(8):
+        columns = share.numel()
+        mixed = inputs(features=columns, seed=seed)
+        scales = search_scales([weight(20, columns, seed=seed)], mixed, "w4g16z", share=share)
+        assert torch.equal(scales, scales[:16].repeat(heads)), seed
+
+
 @pytest.mark.parametrize("spelling", ["w2g32", "w3g32z", "w4g40", "w3", "w3g32", "w2t", "w2tz"])
 def test_clipping_lowers_the_output_error(spelling: str) -> None:
     x, w = inputs(), weight() ** 3 * 400  # heavy tails

@@ -84,6 +84,7 @@ def search_scales(
     loudness = statistics.mean_abs
     size = _relative_size(full, scheme)
     if share is not None:
+        share = share.to(loudness.device).unique(return_inverse=True)[1]  # without gaps
         loudness, size = _pool(loudness, share), _pool(size, share)
     loudness = loudness.clamp(min=max(QUIETEST * float(loudness.max()), torch.finfo(torch.float32).tiny))
     size = size.clamp(min=QUIETEST)
@@ -96,12 +97,14 @@ def search_scales(
         errors = (before - after for before, after in zip(full, rounded, strict=True))
         return sum(float(((error @ statistics.value) * error).sum()) for error in errors)
 
-    best = torch.ones_like(loudness)
+    best = torch.ones_like(statistics.mean_abs)
     least = score(best)
     for step in range(ratios):
         ratio = step / ratios
         scales = loudness**ratio / size ** (1 - ratio)
         scales = scales / (scales.max() * scales.min()).sqrt()
+        if share is not None:  # after the powers, whose last bit may depend on the place in the tensor
+            scales = scales[share]
         loss = score(scales)
         if loss < least:
             best, least = scales, loss
@@ -260,9 +263,8 @@ def _relative_size(weights: Sequence[Tensor], scheme: Scheme) -> Tensor:
 
 
 def _pool(values: Tensor, share: Tensor) -> Tensor:
-    """Mean over the channels that share a number, given back to each of them."""
-    share = share.to(values.device)
+    """Mean over the channels that share a number, one for each number from 0."""
     if share.shape != values.shape:
         raise InputError(f"share must be int64 {tuple(values.shape)}: got {share.dtype} {tuple(share.shape)}")
-    total = values.new_zeros(int(share.max()) + 1).index_add_(0, share, values)
-    return (total / torch.bincount(share).clamp(min=1))[share]
+    count = torch.bincount(share)
+    return values.new_zeros(len(count)).index_add_(0, share, values) / count
