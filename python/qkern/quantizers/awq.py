@@ -84,7 +84,7 @@ def search_scales(
     loudness = statistics.mean_abs
     size = _relative_size(full, scheme)
     if share is not None:
-        share = share.to(loudness.device).unique(return_inverse=True)[1]  # without gaps
+        share = torch.unique(share.to(loudness.device), return_inverse=True)[1]  # without gaps
         loudness, size = _pool(loudness, share), _pool(size, share)
     loudness = loudness.clamp(min=max(QUIETEST * float(loudness.max()), torch.finfo(torch.float32).tiny))
     size = size.clamp(min=QUIETEST)
