@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,12 @@ std::vector<std::string> tiers(bool (*predicate)(qk::Tier)) {
     return names;
 }
 
+std::optional<std::string> kernel_tier(const std::string& op) {
+    qk::Tier tier = qk::Tier::scalar;
+    if (!qk::kernel_tier(op.c_str(), &tier)) return std::nullopt;
+    return qk::tier_name(tier);
+}
+
 bool set_tier(const std::string& name) {
     for (int i = 0; i < qk::kTierCount; ++i) {
         const auto tier = static_cast<qk::Tier>(i);
@@ -42,6 +49,8 @@ PYBIND11_MODULE(_core, module) {
     module.def("usable_tiers",
                [] { return tiers([](qk::Tier t) { return qk::tier_compiled(t) && qk::tier_supported(t); }); });
     module.def("active_tier", [] { return std::string(qk::tier_name(qk::active_tier())); });
+    module.def("kernel_tier", &kernel_tier, py::arg("op"),
+               "Tier whose kernel of an op runs while the active tier is what it is; None if there is none.");
     module.def("set_tier", &set_tier, py::arg("name"),
                "Make a tier the active one; False if it is not compiled or this machine cannot run it.");
     module.def("cpu_features", [] { return std::string(qk::cpu_feature_names()); });

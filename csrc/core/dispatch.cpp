@@ -1,5 +1,6 @@
 // Builds the kernel table of the active tier from the entries that CMake found (generated entries.inc).
 #include <atomic>
+#include <cstring>
 
 #include "qkern/cpu.h"
 #include "qkern/kernels.h"
@@ -12,13 +13,14 @@ namespace qk {
 namespace {
 
 struct Entry {
+    const char* op;
     Tier tier;
     void (*enter)(KernelTable*);
 };
 
 // In ascending order of tiers, as isa.cmake writes them.
 const Entry kEntries[] = {
-#define QK_ENTRY(op, tier) {Tier::tier, &qk_enter_##op##_##tier},
+#define QK_ENTRY(op, tier) {#op, Tier::tier, &qk_enter_##op##_##tier},
 #include "entries.inc"
 #undef QK_ENTRY
 };
@@ -67,6 +69,16 @@ bool tier_compiled(Tier tier) {
 const KernelTable& kernels() { return all_tables().tables[active_index().load(std::memory_order_relaxed)]; }
 
 Tier active_tier() { return static_cast<Tier>(active_index().load(std::memory_order_relaxed)); }
+
+bool kernel_tier(const char* op, Tier* tier) {
+    bool found = false;
+    for (const Entry& entry : kEntries) {
+        if (std::strcmp(entry.op, op) != 0 || entry.tier > active_tier() || !tier_supported(entry.tier)) continue;
+        *tier = entry.tier;
+        found = true;
+    }
+    return found;
+}
 
 bool set_active_tier(Tier tier) {
     if (!tier_compiled(tier) || !tier_supported(tier)) return false;

@@ -19,6 +19,8 @@ const char* cpu_feature_names();
 // The table of the active tier: of each kernel the entry of the highest tier not above it.
 const KernelTable& kernels();
 Tier active_tier();
+// The tier of that entry for an op, which is the name of its folder; false if there is none.
+bool kernel_tier(const char* op, Tier* tier);
 // False (and nothing changes) if the tier is not compiled or not supported.
 bool set_active_tier(Tier tier);
 

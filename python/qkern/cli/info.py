@@ -66,6 +66,10 @@ def collect() -> dict[str, Any]:
             "threads": _native.threads(),
         }
     schemes = [Scheme.parse(spelling) for spelling in SCHEMES]
+    matrix = registry.matrix(torch.device("cpu"), schemes, torch.float32)
+    if reason is None:
+        ops = [row["op"] for row in matrix if row["backend"] == "cpu"]
+        cpu["kernels"] = {op: core.kernel_tier(registry.folder(op, registry.Backend.CPU)) for op in ops}
     return {
         "qkern": __version__,
         "python": platform.python_version(),
@@ -73,7 +77,7 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version_of(name) for name in PACKAGES},
         "cpu": cpu,
         "cuda": _cuda(),
-        "matrix": registry.matrix(torch.device("cpu"), schemes, torch.float32),
+        "matrix": matrix,
     }
 
 
@@ -105,38 +109,68 @@ def _print(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-
-    def line(name: str, value: object) -> None:
-        console.print(f"[bold]{name:<15}[/bold] {value}", soft_wrap=True)
-
-    line("qkern", facts["qkern"])
-    line("python", f"{facts['python']} on {facts['platform']}")
-    line("packages", ", ".join(f"{name} {version or '-'}" for name, version in facts["packages"].items()))
-    cpu = facts["cpu"]
-    line("CPU module", cpu["native_module"])
+    cpu, cuda = facts["cpu"], facts["cuda"]
+    lines = {
+        "qkern": facts["qkern"],
+        "python": f"{facts['python']} on {facts['platform']}",
+        "packages": ", ".join(f"{name} {version or '-'}" for name, version in facts["packages"].items()),
+        "CPU module": cpu["native_module"],
+    }
     if "features" in cpu:
-        line("CPU features", " ".join(cpu["features"]))
-        line("compiled tiers", " ".join(cpu["compiled_tiers"]))
-        line("usable tiers", " ".join(cpu["usable_tiers"]))
-        line("active tier", cpu["active_tier"])
-        line("threads", f"{cpu['threads']} ({cpu['thread_pool']})")
-    cuda = facts["cuda"]
-    line("CUDA module", cuda["native_module"])
-    line(
-        "CUDA device",
-        cuda["device"] or f"none (torch is built for {cuda['torch_built_for'] or 'the CPU only'})",
-    )
+        lines |= {
+            "CPU features": " ".join(cpu["features"]),
+            "compiled tiers": " ".join(cpu["compiled_tiers"]),
+            "usable tiers": " ".join(cpu["usable_tiers"]),
+            "active tier": cpu["active_tier"],
+            "threads": f"{cpu['threads']} ({cpu['thread_pool']})",
+        }
+    lines |= {
+        "CUDA module": cuda["native_module"],
+        "CUDA device": cuda["device"]
+        or f"none (torch is built for {cuda['torch_built_for'] or 'the CPU only'})",
+    }
+    console = Console(highlight=False)
+    grid = Table.grid("name", "value", padding=(0, 2))
+    grid.columns[0].style = "bold"
+    for name, value in lines.items():
+        grid.add_row(name, value)
+    console.print(grid, markup=False)
+    console.print(_matrix(facts["matrix"], cpu.get("kernels", {})))
+    console.print(f"schemes asked for, one of each kind: {' '.join(SCHEMES)}", markup=False)
+    for line in _refusals(facts["matrix"]):
+        console.print(line, markup=False)
 
-    table = Table(title="\nwhat runs on this CPU", title_justify="left", box=None, pad_edge=False)
-    table.add_column("op")
-    table.add_column("backend")
-    for scheme in SCHEMES:
-        table.add_column(scheme, justify="center")
-    rows: dict[tuple[str, str], dict[str, bool]] = {}
-    for row in facts["matrix"]:
-        rows.setdefault((row["op"], row["backend"]), {})[row["scheme"]] = row["reason"] is None
-    for (op, backend), cells in rows.items():
-        table.add_row(op, backend, *("yes" if cells[scheme] else "-" for scheme in SCHEMES))
-    # Wide enough for the whole matrix even where stdout is not a terminal.
-    Console(width=max(console.width, 160), highlight=False).print(table)
+
+def _matrix(rows: list[dict[str, Any]], tiers: dict[str, str]) -> Any:
+    """Table of op by backend: the tier of the native kernels, or in how many of the schemes it runs."""
+    from rich.table import Table
+
+    table = Table(
+        title="\nwhat runs on this CPU, natively by tier", title_justify="left", box=None, pad_edge=False
+    )
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    for name in ("op", *backends):
+        table.add_column(name)
+    for op in dict.fromkeys(row["op"] for row in rows):
+        cells = []
+        for backend in backends:
+            reasons = [row["reason"] for row in rows if (row["op"], row["backend"]) == (op, backend)]
+            runs = reasons.count(None)
+            some = "" if runs == len(reasons) else f", {runs} of {len(reasons)} schemes"
+            how = tiers[op] if backend == "cpu" and runs else "yes"
+            cells.append(f"{how}{some}" if runs else "-")
+        table.add_row(op, *cells)
+    return table
+
+
+def _refusals(rows: list[dict[str, Any]]) -> list[str]:
+    """Why something does not run: a line for the ops that have the reason and the schemes in common."""
+    schemes: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["reason"] is not None:
+            schemes.setdefault((row["op"], row["backend"], row["reason"]), []).append(row["scheme"])
+    ops: dict[tuple[str, str, str], list[str]] = {}
+    for (op, backend, reason), refused in schemes.items():
+        which = "" if len(refused) == len(SCHEMES) else f" in {' '.join(refused)}"
+        ops.setdefault((backend, which, reason), []).append(op)
+    return [f"not {', '.join(names)} on {key[0]}{key[1]}: {key[2]}" for key, names in ops.items()]

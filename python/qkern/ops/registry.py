@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qkern.schemes import Scheme
 
-__all__ = ["Backend", "Implementation", "Request", "explain", "matrix", "register", "select"]
+__all__ = ["Backend", "Implementation", "Request", "explain", "folder", "matrix", "register", "select"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,11 @@ _FALLBACKS_LOGGED: Final[set[tuple[str, str]]] = set()
 def register(implementation: Implementation) -> None:
     """Enter an implementation; a second one for the same op and backend replaces the first."""
     _IMPLEMENTATIONS[implementation.op, implementation.backend] = implementation
+
+
+def folder(op: str, backend: Backend) -> str:
+    """Name of the folder that holds an implementation; two ops may share one, as packing and unpacking do."""
+    return _IMPLEMENTATIONS[op, backend].call.__module__.split(".")[-2]
 
 
 def explain(op: str, backend: Backend, request: Request) -> str | None:
