@@ -50,6 +50,8 @@ def test_the_line_of_the_readme(capsys, folder, text, tmp_path):
     assert "w4g32" in out
     assert "14 quantized, 1 kept 16-bit" in out
     assert "relative error" in out
+    assert out.splitlines()[-1] == f"written to {tmp_path / 'out'}"
+    assert max(map(len, out.splitlines()[:-1])) <= 80
     assert "layer 1 of 2: mean error" in err
     assert len(quant_linears(load(tmp_path / "out"))) == 14
 

@@ -216,8 +216,11 @@ def test_command_line(shipped, tmp_path, capsys):
     assert report["tensors"] == {name: counted.count(name) for name in report["tensors"]}
     assert sum(report["tensors"].values()) == len(counted)
 
-    assert run_cli("export-gguf", shipped, "--output", tmp_path / "p.gguf", "--type", "q4_0", "--pure") == 0
+    output = tmp_path / f"[p]{'-long' * 20}.gguf"
+    assert run_cli("export-gguf", shipped, "--output", output, "--type", "q4_0", "--pure") == 0
     table = capsys.readouterr().out
+    assert table.splitlines()[-1].endswith(f": {output}")
+    assert max(map(len, table.splitlines()[:-1])) <= 80
     assert "q4_0" in table
     assert "q6_k" not in table
     assert "bpw_file" in table

@@ -28,7 +28,7 @@ def command(
     started = time.perf_counter()
     run.make_output(output)
     logging.getLogger("qkern.pipelines").setLevel(logging.WARNING)  # the demo's own bar says how far it is
-    console = Console()
+    console = Console(markup=False)  # generated text may hold brackets
 
     def show(title: str, table: report.Table) -> None:
         header, rows = table
@@ -39,7 +39,7 @@ def command(
             )
         for row in rows:
             printed.add_row(*row)
-        console.print(printed, markup=False)
+        console.print(printed)
 
     machine = (
         f"{platform.machine()}, CPU tier {core().active_tier()}, {torch.get_num_threads()} threads, "

@@ -46,11 +46,14 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{report.path} ({report.type})")
+    table = Table()
     table.add_column("type")
     table.add_column("tensors", justify="right")
     table.add_column("weights", justify="right")
     for name, count in report.counts.items():
         table.add_row(name, str(count), f"{report.weights[name]:,}")
-    table.caption = f"{report.file_bytes / 1e6:.2f} MB, bpw_file {report.bpw_file:.3f}"
     Console().print(table)
+    # Outside the table, which would fold a long path.
+    typer.echo(
+        f"{report.type}, {report.file_bytes / 1e6:.2f} MB, bpw_file {report.bpw_file:.3f}: {report.path}"
+    )

@@ -143,9 +143,9 @@ def _print(report: QuantizationReport) -> None:
         + ("" if worst is None else f", worst {worst[1].error:.2e} ({worst[0]})"),
         "notes": f"{noted} layers, see qkern.json" if noted else "none",
         "time": f"{report.seconds:.1f} s",
-        "output": str(report.output),
     }
     table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)
+    typer.echo(f"written to {report.output}")  # outside the table, which would fold a long path
