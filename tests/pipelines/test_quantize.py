@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -93,6 +94,31 @@ def test_the_result_does_not_depend_on_the_folder_it_came_from(tiny, tmp_path):
     with file.open("r+b") as raw:
         raw.write(b"\xff" * file.stat().st_size)
     assert torch.equal(logits(result), expected)
+
+
+@contextmanager
+def torch_defaults(dtype, device):
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "meta"), (torch.bfloat16, "cpu")])
+def test_defaults_of_torch_change_nothing(tiny, tmp_path, method, dtype, device):
+    tiny("llama", num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    options = {"method": method, "scheme": "w4g32z", "calibration": IDS.tolist(), "length": 32, "samples": 3}
+    options |= {"format": "compressed-tensors" if method == "rtn" else "gptq_v2"}
+    quantize(tmp_path / "model", **options, output=tmp_path / "expected")
+    with torch_defaults(dtype, device):
+        quantize(tmp_path / "model", **options, output=tmp_path / "out")
+        loaded = load(tmp_path / "out")
+    for file in ("model.safetensors", "qkern.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+    assert torch.equal(logits(loaded), logits(load(tmp_path / "expected")))
 
 
 def test_rtn_rounds_every_linear(folder, tiny):

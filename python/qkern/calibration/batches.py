@@ -110,13 +110,15 @@ def _pack(tokenizer: Any, texts: Sequence[Document], samples: int, length: int, 
             f"calibration text is shorter than one sequence: it has {len(ids)} tokens, {length} are needed; "
             "give more text or a smaller length"
         )
-    packed = torch.tensor(ids[: windows * length], dtype=torch.int64).reshape(windows, length)
+    packed = torch.tensor(ids[: windows * length], dtype=torch.int64, device="cpu").reshape(windows, length)
     if windows < samples:
         logger.info(
             "calibration text holds %d sequences of %d tokens, %d were asked for", windows, length, samples
         )
         return packed
-    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
+    chosen = torch.randperm(windows, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[
+        :samples
+    ]
     return packed[chosen.sort().values]
 
 

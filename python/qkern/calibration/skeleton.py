@@ -118,7 +118,7 @@ def meta_model(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        with _parameters_on_meta():
+        with torch.device("cpu"), _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     except ValueError as error:
         raise InputError(

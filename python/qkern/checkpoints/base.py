@@ -183,14 +183,14 @@ def exact_fp16(name: str, tensor: Tensor) -> Tensor:
 
 def trivial_index(scheme: Scheme, K: int) -> Tensor:
     """Group of each column when the columns are in order: int32 ``[K]``."""
-    return torch.arange(K, dtype=torch.int32) // scheme.group_length(K)
+    return torch.arange(K, dtype=torch.int32, device="cpu") // scheme.group_length(K)
 
 
 def write_zeros(qw: QuantizedWeight) -> Tensor:
     """Zero points uint8 ``[N, G]``, those of the symmetric grid included."""
     if qw.zeros is not None:
         return qw.zeros
-    return torch.full(qw.scales.shape, qw.scheme.midpoint, dtype=torch.uint8)
+    return torch.full(qw.scales.shape, qw.scheme.midpoint, dtype=torch.uint8, device="cpu")
 
 
 def take(

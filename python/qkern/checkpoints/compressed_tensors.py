@@ -91,7 +91,7 @@ class CompressedTensorsFormat:
         tensors = {
             f"{name}.weight_packed": qw.codes.contiguous(),
             f"{name}.weight_scale": qw.scales.contiguous(),
-            f"{name}.weight_shape": torch.tensor(qw.shape, dtype=torch.int64),
+            f"{name}.weight_shape": torch.tensor(qw.shape, dtype=torch.int64, device="cpu"),
         }
         if qw.zeros is not None:
             packed = pack_bits(qw.zeros.t().contiguous(), qw.scheme.bits, layout="gptq")

@@ -77,7 +77,8 @@ class LlamaCpp:
 
     def tokenize(self, text: str) -> Tensor:
         """Ids of the file's own tokenizer with the special tokens that it adds; int64 ``[T]``."""
-        return torch.tensor(self.llama.tokenize(text.encode("utf-8"), add_bos=True), dtype=torch.int64)
+        ids = self.llama.tokenize(text.encode("utf-8"), add_bos=True)
+        return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Logits of each row of ids, every row read from its start.

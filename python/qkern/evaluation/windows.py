@@ -73,7 +73,7 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
         int64 ``[T]``.
     """
     # verbose=False: the text may be longer than the model's context; it is cut into windows next.
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64, device="cpu")
 
 
 def bos_if_added(tokenizer: Any) -> int | None:

@@ -243,7 +243,7 @@ def rope_factors(config: Config) -> Tensor | None:
     except KeyError as missing:
         raise FormatError(f"config.json: llama3 rotary scaling without {missing}; add it") from None
     head = head_dim(config)
-    exponents = torch.arange(0, head, 2, dtype=torch.float64) / head
+    exponents = torch.arange(0, head, 2, dtype=torch.float64, device="cpu") / head
     wavelengths = 2 * math.pi * float(rope["rope_theta"]) ** exponents
     smooth = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
     # The frequency is a mean of the kept and the stretched one, so its divisor is a harmonic mean.

@@ -130,7 +130,7 @@ def _encode(tensor: PlannedTensor) -> Tensor:
     if tuple(values.shape) != tensor.shape:
         raise InputError(f"{tensor.source} must be {tensor.shape}: got {tuple(values.shape)}")
     rows = values.reshape(-1, tensor.shape[-1])
-    blocks = torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8)
+    blocks = torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8, device="cpu")
     step = max(1, _CHUNK_BYTES // (4 * tensor.shape[-1]))
     for begin in range(0, len(rows), step):
         chunk = rows[begin : begin + step].float()

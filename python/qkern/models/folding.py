@@ -126,7 +126,7 @@ def pair_channels(config: Any, pair: LinearPair, first: nn.Module, second: nn.Mo
         share = grouped_query_share(columns // width, channels // width, width) if fits else None
     else:
         channels = outputs // 2 if pair.fused else outputs
-        share = torch.arange(columns) if channels == columns else None
+        share = torch.arange(columns, device="cpu") if channels == columns else None
     if share is None:
         raise InputError(
             f"{pair.first} has {outputs} outputs and {pair.second} reads {columns} columns: the model does "
@@ -163,7 +163,7 @@ def fold_linear(
     """
     columns = column_weight(second).float()
     scale = _checked(scale, columns.shape[1])
-    share = (torch.arange(scale.numel()) if share is None else share).to(scale.device)
+    share = (torch.arange(scale.numel(), device="cpu") if share is None else share).to(scale.device)
     producer = producer_scales(scale, share)
     weight = column_weight(first).float().clone()
     if producer.numel() != weight[rows].shape[0]:

@@ -47,7 +47,7 @@ def inject(model: Any, *, seed: int = 0) -> Any:
             f"the injected form needs to know which linears read which norm: {model.config.model_type} is "
             f"not among {', '.join(known_architectures())}"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for layer in model.get_submodule(structure.layers):
         for entry in architecture.norm_linears:
             linears = [layer.get_submodule(name) for name in entry.linears]
@@ -62,7 +62,7 @@ def inject(model: Any, *, seed: int = 0) -> Any:
 
 def _inject_norm(norm: Any, linears: list[Any], offset: float, generator: torch.Generator) -> None:
     size = norm.weight.numel()
-    chosen = torch.randperm(size, generator=generator)[: max(1, round(FRACTION * size))]
-    scale = torch.ones(size)
+    chosen = torch.randperm(size, generator=generator, device="cpu")[: max(1, round(FRACTION * size))]
+    scale = torch.ones(size, dtype=torch.float32, device="cpu")
     scale[chosen] = 1 / FACTOR
     fold_norm(norm, linears, scale.to(norm.weight.device), offset=offset)

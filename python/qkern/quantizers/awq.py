@@ -162,7 +162,7 @@ def search_clip(
         low = -high
     if scheme.per_tensor:  # one scale, so one range and one choice
         low, high = low.amin().expand_as(low), high.amax().expand_as(high)
-    best, least = full, torch.full(high.shape[:2], torch.inf, device=full.device)
+    best, least = full, full.new_full(high.shape[:2], torch.inf)
     for step in range(steps):
         ratio = 1 - shrink * step / steps
         clipped = groups.clamp(low * ratio, high * ratio).flatten(1)[:, :K]
@@ -196,7 +196,7 @@ def grouped_query_share(heads: int, kv_heads: int, head_dim: int) -> Tensor:
     """
     if kv_heads < 1 or heads % kv_heads:
         raise InputError(f"kv_heads must divide heads: got {kv_heads} and {heads}")
-    values = torch.arange(kv_heads * head_dim).view(kv_heads, 1, head_dim)
+    values = torch.arange(kv_heads * head_dim, device="cpu").view(kv_heads, 1, head_dim)
     return values.expand(kv_heads, heads // kv_heads, head_dim).flatten()
 
 
@@ -254,7 +254,7 @@ def _diagonal_blocks(matrix: Tensor, length: int) -> Tensor:
 def _relative_size(weights: Sequence[Tensor], scheme: Scheme) -> Tensor:
     """Mean over all rows of each column's magnitude relative to the largest of its group, ``[K]``."""
     K = weights[0].shape[1]
-    total = torch.zeros(K, device=weights[0].device)
+    total = weights[0].new_zeros(K)
     for weight in weights:
         groups = _grouped(weight.abs(), scheme.group_length(K))
         largest = groups.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

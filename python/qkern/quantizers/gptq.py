@@ -333,7 +333,10 @@ class _Run:
         base, zeros = self._grid(target, scheme, "mse", self._cost(start, stop))
         zeros = zeros.expand_as(base)
         best: list[Tensor] = []
-        for ratio in (1.0, *torch.linspace(1 - REACH, 1 + REACH, self.config.candidates).tolist()):
+        around = torch.linspace(
+            1 - REACH, 1 + REACH, self.config.candidates, dtype=torch.float32, device="cpu"
+        )
+        for ratio in (1.0, *around.tolist()):
             scales = (base * ratio).to(self.config.scale_dtype).to(torch.float32)
             scales = torch.where(scales == 0, base, scales)  # too small for its dtype
             codes, errors = self._columns(target, corner, scales, zeros, index)
@@ -433,7 +436,7 @@ def _column_order(diagonal: Tensor, scheme: Scheme, config: GPTQConfig) -> tuple
     if config.act_order == "desc_act":
         return order, trivial[order] if config.static_groups else trivial
     count = scheme.num_groups(K)
-    total = torch.zeros(count, device=diagonal.device).index_add_(0, trivial.long(), importance)
+    total = importance.new_zeros(count).index_add_(0, trivial.long(), importance)
     size = torch.bincount(trivial, minlength=count)
     rank = torch.empty(count, dtype=torch.int64, device=diagonal.device)
     rank[(total / size).argsort(descending=True, stable=True)] = torch.arange(count, device=diagonal.device)
