@@ -28,6 +28,15 @@ STAGE = {name: index for index, names in enumerate(STAGES) for name in names}
 FOUNDATION = STAGES[0]
 # The public names of these are lazy or come last: they may import anything.
 ENTRANCES = ("__init__", "__main__")
+MAPPED = (
+    "csrc/cmake",
+    "csrc/core",
+    "csrc/include/qkern",
+    "python/qkern",
+    "python/qkern/ops",
+    "bench",
+    "tests",
+)
 FOUR_PLACES = ("csrc/kernels/{op}", "python/qkern/ops/{op}", "tests/ops/test_{op}.py", "bench/bench_{op}.py")
 
 
@@ -128,3 +137,21 @@ def test_no_utils_module():
 def test_library_reads_the_environment_in_one_place():
     readers = [p for p in modules() if "os.environ" in p.read_text() and p.name != "_env.py"]
     assert not readers
+
+
+def test_the_map_names_every_part():
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    kernels = {path.name for path in (ROOT / "csrc" / "kernels").iterdir()}
+    parts = {
+        file.relative_to(ROOT / folder).parts[0]
+        for file in tracked_files()
+        for folder in MAPPED
+        if ROOT / folder in file.parents
+    }
+    unnamed = {
+        part
+        for part in parts - kernels - {"conftest.py", "py.typed", "_version.py"}
+        if not part.startswith(("__", "test_", "bench_")) and part not in tree
+    }
+    assert "registry.py" in parts
+    assert not unnamed, f"CONTRIBUTING.md's tree does not name {sorted(unnamed)}"
