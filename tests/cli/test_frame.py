@@ -31,6 +31,13 @@ def test_every_command_has_help_and_a_docstring(capsys, name):
     assert "Usage: qkern" in out
 
 
+def test_list_of_benchmarks_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, "bench")
+    assert (code, max(map(len, out.splitlines()))) == (0, 80)
+    assert {"dequant_matmul", "roofline"} <= {line.split()[0] for line in out.splitlines()}
+
+
 def test_version(capsys):
     assert run(capsys, "--version") == (0, f"qkern {qkern.__version__}\n", "")
 

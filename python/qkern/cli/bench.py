@@ -32,8 +32,13 @@ def command(
     scripts = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
     scripts |= {other: folder / f"{other}.py" for other in OTHERS}
     if name is None:
+        from rich.console import Console
+        from rich.table import Table
+
+        grid = Table.grid(padding=(0, 2))
         for known, path in scripts.items():
-            typer.echo(f"{known:22} {OTHERS.get(known) or summary(path)}")
+            grid.add_row(known, OTHERS.get(known) or summary(path))
+        Console(markup=False, highlight=False).print(grid)
         return
     if name not in scripts:
         raise typer.BadParameter(f"unknown benchmark {name!r}: there are {', '.join(scripts)}")
