@@ -12,9 +12,10 @@ struct Isa {
     static constexpr int kRows = 16;
     static constexpr int kVectors = 4;
     static constexpr int kDirectM = 4;
-    static constexpr int kDirectRows = 48;
+    static constexpr int kDirectRows = 16;
     static constexpr int kTileM = 6;  // 24 sums, 4 code vectors
     static constexpr int kFloatM = 4;
+    static constexpr int kPairQuads = 0;
     static constexpr bool kSignedWide = false;
 
     using I = __m512i;

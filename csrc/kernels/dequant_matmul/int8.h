@@ -1,172 +1,265 @@
 // compute int8: sum over blocks of  s_w * s_x * (sum of q * a  -  z * sum of a)  with exact int32 sums.
 //
 // Bound of a block's sum: 128 columns * 255 * 127 < 2^23, so neither int32 nor its conversion to f32 rounds.
-// A codebook is two byte planes, round(32767 * table) = 256 * high + low - 32768: two passes over a block
-// that lies in L1, which keeps the table's error below 2^-16 of its largest entry.
+// A codebook is two byte planes, round(32767 * table) = 256 * high + low - 32768, which keeps the table's error
+// below 2^-16 of its largest entry; 256 times the sum of the high plane is where that of the low one starts,
+// below 128 * 32768 * 127 < 2^30.
 #pragma once
 #include "panels.h"
 
 namespace {
 
-// How the code bytes of a micro tile are stored and what they hold.
-enum class Codes { bits2, bits3, bits4, bits8, high_plane, low_plane, narrow, wide };
+// What the bytes of a block hold: packed codes, or one code a byte as `expand` writes them. A codebook's codes
+// are looked up in two tables; expanded, the plane of low bytes follows that of high ones.
+enum class Codes { bits2, bits3, bits4, bits8, codebook, narrow, wide, planes };
 
 constexpr int stored_bits(Codes kind) {
-    return kind == Codes::bits2 ? 2 : kind == Codes::bits3 ? 3 : kind == Codes::bits8 || kind == Codes::narrow ||
-           kind == Codes::wide ? 8 : 4;
+    return kind == Codes::bits2 ? 2 : kind == Codes::bits3 ? 3 : kind == Codes::bits4 || kind == Codes::codebook ? 4 : 8;
 }
 
-constexpr bool is_plane(Codes kind) { return kind == Codes::high_plane || kind == Codes::low_plane; }
+constexpr int runs(Codes kind) { return stored_bits(kind) == 3 ? 8 : 8 / stored_bits(kind); }
+
+constexpr bool is_expanded(Codes kind) { return kind == Codes::narrow || kind == Codes::wide || kind == Codes::planes; }
+
+constexpr int planes(Codes kind) { return kind == Codes::codebook || kind == Codes::planes ? 2 : 1; }
 
 // 8 significant bits a code: the product needs the wide form.
-constexpr bool is_wide(Codes kind) { return kind == Codes::bits8 || kind == Codes::wide || is_plane(kind); }
+constexpr bool is_wide(Codes kind) { return kind == Codes::bits8 || kind == Codes::wide || planes(kind) == 2; }
 
-struct Plane {
-    alignas(16) uint8_t bytes[16];
-    int32_t zero[qk::kPanelRows];
+constexpr Codes expanded(Codes kind) {
+    return planes(kind) == 2 ? Codes::planes : is_wide(kind) ? Codes::wide : Codes::narrow;
+}
+
+struct Planes {
+    uint8_t bytes[2][16];  // high, low
 };
 
-inline Plane plane_of(const float* table, bool high) {
-    Plane plane;
+inline Planes planes_of(const float* table) {
+    Planes planes;
     for (int i = 0; i < 16; ++i) {
         const float scaled = table[i] * 32767.0f;
         const int32_t value = static_cast<int32_t>(scaled + (scaled < 0 ? -0.5f : 0.5f)) + 32768;
-        plane.bytes[i] = static_cast<uint8_t>(high ? value >> 8 : value);
+        planes.bytes[0][i] = static_cast<uint8_t>(value >> 8);
+        planes.bytes[1][i] = static_cast<uint8_t>(value);
     }
-    for (int32_t& zero : plane.zero) zero = high ? 128 : 0;
-    return plane;
+    return planes;
 }
+
+// One block of one panel, and the rows of x that it multiplies.
+struct BlockInt8 {
+    const uint8_t* codes;
+    int64_t line;          // bytes of a line: R * 4
+    int64_t padded;        // columns
+    const int8_t* x;       // [M, x_stride]
+    int64_t x_stride;
+    const float* x_scale;  // element of row m at m * blocks
+    const int32_t* x_sum;
+    int64_t blocks;
+    const float* scale;    // [R]
+    const int32_t* zero;   // [R], or null: `midpoint` for every row
+    int32_t midpoint;
+    const float* offset;   // [R], or null
+    const Planes* planes;  // of a codebook
+    float factor;          // of a codebook's sums, else 1
+    const uint8_t* next;   // what comes from memory meanwhile: a part for each row of x
+    int64_t next_part;
+    float (*tile)[qk::kPanelRows];  // [M]
+};
 
 template <Codes KIND, int T>
 QK_INLINE I product_codes(const I* lines, I table) {
     I codes = codes_of<stored_bits(KIND), T>(lines);
-    if constexpr (is_plane(KIND)) codes = Isa::lookup_bytes(table, codes);
-    if constexpr (Isa::kSignedWide && (KIND == Codes::bits8 || is_plane(KIND))) {
+    if constexpr (KIND == Codes::codebook) codes = Isa::lookup_bytes(table, codes);
+    if constexpr (Isa::kSignedWide && is_wide(KIND) && !is_expanded(KIND)) {
         codes = Isa::bit_xor(codes, Isa::splat_byte(0x80));
     }
     return codes;
 }
 
-struct BlockInt8 {
+// Lines are asked for from memory at this many places of a product step.
+constexpr int64_t kPrefetches = 2;
+
+QK_INLINE void prefetch(const uint8_t* at) {
+#if !defined(_MSC_VER)
+    __builtin_prefetch(at);
+#endif
+}
+
+// Where MT rows of x and NV vectors of output columns stand in a block.
+struct Cursor {
     const uint8_t* codes;
-    int64_t line;    // bytes of a line: R * 4
-    int64_t padded;  // columns
-    const int8_t* x;  // [MT, x_stride]
+    const int8_t* x;
     int64_t x_stride;
-    const float* x_scale;  // element of row m at m * blocks
-    const int32_t* x_sum;
-    int64_t blocks;
-    const GroupHead* head;
-    bool has_offset;
-    const int32_t* zero;  // [R]
-    const Plane* plane;   // of a codebook, else null
-    float factor;         // of the plane, else 1
-    float (*tile)[qk::kPanelRows];  // [MT]
+    int64_t run;  // columns
+    const uint8_t* next;
+    int64_t next_step;
 };
 
-template <Codes KIND, int MT, int NV, int T>
-QK_INLINE void product_step(const BlockInt8& b, int64_t j, int64_t quads, const I (*lines)[3], I table, I* sums) {
+// Run T of a superline and the following ones.
+template <Codes KIND, int MT, int NV, int T, class Product>
+QK_INLINE void add_runs(const Cursor& at, const I (*lines)[3], I table, Product product, I* sums) {
     I codes[NV];
     QK_UNROLL for (int v = 0; v < NV; ++v) codes[v] = product_codes<KIND, T>(lines[v], table);
-    QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
-        const I quad = Isa::load_quad(b.x + i / NV * b.x_stride + 4 * (T * quads + j));
-        sums[i] = Isa::template dot4<is_wide(KIND)>(sums[i], codes[i % NV], quad);
+    QK_UNROLL for (int p = 0; p < kPrefetches; ++p) prefetch(at.next + (T * kPrefetches + p) * at.next_step);
+    QK_UNROLL for (int m = 0; m < MT; ++m) {
+        const I quad = Isa::load_quad(at.x + m * at.x_stride + T * at.run);
+        QK_UNROLL for (int v = 0; v < NV; ++v) sums[m * NV + v] = product(sums[m * NV + v], codes[v], quad);
     }
-    if constexpr (T + 1 < (stored_bits(KIND) == 3 ? 8 : 8 / stored_bits(KIND))) {
-        product_step<KIND, MT, NV, T + 1>(b, j, quads, lines, table, sums);
-    }
+    if constexpr (T + 1 < runs(KIND)) add_runs<KIND, MT, NV, T + 1>(at, lines, table, product, sums);
 }
 
-// MT rows of x by NV vectors of output columns from column `r` of the panel, over one block.
-template <Codes KIND, int MT, int NV>
-QK_INLINE void micro_int8(const BlockInt8& b, int64_t r, int64_t m0) {
-    constexpr int kBits = stored_bits(KIND);
-    BlockInt8 at = b;
-    at.x += m0 * b.x_stride;
-    const int32_t bias = Isa::kSignedWide && is_wide(KIND) ? 128 : 0;
-    I sums[MT * NV];
-    QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
-        const I zero = Isa::load_i(b.zero + r + i % NV * Isa::kRows);
-        sums[i] = Isa::mul(bias ? Isa::sub(zero, Isa::splat(bias)) : zero, Isa::splat(-b.x_sum[(m0 + i / NV) * b.blocks]));
-    }
-    const I table = is_plane(KIND) ? Isa::load_table(b.plane->bytes) : Isa::splat(0);
-    const int64_t quads = b.padded / (4 * superline_steps(kBits));
-    const uint8_t* codes = b.codes + 4 * r;
-    int64_t j = 0;
-    do {  // a block is never empty
+// `count` superlines; a block is never empty.
+template <Codes KIND, int MT, int NV, class Product>
+QK_INLINE void add_superlines(Cursor& at, int64_t count, int64_t line, I table, Product product, I* sums) {
+    do {
         I lines[NV][3];
-        QK_UNROLL for (int v = 0; v < NV; ++v) load_lines<kBits>(codes + v * 4 * Isa::kRows, b.line, lines[v]);
-        product_step<KIND, MT, NV, 0>(at, j, quads, lines, table, sums);
-        codes += kLines<kBits> * b.line;
-    } while (++j < quads);
-    QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
-        const int64_t m = m0 + i / NV, at_r = r + i % NV * Isa::kRows;
-        const float x_scale = b.x_scale[m * b.blocks];
-        float* out = b.tile[m] + at_r;
-        const F scale = Isa::mul_f(Isa::load_f(b.head->scale + at_r), Isa::splat_f(x_scale * b.factor));
-        F total = Isa::fma(Isa::to_float(sums[i]), scale, Isa::load_f(out));
-        if (b.has_offset) {
-            const F x_sum = Isa::splat_f(x_scale * static_cast<float>(b.x_sum[m * b.blocks]));
-            total = Isa::fma(Isa::load_f(b.head->offset + at_r), x_sum, total);
+        QK_UNROLL for (int v = 0; v < NV; ++v) {
+            load_lines<stored_bits(KIND)>(at.codes + v * 4 * Isa::kRows, line, lines[v]);
         }
-        Isa::store_f(out, total);
+        add_runs<KIND, MT, NV, 0>(at, lines, table, product, sums);
+        at.codes += kLines<stored_bits(KIND)> * line;
+        at.x += 4;
+        at.next += runs(KIND) * kPrefetches * at.next_step;
+    } while (--count > 0);
+}
+
+// The products of one plane. Vector: Isa, as a parameter because not every tier has pairs.
+template <Codes KIND, int MT, int NV, int PLANE, class Vector = Isa>
+QK_INLINE void add_plane(const BlockInt8& b, int64_t next_step, I* sums) {
+    const I table = KIND == Codes::codebook ? Isa::load_table(b.planes->bytes[PLANE]) : Isa::splat(0);
+    const int64_t count = b.padded / (4 * runs(KIND));
+    Cursor at{b.codes, b.x, b.x_stride, 4 * count, b.next, next_step};
+    if (KIND == Codes::planes) at.codes += PLANE * (b.padded / 4) * b.line;
+    if constexpr (Vector::kPairQuads > 0 && !is_wide(KIND)) {
+        constexpr int64_t kChain = Vector::kPairQuads / runs(KIND);
+        for (int64_t left = count; left > 0; left -= kChain) {
+            I pairs[MT * NV];
+            QK_UNROLL for (int i = 0; i < MT * NV; ++i) pairs[i] = Isa::splat(0);
+            add_superlines<KIND, MT, NV>(at, left < kChain ? left : kChain, b.line, table,
+                                         [](I sum, I codes, I quad) { return Vector::dot_pairs(sum, codes, quad); }, pairs);
+            QK_UNROLL for (int i = 0; i < MT * NV; ++i) sums[i] = Vector::add_pairs(sums[i], pairs[i]);
+        }
+    } else {
+        add_superlines<KIND, MT, NV>(at, count, b.line, table, [](I sum, I codes, I quad) {
+            return Isa::template dot4<is_wide(KIND)>(sum, codes, quad);
+        }, sums);
     }
 }
 
-template <Codes KIND, int MT>
-inline void micro_rows_int8(const BlockInt8& b, int64_t R, int64_t m0) {
-    int64_t r = 0;
-    for (; r + Isa::kRows * Isa::kVectors <= R; r += Isa::kRows * Isa::kVectors) {
-        micro_int8<KIND, MT, Isa::kVectors>(b, r, m0);
+// MT rows of x from row m0 by NV vectors of output columns from column r of the panel, over one block.
+template <Codes KIND, int MT, int NV>
+QK_INLINE void micro_int8(BlockInt8 b, int64_t r, int64_t m0) {
+    b.codes += 4 * r;
+    b.x += m0 * b.x_stride;
+    b.x_sum += m0 * b.blocks;
+    b.x_scale += m0 * b.blocks;
+    b.tile += m0;
+    b.next += m0 * b.next_part;
+    const int64_t next_step = MT * b.next_part / (b.padded / 4 * kPrefetches);
+    // Codes that enter 128 less.
+    constexpr int32_t kBias = Isa::kSignedWide && is_wide(KIND) ? 128 : 0;
+    I sums[MT * NV];
+    if (b.zero) {
+        QK_UNROLL for (int v = 0; v < NV; ++v) {
+            const I zero = Isa::sub(Isa::load_i(b.zero + r + v * Isa::kRows), Isa::splat(kBias));
+            QK_UNROLL for (int m = 0; m < MT; ++m) {
+                sums[m * NV + v] = Isa::mul(zero, Isa::splat(-b.x_sum[m * b.blocks]));
+            }
+        }
+    } else {
+        QK_UNROLL for (int m = 0; m < MT; ++m) {
+            const I start = Isa::splat(-b.x_sum[m * b.blocks] * (b.midpoint - kBias));
+            QK_UNROLL for (int v = 0; v < NV; ++v) sums[m * NV + v] = start;
+        }
     }
-    for (; r < R; r += Isa::kRows) micro_int8<KIND, MT, 1>(b, r, m0);
+    add_plane<KIND, MT, NV, 0>(b, next_step, sums);
+    if constexpr (planes(KIND) == 2) {
+        QK_UNROLL for (int m = 0; m < MT; ++m) {
+            const I bias = Isa::splat(-kBias * b.x_sum[m * b.blocks]);
+            QK_UNROLL for (int v = 0; v < NV; ++v) {
+                sums[m * NV + v] = Isa::sub(Isa::mul(sums[m * NV + v], Isa::splat(256)), bias);
+            }
+        }
+        add_plane<KIND, MT, NV, 1>(b, 0, sums);
+    }
+    F scale[NV];
+    QK_UNROLL for (int v = 0; v < NV; ++v) scale[v] = Isa::load_f(b.scale + r + v * Isa::kRows);
+    QK_UNROLL for (int m = 0; m < MT; ++m) {
+        const F x_scale = Isa::splat_f(b.x_scale[m * b.blocks] * b.factor);
+        QK_UNROLL for (int v = 0; v < NV; ++v) {
+            float* out = b.tile[m] + r + v * Isa::kRows;
+            Isa::store_f(out, Isa::fma(Isa::to_float(sums[m * NV + v]), Isa::mul_f(scale[v], x_scale), Isa::load_f(out)));
+        }
+    }
+    if (b.offset) {
+        QK_UNROLL for (int m = 0; m < MT; ++m) {
+            const F x_sum = Isa::splat_f(b.x_scale[m * b.blocks] * static_cast<float>(b.x_sum[m * b.blocks]));
+            QK_UNROLL for (int v = 0; v < NV; ++v) {
+                float* out = b.tile[m] + r + v * Isa::kRows;
+                Isa::store_f(out, Isa::fma(Isa::load_f(b.offset + r + v * Isa::kRows), x_sum, Isa::load_f(out)));
+            }
+        }
+    }
+}
+
+// Rows [m, M): as many as fit in tiles of MT rows, the rest in smaller ones.
+template <Codes KIND, int MT, int NV>
+inline void rows_int8(const BlockInt8& b, int64_t r, int64_t m, int64_t M) {
+    for (; m + MT <= M; m += MT) micro_int8<KIND, MT, NV>(b, r, m);
+    if constexpr (MT > 1) {
+        constexpr int kNext = NV == 1 ? 1 : MT > 4 ? 4 : MT / 2;
+        if (m < M) rows_int8<KIND, kNext, NV>(b, r, m, M);
+    }
 }
 
 template <Codes KIND, int MT>
 inline void block_int8(const BlockInt8& b, int64_t R, int64_t M) {
-    int64_t m = 0;
-    for (; m + MT <= M; m += MT) micro_rows_int8<KIND, MT>(b, R, m);
-    if constexpr (MT > 2) {
-        for (; m + 2 <= M; m += 2) micro_rows_int8<KIND, 2>(b, R, m);
+    int64_t r = 0;
+    for (; r + Isa::kRows * Isa::kVectors <= R; r += Isa::kRows * Isa::kVectors) {
+        rows_int8<KIND, MT, Isa::kVectors>(b, r, 0, M);
     }
-    for (; m < M; ++m) micro_rows_int8<KIND, 1>(b, R, m);
+    for (; r < R; r += Isa::kRows) rows_int8<KIND, MT, 1>(b, r, 0, M);
 }
 
-// A block's codes as one byte each, quad after quad: [padded / 4][R][4].
 template <Codes KIND, int T>
-QK_INLINE void expand_step(const I* lines, I table, int64_t quads, int64_t line, uint8_t* out) {
-    Isa::store(out + T * quads * line, product_codes<KIND, T>(lines, table));
-    if constexpr (T + 1 < (stored_bits(KIND) == 3 ? 8 : 8 / stored_bits(KIND))) {
-        expand_step<KIND, T + 1>(lines, table, quads, line, out);
-    }
+QK_INLINE void expand_runs(const I* lines, int64_t run, I table, uint8_t* out) {
+    Isa::store(out, product_codes<KIND, T>(lines, table));
+    if constexpr (T + 1 < runs(KIND)) expand_runs<KIND, T + 1>(lines, run, table, out + run);
 }
 
+// A block's codes as one byte each, quad after quad: [planes][padded / 4][R][4].
 template <Codes KIND>
 inline void expand(const BlockInt8& b, int64_t R, uint8_t* out) {
-    constexpr int kBits = stored_bits(KIND);
-    const I table = is_plane(KIND) ? Isa::load_table(b.plane->bytes) : Isa::splat(0);
-    const int64_t quads = b.padded / (4 * superline_steps(kBits));
-    for (int64_t j = 0; j < quads; ++j) {
-        for (int64_t r = 0; r < R; r += Isa::kRows) {
-            I lines[3];
-            load_lines<kBits>(b.codes + j * kLines<kBits> * b.line + 4 * r, b.line, lines);
-            expand_step<KIND, 0>(lines, table, quads, b.line, out + j * b.line + 4 * r);
+    const int64_t count = b.padded / (4 * runs(KIND));
+    for (int plane = 0; plane < planes(KIND); ++plane) {
+        const I table = KIND == Codes::codebook ? Isa::load_table(b.planes->bytes[plane]) : Isa::splat(0);
+        const uint8_t* codes = b.codes;
+        for (int64_t j = 0; j < count; ++j, codes += kLines<stored_bits(KIND)> * b.line) {
+            for (int64_t r = 0; r < R; r += Isa::kRows) {
+                I lines[3];
+                load_lines<stored_bits(KIND)>(codes + 4 * r, b.line, lines);
+                expand_runs<KIND, 0>(lines, count * b.line, table, out + j * b.line + 4 * r);
+            }
         }
+        out += b.padded / 4 * b.line;
     }
 }
 
 template <Codes KIND>
 inline void product_int8(BlockInt8 b, int64_t R, int64_t M, uint8_t* scratch) {
-    // 3-bit codes are put together from two lines, which pays to do once sooner.
-    constexpr int64_t kDirectRows = KIND == Codes::bits3 ? Isa::kDirectRows / 3 : Isa::kDirectRows;
-    if (KIND == Codes::bits8 && M > kDirectRows) {
-        block_int8<Codes::bits8, Isa::kTileM>(b, R, M);
-    } else if (M <= kDirectRows) {
+    // A lone tile reads as fast as the processor's own prefetch; work that takes longer than its block takes
+    // from memory leaves that idle between blocks unless it is told what comes next.
+    const int64_t bytes = R * b.padded * stored_bits(KIND) / 8;
+    b.next = M > Isa::kDirectM ? b.codes + bytes : b.codes;
+    b.next_part = M > Isa::kDirectM ? bytes / M : 0;
+    if (KIND == Codes::bits8 && !Isa::kSignedWide) {
+        block_int8<KIND, Isa::kTileM>(b, R, M);
+    } else if (M <= Isa::kDirectRows) {
         block_int8<KIND, Isa::kDirectM>(b, R, M);
     } else {
         expand<KIND>(b, R, scratch);
         b.codes = scratch;
-        block_int8<is_wide(KIND) ? Codes::wide : Codes::narrow, Isa::kTileM>(b, R, M);
+        block_int8<expanded(KIND), Isa::kTileM>(b, R, M);
     }
 }
 
@@ -174,17 +267,15 @@ void run_int8(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64_
     const qk::PackedView& view = *args.view;
     const int64_t R = panel_rows(view, panel);
     alignas(64) float tile[qk::kMatmulRows][qk::kPanelRows];
-    alignas(64) uint8_t scratch[qk::kPanelRows * qk::kBlockColumns];
+    alignas(64) uint8_t scratch[2 * qk::kPanelRows * qk::kBlockColumns];
     memset(tile, 0, static_cast<size_t>(M) * sizeof tile[0]);
     GroupHead head;
-    Plane high, low;
-    if (view.zero_kind == qk::ZeroKind::codebook) {
-        high = plane_of(view.table, true);
-        low = plane_of(view.table, false);
-    }
+    const bool codebook = view.zero_kind == qk::ZeroKind::codebook;
+    Planes planes;
+    if (codebook) planes = planes_of(view.table);
     for_each_block(view, panel, R, &head,
                    [&](int64_t block, int64_t, int64_t, int64_t padded, int64_t packed, const uint8_t* codes) {
-        BlockInt8 b;
+        BlockInt8 b{};
         b.codes = codes;
         b.line = 4 * R;
         b.padded = padded;
@@ -193,28 +284,19 @@ void run_int8(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64_
         b.x_scale = args.scales + first_m * view.blocks + block;
         b.x_sum = args.sums + first_m * view.blocks + block;
         b.blocks = view.blocks;
-        b.head = &head;
-        b.has_offset = view.zero_kind == qk::ZeroKind::offsets;
-        b.zero = head.zero;
-        b.plane = nullptr;
-        b.factor = 1.0f;
+        b.scale = head.scale;
+        b.zero = view.zero_kind == qk::ZeroKind::uint8 ? head.zero : nullptr;
+        b.midpoint = codebook ? 128 : view.zero_kind == qk::ZeroKind::midpoint ? 1 << (view.bits - 1) : 0;
+        b.offset = view.zero_kind == qk::ZeroKind::offsets ? head.offset : nullptr;
+        b.planes = &planes;
+        b.factor = codebook ? 1.0f / 32767.0f : 1.0f;
         b.tile = tile;
-        if (view.zero_kind == qk::ZeroKind::codebook) {
-            b.plane = &high;
-            b.zero = high.zero;
-            b.factor = 256.0f / 32767.0f;
-            product_int8<Codes::high_plane>(b, R, M, scratch);
-            b.plane = &low;
-            b.zero = low.zero;
-            b.factor = 1.0f / 32767.0f;
-            product_int8<Codes::low_plane>(b, R, M, scratch);
-            return;
-        }
+        if (codebook) return product_int8<Codes::codebook>(b, R, M, scratch);
         switch (view.bits) {
-            case 2: product_int8<Codes::bits2>(b, R, M, scratch); break;
-            case 3: product_int8<Codes::bits3>(b, R, M, scratch); break;
-            case 4: product_int8<Codes::bits4>(b, R, M, scratch); break;
-            default: product_int8<Codes::bits8>(b, R, M, scratch); break;
+            case 2: return product_int8<Codes::bits2>(b, R, M, scratch);
+            case 3: return product_int8<Codes::bits3>(b, R, M, scratch);
+            case 4: return product_int8<Codes::bits4>(b, R, M, scratch);
+            default: return product_int8<Codes::bits8>(b, R, M, scratch);
         }
     });
     store_tile(args, panel, first_m, M, R, tile);

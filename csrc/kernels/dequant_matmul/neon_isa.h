@@ -15,6 +15,7 @@ struct Isa {
     static constexpr int kDirectRows = 8;
     static constexpr int kTileM = 4;
     static constexpr int kFloatM = 4;
+    static constexpr int kPairQuads = 0;
     static constexpr bool kSignedWide = true;
 
     using I = int32x4_t;

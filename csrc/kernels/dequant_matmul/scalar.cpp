@@ -12,6 +12,7 @@ struct Isa {
     static constexpr int kDirectRows = 1;
     static constexpr int kTileM = 1;
     static constexpr int kFloatM = 1;
+    static constexpr int kPairQuads = 0;
     static constexpr bool kSignedWide = false;
 
     struct I {
