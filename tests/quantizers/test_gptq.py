@@ -117,6 +117,30 @@ def test_equals_the_textbook(spelling: str, act_order: Any, static: bool) -> Non
     assert energy(weight - dequantize_groupwise(result.weight), hessian) == pytest.approx(least, rel=0.01)
 
 
+@pytest.mark.parametrize("spelling", ["w3g32", "w2g48z", "w3"])
+@pytest.mark.parametrize("act_order", ["none", "group-aware"])
+def test_the_mse_search_weighs_what_later_columns_cannot_make_up_for(spelling: str, act_order: Any) -> None:
+    weight, hessian = problem()
+    config = GPTQConfig(search="mse", act_order=act_order, static_groups=True)
+    made = quantize_gptq(weight, hessian, spelling, config).weight
+    importance = hessian.diagonal()
+    order = torch.arange(K)
+    if act_order == "group-aware":
+        length = Scheme.parse(spelling).group_length(K)
+        mean = torch.stack([part.mean() for part in importance.split(length)])
+        order = importance.argsort(descending=True)
+        order = order[mean.argsort(descending=True).argsort()[order // length].argsort(stable=True)]
+    damped = hessian.double() + 0.05 * importance.mean() * torch.eye(K)
+    inverse = torch.linalg.inv(damped[order][:, order])
+    cost = torch.empty(K)
+    # GPTQ loses the square of a column's error divided by this diagonal.
+    cost[order] = (1 / torch.linalg.cholesky(inverse, upper=True).diagonal() ** 2).float()
+    wanted = quantize_rtn(weight, spelling, search="mse", importance=cost)
+    assert (made.scales == wanted.scales).float().mean() > 0.95
+    blind = quantize_rtn(weight, spelling, search="mse")
+    assert (made.scales == blind.scales).float().mean() < 0.7
+
+
 @pytest.mark.parametrize(
     "spelling", ["w2g16", "w3g32", "w4g64", "w8", "w2g32z", "w4g100z", "w4t", "nf4g32", "fp4g64"]
 )
