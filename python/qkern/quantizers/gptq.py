@@ -56,7 +56,8 @@ class GPTQConfig:
     damp : float
         Added to the diagonal of the Hessian, relative to its mean.
     block_size : int
-        Most columns that `gptq_update` does at once; changes speed and rounding noise only.
+        Most columns that `gptq_update` does at once; changes speed and rounding noise, and which groups
+        ``search="loss"`` runs: those that fit.
     act_order : {"group-aware", "desc_act", "none"}
         Order of the columns. ``"group-aware"``: groups by importance and columns by importance inside
         their group, so the stored group of each column stays trivial. ``"desc_act"``: all columns by
