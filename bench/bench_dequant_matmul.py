@@ -119,23 +119,23 @@ def contestants(scheme: str, N: int, K: int, rows: list[int], options: Any) -> l
     ]
 
 
-def share(record: dict[str, Any]) -> tuple[float, float]:
+def shares(record: dict[str, Any], ceilings: dict[str, list[float]]) -> tuple[float, float]:
     """Parts of the read bandwidth and of the peak of its product that a contestant reaches."""
-    ceilings, seconds = record["ceilings"], record["seconds"]
     kind = next((kind for start, kind in PRODUCTS.items() if record["contestant"].startswith(start)), "bf16")
     if kind == "int8" and record.get("forced") == "avx2":
         kind = "int8 maddubs"
     peak = ceilings.get(kind) or ceilings["fp32"]
-    return record["bytes"] / seconds / 1e9 / ceilings["read"], record["operations"] / seconds / 1e9 / peak
+    return roofline.part(record, "bytes", ceilings["read"]), roofline.part(record, "operations", peak)
 
 
 def show(records: list[dict[str, Any]]) -> None:
     """Print a table: a line a contestant, milliseconds and the larger of its two shares for each M."""
-    first = records[0]
+    first, limits = records[0], roofline.ceilings(records)
+    print(f"\n{first['shape']} {first['scheme']}, {first['threads']} threads; ", end="")
+    print(f"{roofline.summary(records)} (GB/s and GOP/s)")
+    records = [record for record in records if record["module"] != "roofline"]
     rows = sorted({record["case"]["M"] for record in records})
     found = {(record["contestant"], record["case"]["M"]): record for record in records}
-    limits = ", ".join(f"{name} {rate:.0f}" for name, rate in first["ceilings"].items())
-    print(f"\n{first['shape']} {first['scheme']}, {first['threads']} threads; {limits} (GB/s and GOP/s)")
     print(f"{'milliseconds':24}" + "".join(f"{f'M={M}':>17}" for M in rows))
     for name in dict.fromkeys(record["contestant"] for record in records):
         line = f"{name:24}"
@@ -144,7 +144,7 @@ def show(records: list[dict[str, Any]]) -> None:
             if "seconds" not in record:
                 line += f"{'-':>17}"
                 continue
-            read, peak = share(record)
+            read, peak = shares(record, limits)
             limit = f"{100 * read:.0f}% r" if read >= peak else f"{100 * peak:.0f}% p"
             line += f"{1e3 * record['seconds']:10.3f}{limit:>7}"
         print(line)
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
             entries = contestants(scheme, N, K, rows, options)
             results = measure.race([*roofline.contestants(), *entries], options)
             group = {"shape": f"{N}x{K}", "scheme": scheme, "forced": options.tier}
-            records = measure.records("dequant_matmul", results, options, roofline.ceilings(results), **group)
+            records = measure.records("dequant_matmul", results, options, **group)
             show(records)
             measure.save(records, options)
             wrong |= any(record.get("absent", "").startswith("wrong") for record in records)

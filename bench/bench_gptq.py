@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
             options,
         )
         group = {"shape": shape, "scheme": "w4g128", "order": options.order, "forced": options.tier}
-        records = measure.records("gptq", results, options, {}, **group)
+        records = measure.records("gptq", results, options, **group)
         print(f"GPTQ {shape} w4g128, {options.order}, {options.threads} threads")
         for record in records:
             if "seconds" not in record:

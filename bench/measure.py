@@ -327,7 +327,7 @@ def commit() -> str:
 
 
 def records(
-    op: str, results: list[Result], options: argparse.Namespace, ceilings: dict[str, float], **group: Any
+    op: str, results: list[Result], options: argparse.Namespace, **group: Any
 ) -> list[dict[str, Any]]:
     """JSON objects of a race's results; `group` names what was measured together."""
     shared = {
@@ -338,13 +338,10 @@ def records(
         "realtime": options.realtime,
         "commit": commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "ceilings": {name: round(rate, 2) for name, rate in ceilings.items()},
     }
     made = []
     for result in results:
         entry = result.contestant
-        if entry.module == "roofline":
-            continue
         record = shared | {"contestant": entry.name, "module": entry.module, "case": entry.case}
         record |= {"version": result.version, "tier": result.facts.get("tier", entry.tier)}
         if result.absent:

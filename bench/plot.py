@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import measure
-from bench_dequant_matmul import share
+import roofline
+from bench_dequant_matmul import shares
 
 MARKED = re.compile(r"(<!-- bench: (\w+)((?: [^ >]+)*) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 Record = dict[str, Any]
@@ -60,10 +61,11 @@ def number(value: float) -> str:
 def caption(records: list[Record]) -> str:
     """Tell on what, with what and against which ceilings a table was measured."""
     first, machine = records[0], records[0]["machine"]
-    names = dict.fromkeys(record["version"] for record in records if record["version"])
-    limits = [f"{name} {number(rate)}" for name, rate in first["ceilings"].items() if " " not in name]
+    peers = [record for record in records if record["module"] != "roofline"]
+    names = dict.fromkeys(record["version"] for record in peers if record["version"])
     others = statistics.median(record["others"] for record in records if "others" in record)
-    measured = f"Ceilings in the same run, GB/s and GOP/s: {', '.join(limits)}. " if limits else ""
+    limits = roofline.summary(records)
+    measured = f"Ceilings in the same run, GB/s and GOP/s: {limits}. " if limits else ""
     how = f"{'with real-time priority, ' if first['realtime'] else ''}while other processes had {others:.2f}"
     return (
         f"{machine['cpu']}, {first['threads']} of {machine['cores']} cores, commit {first['commit']}, "
@@ -78,8 +80,20 @@ def missing(records: list[Record]) -> str:
     return "".join(f"\nNot measured: {name}: {why}.\n" for name, why in absent.items())
 
 
+def faster(timed: dict[tuple[str, int], Record], M: int, name: str) -> str:
+    """How many times as fast as the best peer one of qkern's is: the median over rounds."""
+    peers = [r for (peer, m), r in timed.items() if m == M and not peer.startswith("qkern")]
+    if not peers or (name, M) not in timed:
+        return ""
+    best = min(peers, key=lambda r: r["seconds"])
+    pairs = zip(best["rounds"], timed[name, M]["rounds"], strict=False)
+    return f"{statistics.median(theirs / ours for theirs, ours in pairs):.2f}"
+
+
 def product_table(records: list[Record]) -> str:
     """Milliseconds of every contestant for each M, then what qkern's best is worth."""
+    limits = roofline.ceilings(records)
+    records = [record for record in records if record["module"] != "roofline"]
     rows = sorted({record["case"]["M"] for record in records})
     timed = {(r["contestant"], r["case"]["M"]): r for r in records if "seconds" in r}
     names = list(dict.fromkeys(name for name, _ in timed))
@@ -91,41 +105,29 @@ def product_table(records: list[Record]) -> str:
         if not name.startswith("qkern"):
             continue
         ours = {M: timed[name, M] for M in rows if (name, M) in timed}
-        shares = {M: share(record) for M, record in ours.items()}
+        parts = {M: shares(record, limits) for M, record in ours.items()}
         for label, index in (("of read bandwidth", 0), ("of peak", 1)):
-            cells = [f"{100 * shares[M][index]:.0f} %" if M in shares else "" for M in rows]
+            cells = [f"{100 * parts[M][index]:.0f} %" if M in parts else "" for M in rows]
             lines.append([f"{name}, {label}", *cells])
-        best = {
-            M: min(
-                (r for (peer, m), r in timed.items() if m == M and not peer.startswith("qkern")),
-                default=None,
-                key=lambda r: r["seconds"],
-            )
-            for M in rows
-        }
-        cells = [
-            f"{best[M]['seconds'] / ours[M]['seconds']:.2f}" if best[M] and M in ours else "" for M in rows
-        ]
+        cells = [faster(timed, M, name) for M in rows]
         lines.append([f"{name}, times as fast as the best peer", *cells])
     return markdown(lines)
 
 
 def case_table(records: list[Record]) -> str:
     """Milliseconds and rate of every case, against copying or against the fp32 peak."""
-    lines = [["case", "", "ms", "rate", "of ceiling"]]
+    limits, lines = roofline.ceilings(records), [["case", "", "ms", "rate", "of ceiling"]]
     for record in records:
-        if "seconds" not in record:
+        if "seconds" not in record or record["module"] == "roofline":
             continue
-        memory = bool(record["bytes"])
-        rate = (record["bytes"] or record["operations"]) / record["seconds"] / 1e9
-        limit = record["ceilings"]["copy" if memory else "fp32"]
+        kind, work, unit = ("copy", "bytes", "GB/s") if record["bytes"] else ("fp32", "operations", "GOP/s")
         lines.append(
             [
                 record["contestant"],
                 record["version"].split()[0],
                 number(1e3 * record["seconds"]),
-                f"{number(rate)} {'GB/s' if memory else 'GOP/s'}",
-                f"{100 * rate / limit:.0f} %",
+                f"{number(record[work] / record['seconds'] / 1e9)} {unit}",
+                f"{100 * roofline.part(record, work, limits[kind]):.0f} % of {kind}",
             ]
         )
     return markdown(lines)
@@ -171,7 +173,8 @@ def pictures(results: Path) -> list[Path]:
     drawn = []
     for shape, scheme in dict.fromkeys((r["shape"], r["scheme"]) for r in records):
         chosen = select(records, [shape, scheme])
-        limits = chosen[0]["ceilings"]
+        limits = {kind: statistics.median(rates) for kind, rates in roofline.ceilings(chosen).items()}
+        chosen = [record for record in chosen if record["module"] != "roofline"]
         figure, (speed, roof) = pyplot.subplots(1, 2, figsize=(13, 5))
         for index, name in enumerate(dict.fromkeys(record["contestant"] for record in chosen)):
             points = sorted((r for r in chosen if r["contestant"] == name), key=lambda r: r["case"]["M"])

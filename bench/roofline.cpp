@@ -199,16 +199,17 @@ const Peak kPeaks[] = {
 
 extern "C" {
 
-// `bytes` is a multiple of 1024 * threads and both addresses of 64. Patterns: 0 one sequence a thread,
-// 1 one with prefetches, 2 four side by side, 3 four with prefetches.
+// `bytes` is a multiple of 4096 * threads and both addresses of 64. Patterns: 0 one sequence a thread, 1 four
+// side by side, 2 four with prefetches, 3 eight, 4 sixteen.
 void roofline_read(const char* source, std::size_t bytes, int threads, int pattern) {
     on_threads(threads, [=](int t) {
         const std::size_t part = bytes / threads;
         const char* begin = source + t * part;
         if (pattern == 0) read_part<1, false>(begin, part);
-        if (pattern == 1) read_part<1, true>(begin, part);
-        if (pattern == 2) read_part<4, false>(begin, part);
-        if (pattern == 3) read_part<4, true>(begin, part);
+        if (pattern == 1) read_part<4, false>(begin, part);
+        if (pattern == 2) read_part<4, true>(begin, part);
+        if (pattern == 3) read_part<8, false>(begin, part);
+        if (pattern == 4) read_part<16, false>(begin, part);
     });
 }
 

@@ -3,9 +3,9 @@
     python bench/roofline.py [--threads 2]
 
 `contestants` gives them to a benchmark, which measures them interleaved with everything else; `ceilings`
-reads them off the results. A ceiling is the best median of several ways to do the same: reading one or four
-sequences a thread with and without prefetches, copying with plain and streaming stores, int8 products in
-each instruction that the machine has. `roofline.cpp` is compiled for this machine on the first use, into
+reads them off the records. A ceiling is the best of several ways to do the same: reading one to sixteen
+sequences a thread, copying with plain and streaming stores, int8 products in each instruction that the
+machine has. `roofline.cpp` is compiled for this machine on the first use, into
 build/bench.
 """
 
@@ -17,6 +17,7 @@ import hashlib
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import measure
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "bench"
-READS = ("one sequence", "one, prefetched", "four sequences", "four, prefetched")
+READS = ("1 sequence", "4 sequences", "4, prefetched", "8 sequences", "16 sequences")
 COPIES = ("plain", "streaming")
 INSTALL = "install a C++17 compiler, or name one in the environment variable CXX"
 
@@ -78,7 +79,7 @@ def prepare(case: dict[str, Any]) -> contestant.Job:
     """``{"ceiling": "read 0"}``, ``"copy 1"`` or a name of `peaks`; `size` bytes, `rounds` of products."""
     threads, native = case["threads"], library()
     kind, _, which = case["ceiling"].partition(" ")
-    size = case["size"] // (1024 * threads) * 1024 * threads
+    size = case["size"] // (4096 * threads) * 4096 * threads
     if kind == "read":
         call = functools.partial(native.roofline_read, buffer(size)[1], size, threads, int(which))
         return contestant.Job(calls=[call], bytes=size)
@@ -106,35 +107,47 @@ def contestants(*, size: int = 512 << 20, rounds: int = 1 << 21) -> list[measure
     ]
 
 
-def ceilings(results: list[measure.Result]) -> dict[str, float]:
-    """Best rate of each kind: GB/s of ``read`` and ``copy``, GOP/s of ``int8``, ``bf16`` and ``fp32``.
+def ceilings(records: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Read the best rates of each kind off the records, round by round.
 
-    The rates of the kinds of int8 product are there under their own names too: a kernel of the AVX2 tier is
-    held against ``"int8 maddubs"``.
+    GB/s of ``read`` and ``copy``, GOP/s of ``int8``, ``bf16`` and ``fp32``. The best way is the one with the best median. The kinds of int8 product are there under their own names
+    too: a kernel of the AVX2 tier is held against ``"int8 maddubs"``.
     """
-    best: dict[str, float] = {}
-    for result in results:
-        if result.contestant.module == "roofline" and result.rounds:
-            name = result.contestant.name
-            rate = (result.bytes or result.operations) / result.seconds / 1e9
-            names = {name.split()[0], name} if name.startswith("int8") else {name.split()[0]}
-            best |= {key: max(rate, best.get(key, 0.0)) for key in names}
+    best: dict[str, list[float]] = {}
+    for record in records:
+        if record["module"] != "roofline" or "rounds" not in record:
+            continue
+        name, work = record["contestant"], record["bytes"] or record["operations"]
+        rates = [work / seconds / 1e9 for seconds in record["rounds"]]
+        for key in {name.split()[0], name} if name.startswith("int8") else {name.split()[0]}:
+            if key not in best or statistics.median(rates) > statistics.median(best[key]):
+                best[key] = rates
     return best
 
 
+def part(record: dict[str, Any], work: str, rates: list[float]) -> float:
+    """How much of a ceiling a contestant reaches: the median over rounds, since both drift together."""
+    pairs = zip(record["rounds"], rates, strict=False)
+    return statistics.median(record[work] / seconds / 1e9 / rate for seconds, rate in pairs)
+
+
+def summary(records: list[dict[str, Any]]) -> str:
+    """Write the ceilings in a line."""
+    rates = {name: statistics.median(rates) for name, rates in ceilings(records).items()}
+    return ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+
+
 def main() -> None:
-    parser = measure.parser(__doc__)
-    options = parser.parse_args()
-    results = measure.race(contestants(), options)
-    for result in results:
-        rate = (result.bytes or result.operations) / result.seconds / 1e9
-        kind, _, which = result.contestant.name.partition(" ")
+    options = measure.parse(measure.parser(__doc__))
+    records = measure.records("roofline", measure.race(contestants(), options), options)
+    for record in records:
+        rate = (record["bytes"] or record["operations"]) / record["seconds"] / 1e9
+        kind, _, which = record["contestant"].partition(" ")
         label = {"read": READS, "copy": COPIES}.get(kind)
-        name = f"{kind}, {label[int(which)]}" if label else result.contestant.name
-        print(
-            f"{name:28}{rate:9.1f} {'GB/s' if result.bytes else 'GOP/s'}{100 * result.spread:6.1f} % spread"
-        )
-    print(", ".join(f"{name} {rate:.0f}" for name, rate in ceilings(results).items()))
+        name = f"{kind}, {label[int(which)]}" if label else record["contestant"]
+        unit = "GB/s" if record["bytes"] else "GOP/s"
+        print(f"{name:28}{rate:9.1f} {unit}{100 * record['spread']:6.1f} % spread")
+    print(summary(records))
 
 
 if __name__ == "__main__":

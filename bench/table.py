@@ -78,19 +78,20 @@ def main(
         for each in modules
     ]
     results = measure.race([*roofline.contestants(), *entries], options)
-    ceilings = roofline.ceilings(results)
-    group = {"shape": f"{N}x{K}", "forced": options.tier}
-    records = measure.records(op, results, options, ceilings, **group)
-    roof = ceilings["copy" if unit == "GB/s" else "fp32"]
-    limit = "copy" if unit == "GB/s" else "fp32 peak"
-    print(f"{op} {N}x{K}, {options.threads} thread(s); {limit} {roof:.1f} {unit}")
+    records = measure.records(op, results, options, shape=f"{N}x{K}", forced=options.tier)
+    kind, work = ("copy", "bytes") if unit == "GB/s" else ("fp32", "operations")
+    limits = roofline.ceilings(records)[kind]
+    print(f"{op} {N}x{K}, {options.threads} thread(s); {roofline.summary(records)} (GB/s and GOP/s)")
     for record in records:
+        if record["module"] == "roofline":
+            continue
         label = f"{record['contestant']:30}{record['version'].split(' ')[0]:8}"
         if "seconds" not in record:
             print(f"{label}{record['absent']}")
             continue
-        rate = record["bytes" if unit == "GB/s" else "operations"] / record["seconds"] / 1e9
+        rate = record[work] / record["seconds"] / 1e9
         facts = "".join(f"  {name} {value}" for name, value in record["facts"].items() if name != "tier")
-        print(f"{label}{1e3 * record['seconds']:10.3f} ms{rate:9.2f} {unit}{100 * rate / roof:5.0f} %{facts}")
+        reached = f"{100 * roofline.part(record, work, limits):5.0f} % of {kind}"
+        print(f"{label}{1e3 * record['seconds']:10.3f} ms{rate:9.2f} {unit}{reached}{facts}")
     measure.save(records, options)
     sys.exit(1 if any(record.get("absent", "").startswith("wrong") for record in records) else 0)
