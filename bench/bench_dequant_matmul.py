@@ -124,8 +124,8 @@ def shares(record: dict[str, Any], ceilings: dict[str, list[float]]) -> tuple[fl
     kind = next((kind for start, kind in PRODUCTS.items() if record["contestant"].startswith(start)), "bf16")
     if kind == "int8" and record.get("forced") == "avx2":
         kind = "int8 maddubs"
-    peak = ceilings.get(kind) or ceilings["fp32"]
-    return roofline.part(record, "bytes", ceilings["read"]), roofline.part(record, "operations", peak)
+    peak = ceilings.get(kind) or ceilings.get("fp32", [])
+    return roofline.part(record, "bytes", ceilings.get("read", [])), roofline.part(record, "operations", peak)
 
 
 def show(records: list[dict[str, Any]]) -> None:

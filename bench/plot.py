@@ -127,7 +127,7 @@ def case_table(records: list[Record]) -> str:
                 record["version"].split()[0],
                 number(1e3 * record["seconds"]),
                 f"{number(record[work] / record['seconds'] / 1e9)} {unit}",
-                f"{100 * roofline.part(record, work, limits[kind]):.0f} % of {kind}",
+                f"{100 * roofline.part(record, work, limits.get(kind, [])):.0f} % of {kind}",
             ]
         )
     return markdown(lines)

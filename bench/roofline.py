@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -110,8 +111,9 @@ def contestants(*, size: int = 512 << 20, rounds: int = 1 << 21) -> list[measure
 def ceilings(records: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Read the best rates of each kind off the records, round by round.
 
-    GB/s of ``read`` and ``copy``, GOP/s of ``int8``, ``bf16`` and ``fp32``. The best way is the one with the best median. The kinds of int8 product are there under their own names
-    too: a kernel of the AVX2 tier is held against ``"int8 maddubs"``.
+    GB/s of ``read`` and ``copy``, GOP/s of ``int8``, ``bf16`` and ``fp32``; nothing without a C++ compiler. The
+    best way is the one with the best median. The kinds of int8 product are there under their own names too:
+    a kernel of the AVX2 tier is held against ``"int8 maddubs"``.
     """
     best: dict[str, list[float]] = {}
     for record in records:
@@ -126,7 +128,9 @@ def ceilings(records: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def part(record: dict[str, Any], work: str, rates: list[float]) -> float:
-    """How much of a ceiling a contestant reaches: the median over rounds, since both drift together."""
+    """How much of a ceiling a contestant reaches: the median over rounds, since both drift together; NaN without one."""
+    if not rates:
+        return math.nan
     pairs = zip(record["rounds"], rates, strict=False)
     return statistics.median(record[work] / seconds / 1e9 / rate for seconds, rate in pairs)
 

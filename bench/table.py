@@ -80,7 +80,7 @@ def main(
     results = measure.race([*roofline.contestants(), *entries], options)
     records = measure.records(op, results, options, shape=f"{N}x{K}", forced=options.tier)
     kind, work = ("copy", "bytes") if unit == "GB/s" else ("fp32", "operations")
-    limits = roofline.ceilings(records)[kind]
+    limits = roofline.ceilings(records).get(kind, [])
     print(f"{op} {N}x{K}, {options.threads} thread(s); {roofline.summary(records)} (GB/s and GOP/s)")
     for record in records:
         if record["module"] == "roofline":
