@@ -111,7 +111,7 @@ def contestants(*, size: int = 512 << 20, rounds: int = 1 << 21) -> list[measure
 def ceilings(records: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Read the best rates of each kind off the records, round by round.
 
-    GB/s of ``read`` and ``copy``, GOP/s of ``int8``, ``bf16`` and ``fp32``; nothing without a C++ compiler. The
+    GB/s of ``read`` and ``copy``, GOP/s of ``int8``, ``bf16`` and ``fp32``; nothing without a compiler. The
     best way is the one with the best median. The kinds of int8 product are there under their own names too:
     a kernel of the AVX2 tier is held against ``"int8 maddubs"``.
     """
@@ -128,7 +128,7 @@ def ceilings(records: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def part(record: dict[str, Any], work: str, rates: list[float]) -> float:
-    """How much of a ceiling a contestant reaches: the median over rounds, since both drift together; NaN without one."""
+    """How much of a ceiling is reached: the median over rounds, as both drift together; NaN without one."""
     if not rates:
         return math.nan
     pairs = zip(record["rounds"], rates, strict=False)
