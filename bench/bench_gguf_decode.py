@@ -14,7 +14,7 @@ from table import VERSION
 
 __all__ = ["VERSION", "prepare"]
 
-CASES = [f"{name} {package}" for name in TYPES for package in ("qkern", "gguf")]
+CASES = [f"{name} {package}" for name in ("f16", *TYPES, "bf16") for package in ("qkern", "gguf")]
 
 
 def prepare(case: dict[str, Any]) -> Job:

@@ -2,7 +2,8 @@
 
 python bench/bench_gguf_encode.py [--shape 256x4096] [--cases q4_k] [--threads 1] [--tier avx512]
 
-`loss` is the squared error over the squared weights, weighted where the case says ``imatrix``.
+`loss` is the squared error over the squared weights, weighted where the case says ``imatrix``; `worst` is the
+largest ratio of qkern's to ggml's in a run of 256 weights, where llama-cpp-python is in qkern's environment.
 """
 
 from __future__ import annotations
@@ -41,13 +42,25 @@ def prepare(case: dict[str, Any]) -> Job:
     from qkern.ops import gguf_decode, gguf_encode
 
     x, importance, name = weights(case)
-    lost = loss(x, gguf_decode(gguf_encode(x, name, importance=importance), name), importance)
+    decoded = gguf_decode(gguf_encode(x, name, importance=importance), name)
+    lost = loss(x, decoded, importance)
+    facts = {"tier": table.tier(), "loss": float(f"{lost:.6g}")}
+    try:
+        from peers import ggml
+
+        theirs = ggml.encoded(x, importance, name)[0]
+    except ImportError:
+        pass
+    else:
+        scale = 1.0 if importance is None else importance
+        ours, theirs = (((y - x).square() * scale).reshape(-1, 256).sum(1) for y in (decoded, theirs))
+        facts["worst"] = round(float((ours / theirs).max()), 3)
     return Job(
         calls=[lambda: gguf_encode(x, name, importance=importance)],
         error=lost,
         allowed=ALLOWED[name[:2]],
         bytes=x.nbytes,
-        facts={"tier": table.tier(), "loss": float(f"{lost:.6g}")},
+        facts=facts,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
+import importlib.util
 import itertools
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
@@ -90,9 +92,10 @@ class Ggml:
     """The functions of `FUNCTIONS`, by their names without ``ggml_``."""
 
     def __init__(self) -> None:
-        import llama_cpp
-
-        folder = Path(llama_cpp.__file__).parent / "lib"
+        spec = importlib.util.find_spec("llama_cpp")  # importing it would load much more than ggml
+        if spec is None or spec.origin is None:
+            raise ImportError("No module named 'llama_cpp'")
+        folder = Path(spec.origin).parent / "lib"
         libraries = [ctypes.CDLL(str(next(folder.glob(f"*ggml{part}.*")))) for part in ("-base", "-cpu")]
         for name, (result, arguments) in FUNCTIONS.items():
             function = next(getattr(each, name) for each in libraries if hasattr(each, name))
@@ -143,12 +146,10 @@ def library() -> Ggml:
 
 
 def VERSION() -> str:
-    import llama_cpp
-
-    native = library()
+    native, wheel = library(), importlib.metadata.version("llama_cpp_python")
     flags = ("avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon", "dotprod")
     built = [flag for flag in flags if getattr(native.cpu, f"ggml_cpu_has_{flag}")()]
-    return f"ggml {native.version().decode()} (llama-cpp-python {llama_cpp.__version__}; {' '.join(built)})"
+    return f"ggml {native.version().decode()} (llama-cpp-python {wheel}; {' '.join(built)})"
 
 
 def variants(scheme: str) -> list[str]:
@@ -201,30 +202,42 @@ def prepare(case: dict[str, Any]) -> Job:
     return encoding(case) if case.get("op") == "gguf_encode" else product(case)
 
 
-def encoding(case: dict[str, Any]) -> Job:
-    """Call ggml's quantizer, which runs on one thread, on the weights of bench_gguf_encode.py."""
+def encoded(x: Any, importance: Any, name: str) -> tuple[Any, Any, Any]:
+    """Encode with ggml's quantizer, which has one thread: decoded weights, the call, what it points into."""
     import numpy as np
     import torch
 
+    name = name.replace("_k", "_K")
+    number, block, block_bytes = TYPES[name]
+    N, K = x.shape
+    blocks = np.empty((N, K // block * block_bytes), np.uint8)
+    pointer = None if importance is None else importance.data_ptr()
+    call = functools.partial(
+        library().quantize_chunk, number, x.data_ptr(), blocks.ctypes.data, 0, N, K, pointer
+    )
+    call()
+    return (
+        torch.from_numpy(library().decode(name, blocks, N * K).reshape(N, K)),
+        call,
+        (x, importance, blocks),
+    )
+
+
+def encoding(case: dict[str, Any]) -> Job:
+    """Prepare ggml's quantizer on the weights of bench_gguf_encode.py."""
     from bench_gguf_encode import ALLOWED, loss
     from bench_gguf_encode import weights as random_weights
 
     x, importance, name = random_weights(case)
-    name = name.replace("_k", "_K")
-    number, block, block_bytes = TYPES[name]
-    (N, K), weighted = x.shape, importance.data_ptr() if importance is not None else None
-    blocks = np.empty((N, K // block * block_bytes), np.uint8)
-    arguments = (number, x.data_ptr(), blocks.ctypes.data, 0, N, K, weighted)
-    library().quantize_chunk(*arguments)
-    decoded = torch.from_numpy(library().decode(name, blocks, N * K).reshape(N, K))
+    decoded, call, memory = encoded(x, importance, name)
     lost = loss(x, decoded, importance)
     return Job(
-        calls=[functools.partial(library().quantize_chunk, *arguments)],
+        calls=[call],
         error=lost,
         allowed=ALLOWED[name[:2]],
         bytes=x.nbytes,
         facts={"loss": float(f"{lost:.6g}")},
-        memory=(x, importance, blocks),
+        memory=memory,
     )
 
 
