@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PROCESSOR_TIME = "processor time"
+
+
 class Absent(Exception):
     """Why a contestant cannot take part in a case."""
 
@@ -112,7 +115,7 @@ def serve() -> None:
         sys.modules["torch"].set_num_threads(threads)
     # The calling thread does all the work of one thread, and a busy machine does not disturb its clock.
     clock = time.thread_time if threads == 1 else time.perf_counter
-    answer(ready=version, clock="processor time" if threads == 1 else "wall-clock time")
+    answer(ready=version, clock=PROCESSOR_TIME if threads == 1 else "wall-clock time")
     jobs: list[Job] = []
     for line in sys.stdin:
         command = json.loads(line)
