@@ -34,7 +34,8 @@ def test_every_command_has_help_and_a_docstring(capsys, name):
 def test_list_of_benchmarks_fits_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run(capsys, "bench")
-    assert (code, max(map(len, out.splitlines()))) == (0, 80)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
     assert {"dequant_matmul", "roofline"} <= {line.split()[0] for line in out.splitlines()}
 
 

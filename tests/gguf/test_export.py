@@ -166,6 +166,8 @@ def test_paths_that_cannot_be(shipped, tmp_path):
     with pytest.raises(InputError, match=r"model\.gguf exists"):
         export_gguf(shipped, tmp_path / "model.gguf", "q8_0")
     assert (tmp_path / "model.gguf").read_bytes() == b"mine"
+    with pytest.raises(InputError, match=r"is a folder: name a file, .*model\.gguf"):
+        export_gguf(shipped, tmp_path, "q8_0")
 
 
 def test_in_the_model_folder_only_a_gguf_is_written(shipped, tmp_path):

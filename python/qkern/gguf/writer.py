@@ -95,6 +95,8 @@ def write_gguf(
     """
     import gguf
 
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file, for example --output {path / 'model.gguf'}")
     if path.exists():
         raise InputError(f"{path} exists: remove it or choose another --output")
     if path.parent.is_file():
