@@ -84,8 +84,8 @@ class Linear {
             args.out_stride = view_.N;
             args.bias = at_address<const void>(bias);
             args.bias_dtype = static_cast<qk::DType>(bias_dtype);
-            const int64_t chunks = (rows + qk::kMatmulRows - 1) / qk::kMatmulRows;
-            const int64_t tile_work = qk::kPanelRows * std::min(rows, qk::kMatmulRows) * view_.K / kProductsPerElement;
+            const int64_t chunks = qk::matmul_chunks(rows);
+            const int64_t tile_work = qk::kPanelRows * qk::matmul_chunk_rows(rows) * view_.K / kProductsPerElement;
             qk::parallel_for(view_.panel_count * chunks, 1, tile_work, threads,
                              [&](int64_t begin, int64_t end) { kernels.matmul_run(args, begin, end); });
         }

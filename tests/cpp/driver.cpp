@@ -212,7 +212,7 @@ int64_t run_dequant_matmul(Case& c) {
     args.out_stride = view.N;
     args.bias = c.data<const void>("bias");
     args.bias_dtype = qk::DType::f32;
-    const int64_t chunks = (M + qk::kMatmulRows - 1) / qk::kMatmulRows;
+    const int64_t chunks = qk::matmul_chunks(M);
     run_rows(view.panel_count * chunks, 1, [&](int64_t begin, int64_t end) {
         kernels.matmul_run(args, begin, end);
         return qk::Status::ok;

@@ -155,9 +155,17 @@ struct MatmulArgs {
     const void* bias;  // [N] or null
     DType bias_dtype;
 };
-// Tiles [begin, end): tile t is panel t / chunks and rows (t % chunks) * kMatmulRows of x and the next ones,
-// with chunks = max(1, ceil(M / kMatmulRows)).
+// Rows of x go in equal chunks of up to kMatmulRows, whole tiles of six where there are several.
 constexpr int64_t kMatmulRows = 96;
+constexpr int64_t matmul_chunk_rows(int64_t M) {
+    const int64_t chunks = (M + kMatmulRows - 1) / kMatmulRows;
+    return chunks <= 1 ? M : ((M + chunks - 1) / chunks + 5) / 6 * 6;
+}
+constexpr int64_t matmul_chunks(int64_t M) {
+    return M <= kMatmulRows ? 1 : (M + matmul_chunk_rows(M) - 1) / matmul_chunk_rows(M);
+}
+// Tiles [begin, end): tile t is chunk t / panels and panel t % panels, so that a chunk's activations stay in L2
+// while the weight streams past.
 using MatmulFn = void (*)(const MatmulArgs& args, int64_t begin, int64_t end);
 
 struct DecodeArgs {

@@ -61,8 +61,8 @@ struct BlockInt8 {
     const float* offset;   // [R], or null
     const Planes* planes;  // of a codebook
     float factor;          // of a codebook's sums, else 1
-    const uint8_t* next;   // what comes from memory meanwhile: a part for each row of x
-    int64_t next_part;
+    const uint8_t* next;   // what comes from memory meanwhile
+    int64_t next_step;     // bytes of it that a product step of one row of x asks for
     float (*tile)[qk::kPanelRows];  // [M]
 };
 
@@ -75,9 +75,6 @@ QK_INLINE I product_codes(const I* lines, I table) {
     }
     return codes;
 }
-
-// Lines are asked for from memory at this many places of a product step.
-constexpr int64_t kPrefetches = 2;
 
 QK_INLINE void prefetch(const uint8_t* at) {
 #if !defined(_MSC_VER)
@@ -100,7 +97,10 @@ template <Codes KIND, int MT, int NV, int T, class Product>
 QK_INLINE void add_runs(const Cursor& at, const I (*lines)[3], I table, Product product, I* sums) {
     I codes[NV];
     QK_UNROLL for (int v = 0; v < NV; ++v) codes[v] = product_codes<KIND, T>(lines[v], table);
-    QK_UNROLL for (int p = 0; p < kPrefetches; ++p) prefetch(at.next + (T * kPrefetches + p) * at.next_step);
+    if constexpr (MT >= Isa::kDirectM) {
+        prefetch(at.next + T * at.next_step);
+        prefetch(at.next + T * at.next_step + at.next_step / 2);
+    }
     QK_UNROLL for (int m = 0; m < MT; ++m) {
         const I quad = Isa::load_quad(at.x + m * at.x_stride + T * at.run);
         QK_UNROLL for (int v = 0; v < NV; ++v) sums[m * NV + v] = product(sums[m * NV + v], codes[v], quad);
@@ -119,16 +119,16 @@ QK_INLINE void add_superlines(Cursor& at, int64_t count, int64_t line, I table, 
         add_runs<KIND, MT, NV, 0>(at, lines, table, product, sums);
         at.codes += kLines<stored_bits(KIND)> * line;
         at.x += 4;
-        at.next += runs(KIND) * kPrefetches * at.next_step;
+        at.next += runs(KIND) * at.next_step;
     } while (--count > 0);
 }
 
 // The products of one plane. Vector: Isa, as a parameter because not every tier has pairs.
 template <Codes KIND, int MT, int NV, int PLANE, class Vector = Isa>
-QK_INLINE void add_plane(const BlockInt8& b, int64_t next_step, I* sums) {
+QK_INLINE void add_plane(const BlockInt8& b, I* sums) {
     const I table = KIND == Codes::codebook ? Isa::load_table(b.planes->bytes[PLANE]) : Isa::splat(0);
     const int64_t count = b.padded / (4 * runs(KIND));
-    Cursor at{b.codes, b.x, b.x_stride, 4 * count, b.next, next_step};
+    Cursor at{b.codes, b.x, b.x_stride, 4 * count, b.next, b.next_step};
     if (KIND == Codes::planes) at.codes += PLANE * (b.padded / 4) * b.line;
     if constexpr (Vector::kPairQuads > 0 && !is_wide(KIND)) {
         constexpr int64_t kChain = Vector::kPairQuads / runs(KIND);
@@ -154,8 +154,8 @@ QK_INLINE void micro_int8(BlockInt8 b, int64_t r, int64_t m0) {
     b.x_sum += m0 * b.blocks;
     b.x_scale += m0 * b.blocks;
     b.tile += m0;
-    b.next += m0 * b.next_part;
-    const int64_t next_step = MT * b.next_part / (b.padded / 4 * kPrefetches);
+    b.next += m0 * b.next_step * (b.padded / 4);
+    b.next_step *= MT;
     // Codes that enter 128 less.
     constexpr int32_t kBias = Isa::kSignedWide && is_wide(KIND) ? 128 : 0;
     I sums[MT * NV];
@@ -172,7 +172,7 @@ QK_INLINE void micro_int8(BlockInt8 b, int64_t r, int64_t m0) {
             QK_UNROLL for (int v = 0; v < NV; ++v) sums[m * NV + v] = start;
         }
     }
-    add_plane<KIND, MT, NV, 0>(b, next_step, sums);
+    add_plane<KIND, MT, NV, 0>(b, sums);
     if constexpr (planes(KIND) == 2) {
         QK_UNROLL for (int m = 0; m < MT; ++m) {
             const I bias = Isa::splat(-kBias * b.x_sum[m * b.blocks]);
@@ -180,7 +180,7 @@ QK_INLINE void micro_int8(BlockInt8 b, int64_t r, int64_t m0) {
                 sums[m * NV + v] = Isa::sub(Isa::mul(sums[m * NV + v], Isa::splat(256)), bias);
             }
         }
-        add_plane<KIND, MT, NV, 1>(b, 0, sums);
+        add_plane<KIND, MT, NV, 1>(b, sums);
     }
     F scale[NV];
     QK_UNROLL for (int v = 0; v < NV; ++v) scale[v] = Isa::load_f(b.scale + r + v * Isa::kRows);
@@ -246,12 +246,9 @@ inline void expand(const BlockInt8& b, int64_t R, uint8_t* out) {
 }
 
 template <Codes KIND>
-inline void product_int8(BlockInt8 b, int64_t R, int64_t M, uint8_t* scratch) {
-    // A lone tile reads as fast as the processor's own prefetch; work that takes longer than its block takes
-    // from memory leaves that idle between blocks unless it is told what comes next.
-    const int64_t bytes = R * b.padded * stored_bits(KIND) / 8;
-    b.next = M > Isa::kDirectM ? b.codes + bytes : b.codes;
-    b.next_part = M > Isa::kDirectM ? bytes / M : 0;
+inline void product_int8(BlockInt8& b, int64_t R, int64_t M, uint8_t* scratch) {
+    b.next = b.codes;
+    if (b.next_step > 0) b.next += R * b.padded * stored_bits(KIND) / 8;
     if (KIND == Codes::bits8 && !Isa::kSignedWide) {
         block_int8<KIND, Isa::kTileM>(b, R, M);
     } else if (M <= Isa::kDirectRows) {
@@ -266,31 +263,34 @@ inline void product_int8(BlockInt8 b, int64_t R, int64_t M, uint8_t* scratch) {
 void run_int8(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64_t M) {
     const qk::PackedView& view = *args.view;
     const int64_t R = panel_rows(view, panel);
+    const bool codebook = view.zero_kind == qk::ZeroKind::codebook;
     alignas(64) float tile[qk::kMatmulRows][qk::kPanelRows];
     alignas(64) uint8_t scratch[2 * qk::kPanelRows * qk::kBlockColumns];
     memset(tile, 0, static_cast<size_t>(M) * sizeof tile[0]);
     GroupHead head;
-    const bool codebook = view.zero_kind == qk::ZeroKind::codebook;
     Planes planes;
     if (codebook) planes = planes_of(view.table);
+    BlockInt8 b{};
+    b.line = 4 * R;
+    b.x_stride = view.padded_K;
+    b.blocks = view.blocks;
+    b.scale = head.scale;
+    b.zero = view.zero_kind == qk::ZeroKind::uint8 ? head.zero : nullptr;
+    b.midpoint = codebook ? 128 : view.zero_kind == qk::ZeroKind::midpoint ? 1 << (view.bits - 1) : 0;
+    b.offset = view.zero_kind == qk::ZeroKind::offsets ? head.offset : nullptr;
+    b.planes = &planes;
+    b.factor = codebook ? 1.0f / 32767.0f : 1.0f;
+    // Few rows wait for memory and nothing else: the processor's own prefetch is as fast as it gets. More of
+    // them would leave memory idle while they multiply, unless it is told what comes next.
+    b.next_step = M > Isa::kDirectM ? R * view.bits / (2 * M) : 0;
+    b.tile = tile;
     for_each_block(view, panel, R, &head,
                    [&](int64_t block, int64_t, int64_t, int64_t padded, int64_t packed, const uint8_t* codes) {
-        BlockInt8 b{};
         b.codes = codes;
-        b.line = 4 * R;
         b.padded = padded;
         b.x = args.codes + first_m * view.padded_K + packed;
-        b.x_stride = view.padded_K;
         b.x_scale = args.scales + first_m * view.blocks + block;
         b.x_sum = args.sums + first_m * view.blocks + block;
-        b.blocks = view.blocks;
-        b.scale = head.scale;
-        b.zero = view.zero_kind == qk::ZeroKind::uint8 ? head.zero : nullptr;
-        b.midpoint = codebook ? 128 : view.zero_kind == qk::ZeroKind::midpoint ? 1 << (view.bits - 1) : 0;
-        b.offset = view.zero_kind == qk::ZeroKind::offsets ? head.offset : nullptr;
-        b.planes = &planes;
-        b.factor = codebook ? 1.0f / 32767.0f : 1.0f;
-        b.tile = tile;
         if (codebook) return product_int8<Codes::codebook>(b, R, M, scratch);
         switch (view.bits) {
             case 2: return product_int8<Codes::bits2>(b, R, M, scratch);

@@ -6,14 +6,15 @@
 namespace {
 
 void run_tiles(const qk::MatmulArgs& args, int64_t begin, int64_t end) {
-    const int64_t chunks = args.M <= qk::kMatmulRows ? 1 : (args.M + qk::kMatmulRows - 1) / qk::kMatmulRows;
+    const int64_t panels = args.view->panel_count;
+    const int64_t chunk = qk::matmul_chunk_rows(args.M);
     for (int64_t t = begin; t < end; ++t) {
-        const int64_t first_m = t % chunks * qk::kMatmulRows;
-        const int64_t M = args.M - first_m < qk::kMatmulRows ? args.M - first_m : qk::kMatmulRows;
+        const int64_t first_m = t / panels * chunk;
+        const int64_t M = args.M - first_m < chunk ? args.M - first_m : chunk;
         if (args.values) {
-            run_float(args, t / chunks, first_m, M);
+            run_float(args, t % panels, first_m, M);
         } else {
-            run_int8(args, t / chunks, first_m, M);
+            run_int8(args, t % panels, first_m, M);
         }
     }
 }
