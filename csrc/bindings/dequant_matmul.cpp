@@ -51,10 +51,21 @@ class Linear {
         const qk::KernelTable& kernels = qk::kernels();
         const auto type = static_cast<qk::DType>(dtype);
         const int64_t element = type == qk::DType::f32 ? 4 : 2;
+        const Form form = form_of(kernels, type, M, int8);
+        const int digits = form != Form::digits ? 1 : type == qk::DType::f32 ? 4 : 3;
+        const qk::PrepareFn prepare_rows = form == Form::pairs    ? kernels.matmul_prepare_pairs
+                                           : form == Form::digits ? kernels.matmul_prepare_digits
+                                                                  : kernels.matmul_prepare;
+        const qk::MatmulFn run_tiles = form == Form::pairs    ? kernels.matmul_run_pairs
+                                       : form == Form::digits ? kernels.matmul_run_digits
+                                                              : kernels.matmul_run;
+        const int64_t tile_rows = form == Form::pairs ? qk::kPairRows : qk::kMatmulRows;
         py::gil_scoped_release release;
-        const int64_t row_bytes = int8 ? view_.padded_K + 8 * view_.blocks : 4 * view_.padded_K;
-        const int64_t fitting = kWorkspaceBytes / std::max<int64_t>(row_bytes, 1) / qk::kMatmulRows;
-        const int64_t step = std::max<int64_t>(fitting, 1) * qk::kMatmulRows;
+        const int64_t row_bytes = form == Form::pairs    ? 2 * view_.padded_K + 4 * view_.blocks
+                                  : form == Form::floats ? 4 * view_.padded_K
+                                                         : digits * (view_.padded_K + 8 * view_.blocks);
+        const int64_t fitting = kWorkspaceBytes / std::max<int64_t>(row_bytes, 1) / tile_rows;
+        const int64_t step = std::max<int64_t>(fitting, 1) * tile_rows;
         for (int64_t first = 0; first < M; first += step) {
             const int64_t rows = std::min(step, M - first);
             char* buffer = static_cast<char*>(workspace(static_cast<size_t>(rows * row_bytes)));
@@ -62,32 +73,42 @@ class Linear {
             prepare.view = &view_;
             prepare.x = at_address<const char>(x) + first * row_stride * element;
             prepare.dtype = type;
+            prepare.M = rows;
             prepare.row_stride = row_stride;
-            if (int8) {
-                prepare.scales = reinterpret_cast<float*>(buffer);
-                prepare.sums = reinterpret_cast<int32_t*>(buffer + 4 * rows * view_.blocks);
-                prepare.codes = reinterpret_cast<int8_t*>(buffer + 8 * rows * view_.blocks);
-            } else {
+            prepare.digits = digits;
+            const int64_t elements = rows * digits * view_.blocks;
+            if (form == Form::floats) {
                 prepare.values = reinterpret_cast<float*>(buffer);
+            } else if (form == Form::pairs) {
+                prepare.pair_sums = reinterpret_cast<float*>(buffer);
+                prepare.pairs = reinterpret_cast<uint16_t*>(buffer + 4 * elements);
+            } else {
+                prepare.scales = reinterpret_cast<float*>(buffer);
+                prepare.sums = reinterpret_cast<int32_t*>(buffer + 4 * elements);
+                prepare.codes = reinterpret_cast<int8_t*>(buffer + 8 * elements);
             }
             qk::parallel_for(rows, 1, view_.K, threads,
-                             [&](int64_t begin, int64_t end) { kernels.matmul_prepare(prepare, begin, end); });
+                             [&](int64_t begin, int64_t end) { prepare_rows(prepare, begin, end); });
             qk::MatmulArgs args{};
             args.view = &view_;
             args.M = rows;
             args.codes = prepare.codes;
             args.scales = prepare.scales;
             args.sums = prepare.sums;
+            args.digits = digits;
             args.values = prepare.values;
+            args.pairs = prepare.pairs;
+            args.pair_sums = prepare.pair_sums;
             args.out = at_address<char>(out) + first * view_.N * element;
             args.out_dtype = type;
             args.out_stride = view_.N;
             args.bias = at_address<const void>(bias);
             args.bias_dtype = static_cast<qk::DType>(bias_dtype);
-            const int64_t chunks = qk::matmul_chunks(rows);
-            const int64_t tile_work = qk::kPanelRows * qk::matmul_chunk_rows(rows) * view_.K / kProductsPerElement;
+            const int64_t chunks = qk::matmul_chunks(rows, tile_rows);
+            const int64_t chunk_rows = qk::matmul_chunk_rows(rows, tile_rows);
+            const int64_t tile_work = qk::kPanelRows * chunk_rows * view_.K / kProductsPerElement;
             qk::parallel_for(view_.panel_count * chunks, 1, tile_work, threads,
-                             [&](int64_t begin, int64_t end) { kernels.matmul_run(args, begin, end); });
+                             [&](int64_t begin, int64_t end) { run_tiles(args, begin, end); });
         }
     }
 
@@ -114,6 +135,16 @@ class Linear {
     const qk::PackedView& view() const { return view_; }
 
   private:
+    // Of the activations: see qk::PrepareArgs.
+    enum class Form { int8, floats, pairs, digits };
+
+    Form form_of(const qk::KernelTable& kernels, qk::DType type, int64_t M, bool int8) const {
+        if (int8) return Form::int8;
+        if (type == qk::DType::bf16 && kernels.matmul_run_pairs) return Form::pairs;
+        const bool integers = view_.zero_kind != qk::ZeroKind::codebook;
+        return integers && M <= qk::kDigitRows && kernels.matmul_run_digits ? Form::digits : Form::floats;
+    }
+
     qk::PackedView view_;
 };
 

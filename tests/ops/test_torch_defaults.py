@@ -23,6 +23,7 @@ from qkern.ops import (
     unpack_bits,
     unpack_weight,
 )
+from qkern.ops._native import force_tier
 from qkern.ops.quantize_groupwise.nested import dynamic_table
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ def multiply(spelling: str, rows: int) -> list[torch.Tensor]:
     ]
 
 
+def by_slabs() -> list[torch.Tensor]:
+    with force_tier("scalar"):  # one of the tiers that leave many rows to torch's matmul
+        return multiply("w8", 60)
+
+
 def gradient() -> list[torch.Tensor]:
     x = WEIGHT[:3].clone().requires_grad_()
     dequant_matmul(x, quantize_groupwise(WEIGHT, "w4g32"), compute="float").square().sum().backward()
@@ -85,7 +91,8 @@ CALLS = {
     "no activations": lambda: list(quantize_activations(WEIGHT[:, :0], backend="cpu")),
     "matmul": lambda: multiply("w4g32z", 3),
     "matmul of a codebook": lambda: multiply("nf4g16", 3),
-    "matmul by slabs": lambda: multiply("w8", 200),
+    "matmul of many rows": lambda: multiply("w8", 60),
+    "matmul by slabs": by_slabs,
     "gradient": gradient,
     "gguf": lambda: encode(None),
     "gguf of no importance": lambda: encode(torch.zeros(K, dtype=torch.float32, device="cpu")),

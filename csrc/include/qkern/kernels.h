@@ -129,16 +129,25 @@ struct PackArgs {
 // Panels [begin, end): form 2 to panels, and panels to form 2 (codes are zeroed by the caller).
 using PackPanelsFn = void (*)(const PackArgs& args, int64_t begin, int64_t end);
 
-// Activations in the weight's column order, every block padded with zeros.
+// Activations in the weight's column order, every block padded with zeros, in one of four forms:
+//   int8    codes [M, padded_K], scales and sums [M, blocks]
+//   floats  values [M, padded_K]
+//   pairs   pairs, pair_sums [M, blocks]: bf16 products, on a tier that has them; the rows of a chunk together,
+//           and of those block after block [rows, columns of the block]
+//   digits  as int8, with `digits` rows for each row of x: float products of a few rows on int8 instructions
 struct PrepareArgs {
     const PackedView* view;
     const void* x;  // [M, row_stride] of dtype
     DType dtype;
+    int64_t M;
     int64_t row_stride;
-    int8_t* codes;   // int8 compute: [M, padded_K]
-    float* scales;   // int8 compute: [M, blocks]
-    int32_t* sums;   // int8 compute: [M, blocks], sum of the codes
-    float* values;   // float compute: [M, padded_K], else null
+    int8_t* codes;
+    float* scales;
+    int32_t* sums;     // of the codes
+    int digits;
+    float* values;     // null in the other forms
+    uint16_t* pairs;   // bf16, the middle two columns of every quad swapped
+    float* pair_sums;  // of x, where there are zero points or offsets
 };
 using PrepareFn = void (*)(const PrepareArgs& args, int64_t begin, int64_t end);
 
@@ -148,22 +157,29 @@ struct MatmulArgs {
     const int8_t* codes;  // as PrepareArgs made them
     const float* scales;
     const int32_t* sums;
-    const float* values;  // not null: float compute
+    int digits;
+    const float* values;  // not null: the form is floats, else int8
+    const uint16_t* pairs;
+    const float* pair_sums;
     void* out;            // [M, out_stride] of out_dtype
     DType out_dtype;
     int64_t out_stride;
     const void* bias;  // [N] or null
     DType bias_dtype;
 };
-// Rows of x go in equal chunks of up to kMatmulRows, whole tiles of six where there are several.
+// Rows of x go in equal chunks of up to kMatmulRows, or kPairRows of pairs: whole tiles of six where there are
+// several.
 constexpr int64_t kMatmulRows = 96;
-constexpr int64_t matmul_chunk_rows(int64_t M) {
-    const int64_t chunks = (M + kMatmulRows - 1) / kMatmulRows;
+constexpr int64_t kPairRows = 132;
+constexpr int64_t matmul_chunk_rows(int64_t M, int64_t most = kMatmulRows) {
+    const int64_t chunks = (M + most - 1) / most;
     return chunks <= 1 ? M : ((M + chunks - 1) / chunks + 5) / 6 * 6;
 }
-constexpr int64_t matmul_chunks(int64_t M) {
-    return M <= kMatmulRows ? 1 : (M + matmul_chunk_rows(M) - 1) / matmul_chunk_rows(M);
+constexpr int64_t matmul_chunks(int64_t M, int64_t most = kMatmulRows) {
+    return M <= most ? 1 : (M + matmul_chunk_rows(M, most) - 1) / matmul_chunk_rows(M, most);
 }
+// Up to this many rows of x, floats become digits where a tier can.
+constexpr int64_t kDigitRows = 24;
 // Tiles [begin, end): tile t is chunk t / panels and panel t % panels, so that a chunk's activations stay in L2
 // while the weight streams past.
 using MatmulFn = void (*)(const MatmulArgs& args, int64_t begin, int64_t end);
@@ -195,6 +211,10 @@ struct KernelTable {
     PackPanelsFn unpack_panels = nullptr;
     PrepareFn matmul_prepare = nullptr;
     MatmulFn matmul_run = nullptr;
+    PrepareFn matmul_prepare_digits = nullptr;  // null where floats are faster
+    MatmulFn matmul_run_digits = nullptr;
+    PrepareFn matmul_prepare_pairs = nullptr;  // null without bf16 products
+    MatmulFn matmul_run_pairs = nullptr;
     DecodeFn matmul_decode = nullptr;
     DequantizeGroupwiseFn dequantize_groupwise = nullptr;
     PackBitsFn pack_bits = nullptr;

@@ -3,8 +3,9 @@
 // values up at once.
 #pragma once
 #include <immintrin.h>
+#include <string.h>
 
-#include "prepare.h"
+#include "qkern/kernels.h"
 
 namespace {
 

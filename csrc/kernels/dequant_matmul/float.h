@@ -115,38 +115,35 @@ template <int BITS, Mode MODE>
 inline void product_float(const BlockFloat& b, int64_t R, int64_t M) {
     int64_t m = 0;
     for (; m + Isa::kFloatM <= M; m += Isa::kFloatM) micro_rows_float<BITS, MODE, Isa::kFloatM>(b, R, m);
+    if constexpr (Isa::kFloatM > 2) {
+        for (; m + 2 <= M; m += 2) micro_rows_float<BITS, MODE, 2>(b, R, m);
+    }
     for (; m < M; ++m) micro_rows_float<BITS, MODE, 1>(b, R, m);
 }
 
 template <int BITS, Mode MODE, int T, int BYTE>
-QK_INLINE void decode_step(const qk::DecodeArgs& args, int64_t quads, int64_t j, const I* lines, F zero, F scale,
-                        Isa::Table table, int64_t k, int64_t columns, int64_t column) {
-    const int64_t i = 4 * (T * quads + j) + BYTE;
-    if (i < columns) {
-        F weight = weight_of<BITS, MODE, BYTE>(codes_of<BITS, T>(lines), zero, scale, table);
-        if (MODE != Mode::affine) weight = Isa::mul_f(weight, scale);
-        const int64_t row = args.view->permutation ? args.view->permutation[k + i] : k + i;
-        char* out = static_cast<char*>(args.out) + (row * args.out_stride + column) * dtype_size(args.dtype);
-        Isa::store_as(out, args.dtype, weight);
-    }
+QK_INLINE void expand_step(const I* lines, F zero, F scale, Isa::Table table, int64_t run, float* out) {
+    F weight = weight_of<BITS, MODE, BYTE>(codes_of<BITS, T>(lines), zero, scale, table);
+    if constexpr (MODE != Mode::affine) weight = Isa::mul_f(weight, scale);
+    Isa::store_f(out + T * run + BYTE * qk::kPanelRows, weight);
     if constexpr (BYTE < 3) {
-        decode_step<BITS, MODE, T, BYTE + 1>(args, quads, j, lines, zero, scale, table, k, columns, column);
+        expand_step<BITS, MODE, T, BYTE + 1>(lines, zero, scale, table, run, out);
     } else if constexpr (T + 1 < (BITS == 3 ? 8 : 8 / BITS)) {
-        decode_step<BITS, MODE, T + 1, 0>(args, quads, j, lines, zero, scale, table, k, columns, column);
+        expand_step<BITS, MODE, T + 1, 0>(lines, zero, scale, table, run, out);
     }
 }
 
+// A block as floats, [padded][kPanelRows].
 template <int BITS, Mode MODE>
-inline void decode_block(const qk::DecodeArgs& args, const BlockFloat& b, int64_t R, int64_t k, int64_t columns,
-                         int64_t column) {
+inline void expand_floats(const BlockFloat& b, int64_t R, float* out) {
     const Isa::Table table = Isa::load_float_table(b.table);
     const int64_t quads = b.padded / (4 * superline_steps(BITS));
     for (int64_t j = 0; j < quads; ++j) {
         for (int64_t r = 0; r < R; r += Isa::kRows) {
             I lines[3];
             load_lines<BITS>(b.codes + j * kLines<BITS> * b.line + 4 * r, b.line, lines);
-            decode_step<BITS, MODE, 0, 0>(args, quads, j, lines, zero_of<MODE>(*b.head, r),
-                                          Isa::load_f(b.head->scale + r), table, k, columns, column + r);
+            expand_step<BITS, MODE, 0, 0>(lines, zero_of<MODE>(*b.head, r), Isa::load_f(b.head->scale + r), table,
+                                          4 * quads * qk::kPanelRows, out + 4 * j * qk::kPanelRows + r);
         }
     }
 }
@@ -186,15 +183,68 @@ struct RunFloat {
     }
 };
 
-struct RunDecode {
-    const qk::DecodeArgs& args;
+struct RunExpand {
     const BlockFloat& b;
-    int64_t R, k, columns, column;
+    int64_t R;
+    float* out;
     template <int BITS, Mode MODE>
     void operator()() const {
-        decode_block<BITS, MODE>(args, b, R, k, columns, column);
+        expand_floats<BITS, MODE>(b, R, out);
     }
 };
+
+// Above this many rows of x the weight is decoded once for all of them: kBlockColumns columns at a time, of as
+// many groups as that takes, into a cache.
+constexpr int64_t kDecodeRows = 16;
+// Rows of x and vectors of the tile over decoded weights: with 32 registers 24 sums, with 16 registers 12.
+constexpr int kWideM = Isa::kVectors == 1 ? 1 : 6;
+constexpr int kWideV = Isa::kRows == 8 ? 2 : Isa::kVectors;
+
+struct Decoded {
+    alignas(64) float weights[qk::kBlockColumns * qk::kPanelRows];
+    int64_t columns;
+    const float* x;  // of the first column, row 0
+    int64_t x_stride;
+};
+
+template <int MT, int NV>
+QK_INLINE void micro_decoded(const Decoded& d, int64_t r, int64_t m0, float (*tile)[qk::kPanelRows]) {
+    F sums[MT * NV];
+    QK_UNROLL for (int i = 0; i < MT * NV; ++i) sums[i] = Isa::splat_f(0.0f);
+    const float* weights = d.weights + r;
+    const float* x = d.x + m0 * d.x_stride;
+    const float* const end = x + d.columns;
+    do {
+        F w[NV];
+        QK_UNROLL for (int v = 0; v < NV; ++v) w[v] = Isa::load_f(weights + v * Isa::kRows);
+        QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
+            sums[i] = Isa::fma(w[i % NV], Isa::splat_f(x[i / NV * d.x_stride]), sums[i]);
+        }
+        weights += qk::kPanelRows;
+    } while (++x < end);
+    QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
+        float* out = tile[m0 + i / NV] + r + i % NV * Isa::kRows;
+        Isa::store_f(out, Isa::add(Isa::load_f(out), sums[i]));
+    }
+}
+
+template <int NV>
+inline void decoded_rows(const Decoded& d, int64_t r, int64_t M, float (*tile)[qk::kPanelRows]) {
+    int64_t m = 0;
+    for (; m + kWideM <= M; m += kWideM) micro_decoded<kWideM, NV>(d, r, m, tile);
+    if constexpr (kWideM > 1) {
+        for (; m + 2 <= M; m += 2) micro_decoded<2, NV>(d, r, m, tile);
+        for (; m < M; ++m) micro_decoded<1, NV>(d, r, m, tile);
+    }
+}
+
+inline void product_decoded(Decoded* d, int64_t R, int64_t M, float (*tile)[qk::kPanelRows]) {
+    if (d->columns == 0) return;
+    int64_t r = 0;
+    for (; r + Isa::kRows * kWideV <= R; r += Isa::kRows * kWideV) decoded_rows<kWideV>(*d, r, M, tile);
+    for (; r < R; r += Isa::kRows) decoded_rows<1>(*d, r, M, tile);
+    d->columns = 0;
+}
 
 void run_float(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64_t M) {
     const qk::PackedView& view = *args.view;
@@ -204,12 +254,20 @@ void run_float(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64
     GroupHead head;
     float values[16];
     const float* table = table_of(view, values);
+    Decoded decoded;
+    decoded.columns = 0;
+    decoded.x_stride = view.padded_K;
     for_each_block(view, panel, R, &head,
                    [&](int64_t, int64_t, int64_t, int64_t padded, int64_t packed, const uint8_t* codes) {
-        const BlockFloat b{codes, 4 * R, padded, args.values + first_m * view.padded_K + packed, view.padded_K,
-                           &head, table, tile};
-        with_mode(view, RunFloat{b, R, M});
+        const float* x = args.values + first_m * view.padded_K + packed;
+        const BlockFloat b{codes, 4 * R, padded, x, view.padded_K, &head, table, tile};
+        if (M <= kDecodeRows) return with_mode(view, RunFloat{b, R, M});
+        if (decoded.columns + padded > qk::kBlockColumns) product_decoded(&decoded, R, M, tile);
+        if (decoded.columns == 0) decoded.x = x;
+        with_mode(view, RunExpand{b, R, decoded.weights + decoded.columns * qk::kPanelRows});
+        decoded.columns += padded;
     });
+    product_decoded(&decoded, R, M, tile);
     store_tile(args, panel, first_m, M, R, tile);
 }
 
@@ -218,13 +276,22 @@ void decode_panels(const qk::DecodeArgs& args, int64_t begin, int64_t end) {
     GroupHead head;
     float values[16];
     const float* table = table_of(view, values);
+    alignas(64) float weights[qk::kBlockColumns * qk::kPanelRows];
     for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t R = panel_rows(view, panel);
         const int64_t column = panel * qk::kPanelRows - args.first_row;
         for_each_block(view, panel, R, &head,
                        [&](int64_t, int64_t k, int64_t columns, int64_t padded, int64_t, const uint8_t* codes) {
             const BlockFloat b{codes, 4 * R, padded, nullptr, 0, &head, table, nullptr};
-            with_mode(view, RunDecode{args, b, R, k, columns, column});
+            with_mode(view, RunExpand{b, R, weights});
+            for (int64_t i = 0; i < columns; ++i) {
+                const int64_t row = view.permutation ? view.permutation[k + i] : k + i;
+                char* out = static_cast<char*>(args.out) + (row * args.out_stride + column) * dtype_size(args.dtype);
+                for (int64_t r = 0; r < R; r += Isa::kRows) {
+                    const F weight = Isa::load_f(weights + i * qk::kPanelRows + r);
+                    Isa::store_as(out + r * dtype_size(args.dtype), args.dtype, weight);
+                }
+            }
         });
     }
 }

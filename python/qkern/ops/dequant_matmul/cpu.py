@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -24,11 +26,11 @@ LAYOUT: Final = "cpu.k4x16"
 _MIDPOINT, _ZEROS, _OFFSETS, _CODEBOOK = range(4)
 _SCALE_DTYPES: Final = {code: dtype for dtype, code in DTYPE_CODES.items()}
 # From this many rows of x, compute float decodes the weight a slab at a time and leaves the product to
-# torch's matmul; below, the native kernel decodes on the way. From bench/bench_dequant_matmul.py --slabs:
-# torch's bf16 product has instructions that the kernels lack, its fp32 product is no faster than theirs.
-_SLAB_ROWS_BF16: Final = 32
-_SLAB_ROWS: Final = {"avx512vnni": 192, "avx512bf16": 192}
-_SLAB_ROWS_OTHER_TIERS: Final = 48
+# torch's matmul; below, and wherever no number is given, the native kernels are faster
+# (bench/bench_dequant_matmul.py --slabs). Torch has what they lack where it multiplies bf16 in AMX tiles, and
+# on ARM in vendor libraries.
+_SLAB_ROWS_AMX: Final = 32
+_SLAB_ROWS: Final = {"scalar": 48, "neon": 48, "neon_dotprod": 48}
 # Bytes of one decoded slab: it should stay in the last-level cache until torch has read it.
 _SLAB_BYTES: Final = 8 << 20
 _PANEL: Final = 64
@@ -40,11 +42,17 @@ def why_not(request: Request) -> str | None:
     return why_not_cpu(request.device)
 
 
-def slab_rows(dtype: torch.dtype) -> int:
-    """Rows of x from which compute float goes through torch's matmul."""
-    if dtype == torch.bfloat16:
-        return _SLAB_ROWS_BF16
-    return _SLAB_ROWS.get(core().active_tier(), _SLAB_ROWS_OTHER_TIERS)
+@functools.cache
+def _torch_has_amx() -> bool:
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return probe is not None and bool(probe())
+
+
+def slab_rows(dtype: torch.dtype) -> float:
+    """Rows of x from which compute float goes through torch's matmul; infinity if it never does."""
+    if dtype == torch.bfloat16 and _torch_has_amx():
+        return _SLAB_ROWS_AMX
+    return _SLAB_ROWS.get(core().active_tier(), math.inf)
 
 
 def _columns_by_group(qw: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
