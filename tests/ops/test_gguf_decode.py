@@ -37,6 +37,16 @@ def test_any_bytes_decode_to_the_bits_of_the_gguf_package(name, runner):
     assert same_bits(decode(raw, name, runner), expected)
 
 
+@pytest.mark.parametrize("runner", BACKENDS)
+@pytest.mark.parametrize("name", GGUF_TYPES)
+def test_no_blocks(name, runner):
+    for rows, blocks in ((0, 2), (3, 0), (0, 0)):
+        kind = GGUF_TYPES[name]
+        decoded = decode(torch.empty(rows, blocks * kind.bytes, dtype=torch.uint8), name, runner)
+        assert decoded.shape == (rows, blocks * kind.block)
+        assert decoded.dtype == torch.float32
+
+
 def half(value):
     return list(np.float16(value).tobytes())
 

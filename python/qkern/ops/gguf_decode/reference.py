@@ -107,5 +107,7 @@ _DECODERS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 
 def decode(rows: Tensor, kind: GGUFType) -> Tensor:
     """Decode contiguous uint8 ``[N, bytes]``; arguments are validated by the caller."""
-    blocks = rows.reshape(-1, kind.bytes)
-    return _DECODERS[kind.name](blocks).reshape(rows.shape[0], -1)
+    N, count = rows.shape[0], rows.shape[1] // kind.bytes
+    if N * count == 0:
+        return rows.new_empty(N, count * kind.block, dtype=torch.float32)
+    return _DECODERS[kind.name](rows.reshape(N * count, kind.bytes)).reshape(N, count * kind.block)
