@@ -503,3 +503,14 @@ def test_saved_codes_are_those_of_the_quantizer(tmp_path: Path) -> None:
     found = loaded.model.layers[0].mlp.down_proj.quantized()
     assert torch.equal(found.codes, expected.codes)
     assert torch.equal(found.scales, expected.scales)
+
+
+def test_save_pretrained_of_a_loaded_model_is_save(tmp_path: Path) -> None:
+    model = copy.deepcopy(model_of("llama"))
+    replace_linears(model, "w4g32")
+    loaded = load(save(model, tmp_path / "first"))
+    for again, folder in ((loaded, "second"), (copy.deepcopy(loaded), "third")):
+        again.save_pretrained(tmp_path / folder)
+        assert torch.equal(load(tmp_path / folder)(IDS).logits, loaded(IDS).logits)
+    with pytest.raises(InputError, match=r"takes save_directory and max_shard_size: got push_to_hub"):
+        loaded.save_pretrained(tmp_path / "fourth", push_to_hub=True)

@@ -7,6 +7,7 @@ import logging
 import re
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,6 +19,7 @@ from qkern.errors import FormatError, InputError
 from qkern.models import column_weight
 from qkern.nn import QuantLinear, named_linears, quant_linears
 from qkern.nn.state import FORM
+from qkern.pipelines.save import save
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -194,7 +196,28 @@ def _load_quantized(checkpoint: QuantizedCheckpoint, config: Any, dtype: torch.d
     biases = _replace_layers(checkpoint, model, names, dtype)
     _fill(checkpoint, model, [name for name in checkpoint.plain if name not in biases], names, dtype)
     _read_generation_config(checkpoint, model)
+    # transformers' own would write the buffers of QuantLinear, which nothing reads.
+    model.save_pretrained = MethodType(save_pretrained, model)
     return model
+
+
+def save_pretrained(
+    self: Any, save_directory: str | Path, *, max_shard_size: int | str = "5GB", **options: Any
+) -> None:
+    """Write a loaded quantized model with `qkern.save`, in the place of transformers' method.
+
+    Raises
+    ------
+    InputError
+        On options of transformers' method that have no meaning here, and as `qkern.save` does.
+    """
+    extra = sorted(name for name, value in options.items() if value and name != "safe_serialization")
+    if extra:
+        raise InputError(
+            f"save_pretrained of a model with QuantLinear takes save_directory and max_shard_size: got "
+            f"{', '.join(extra)}; use qkern.save"
+        )
+    save(self, save_directory, max_shard_size=max_shard_size)
 
 
 def config_dtype(config: Any) -> torch.dtype | None:
