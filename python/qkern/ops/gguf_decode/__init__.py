@@ -54,6 +54,6 @@ def gguf_decode(raw: Tensor, type: str, *, backend: str = "auto") -> Tensor:
     rows = raw.reshape(math.prod(raw.shape[:-1]), raw.shape[-1]).contiguous()
     K = raw.shape[-1] // kind.bytes * kind.block
     if kind.name == "f32":
-        return rows.clone().view(torch.float32).reshape(*raw.shape[:-1], K)
+        return rows.clone().reshape(-1).view(torch.float32).reshape(*raw.shape[:-1], K)
     decoded: Tensor = implementation.call(rows, kind)
     return decoded.reshape(*raw.shape[:-1], K)
