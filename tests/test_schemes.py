@@ -3,7 +3,7 @@
 import pytest
 
 from qkern.errors import InputError
-from qkern.schemes import Scheme
+from qkern.schemes import Scheme, as_scheme
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,13 @@ def test_another_writing_is_refused_with_the_right_one(spelling, meant):
     assert str(Scheme.parse(meant)) == meant
 
 
-@pytest.mark.parametrize("spelling", ["int4", "", "W4G", "128w4"])
+@pytest.mark.parametrize("given", [None, 4, b"w4"])
+def test_another_type_is_refused_by_name(given):
+    with pytest.raises(InputError, match=rf"not a scheme: got {type(given).__name__} .*allowed are a Scheme"):
+        as_scheme(given)
+
+
+@pytest.mark.parametrize("spelling", ["int4", "", "W4G", "128w4", "w4g-1", "w-4g128"])
 def test_no_hint_without_a_scheme_that_is_close(spelling):
     with pytest.raises(InputError, match=r"not a scheme: .* for example w4g128 or w4g128z$"):
         Scheme.parse(spelling)

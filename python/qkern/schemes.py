@@ -91,7 +91,8 @@ class Scheme:
         """
         match = _SPELLING.fullmatch(spelling)
         if match is None:
-            close = re.sub(r"[^a-z0-9]", "", spelling.lower())
+            # Case and separators are slips; what stands before a number may be its sign.
+            close = re.sub(r"[^a-z0-9-]|-(?!\d)", "", spelling.lower())
             hint = f"; did you mean {close!r}?" if _SPELLING.fullmatch(close) else ""
             raise InputError(f"not a scheme: got {spelling!r}, allowed is {_GRAMMAR}{hint}")
         group = match["group"]
@@ -142,8 +143,21 @@ class Scheme:
 
 
 def as_scheme(scheme: Scheme | str) -> Scheme:
-    """Return `scheme` itself or its parsed spelling."""
-    return scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
+    """Return `scheme` itself or its parsed spelling.
+
+    Raises
+    ------
+    InputError
+        If it is neither a `Scheme` nor a string, or outside the grammar.
+    """
+    if isinstance(scheme, Scheme):
+        return scheme
+    if not isinstance(scheme, str):
+        raise InputError(
+            f"not a scheme: got {type(scheme).__name__} {scheme!r}, allowed are a Scheme and a spelling "
+            f"{_GRAMMAR}"
+        )
+    return Scheme.parse(scheme)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
