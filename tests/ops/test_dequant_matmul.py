@@ -344,6 +344,20 @@ def test_powers_of_two_change_only_the_exponent(cpu_tier, compute):
                 assert torch.equal(scaled, y * 2.0**power)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_near_the_end_of_the_exponents(cpu_tier, dtype):
+    qw = weight((70, 300), "w4g64")
+    packed, dense = pack_weight(qw), exact_weight(qw)
+    for M in (1, 20):
+        for power in (-122, 110):
+            x = (activations(M, 300) * 2.0**power).to(dtype)
+            exact, size = x.double() @ dense.T, x.abs().double() @ dense.abs().T
+            rounded = (4e-6 if dtype == torch.float32 else 2.0**-7) * float(size.max())
+            # Subnormal activations, or what is as small beside the others, may count as zero.
+            lost = 2.0**-126 * float(dense.abs().sum(1).max())
+            assert error(dequant_matmul(x, packed, compute="float"), exact) <= rounded + lost
+
+
 def test_large_products_by_torch(monkeypatch):
     monkeypatch.setattr(cpu, "_torch_has_amx", lambda: True)
     qw = weight((130, 257), "w4g48z")

@@ -284,7 +284,7 @@ QK_INLINE void expand_bytes(I line, F midpoint, I* pairs) {
     QK_UNROLL for (int half = 0; half < kHalves; ++half) {
         const I first = _mm512_castps_si512(Isa::sub_f(q[half], midpoint));
         const I second = _mm512_castps_si512(Isa::sub_f(q[half + 2], midpoint));
-        pairs[half] = Isa::bit_or(_mm512_srli_epi32(first, 16), second);
+        pairs[half] = _mm512_or_si512(_mm512_srli_epi32(first, 16), second);
     }
 }
 

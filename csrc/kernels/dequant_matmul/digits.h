@@ -26,10 +26,10 @@ inline void split_block(float* x, int64_t n, int64_t padded, int digits, int8_t*
         sums[0] = quantize_chunk(x, n, scales[0], codes);
         return;
     }
-    // |x| < 2^exponent, and |x| * 2^(top - exponent) fits the digits. What is below 2^-126 is lost.
+    // |x| < 2^exponent, and |x| * 2^(top - exponent) fits the digits. What is below 2^-127 counts as zero.
     const int top = 8 * digits - 2;
     int exponent = (largest >> 23) - 126;
-    exponent = exponent < top - 127 ? top - 127 : exponent;
+    exponent = exponent < top - 126 ? top - 126 : exponent;  // the smallest scale is a normal number
     const F factor = Isa::splat_f(float_of(static_cast<uint32_t>(127 + top - exponent) << 23));
     I total[4] = {Isa::splat(0), Isa::splat(0), Isa::splat(0), Isa::splat(0)};
     for (int64_t i = 0; i < padded; i += Isa::kRows) {

@@ -123,9 +123,9 @@ def dequant_matmul(
     bias : Tensor or None
         ``[N]`` of x's dtype or fp32; gradients flow to it.
     compute : str
-        ``"float"`` keeps the activations (fp32 products and sums; torch's own bf16 matmul for bf16 input of
-        many rows); ``"int8"`` quantizes them per token and group of at most 128 columns and sums the products
-        exactly; ``"auto"`` is int8 on a CPU when no gradient is taken or when the scheme says a8.
+        ``"float"`` keeps the activations (fp32 sums; bf16 products for bf16 input where the CPU has them);
+        ``"int8"`` quantizes them per token and group of at most 128 columns and sums the products exactly;
+        ``"auto"`` is int8 on a CPU when no gradient is taken or when the scheme says a8.
     backend : str
         ``"auto"`` or a `Backend`.
 
