@@ -538,6 +538,9 @@ def test_wrong_input_device():
 
 
 def test_wrong_arguments():
+    for scheme in (None, 4):
+        with pytest.raises(InputError, match=rf"not a scheme: got {type(scheme).__name__}"):
+            QuantLinear.from_linear(make_linear(), scheme)
     with pytest.raises(UnsupportedError, match=r"takes an nn\.Linear.*got ReLU"):
         QuantLinear.from_linear(nn.ReLU(), "w4")
     with pytest.raises(InputError, match=rf"bias must be \[{N}\]"):

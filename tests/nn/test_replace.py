@@ -95,6 +95,34 @@ def test_shared_layer_is_replaced_under_every_name():
     assert isinstance(model.layers[1].up_proj, QuantLinear)
 
 
+def test_layer_that_one_parent_holds_twice():
+    layer = nn.Linear(32, 32)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    assert replace_linears(model, "w4g16") == ["0"]
+    assert isinstance(model[0], QuantLinear)
+    assert model[2] is model[0]
+
+
+def test_encoders_of_torch_call_the_quantized_layers():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    replace_linears(model, "w8g32")
+    dense = nn.TransformerEncoder(layer, 2).eval()
+    dense.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if "linear" not in name}, strict=False
+    )
+    for name, quantized in quant_linears(model).items():
+        dense.get_submodule(name).weight.data = quantized.dequantize()
+        dense.get_submodule(name).bias.data = quantized.bias.data
+    x = torch.randn(2, 5, 32)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad(), compute_mode(model, "float"):
+        torch.testing.assert_close(model.layers[0](x), dense.layers[0](x))
+        found, reference = model(x, src_key_padding_mask=mask), dense(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(found[~mask], reference[~mask])
+
+
 def test_gpt2_conv1d_layers():
     from transformers import GPT2Config, GPT2LMHeadModel
 

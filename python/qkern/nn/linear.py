@@ -79,6 +79,8 @@ class QuantLinear(QuantModule):
         self._compute = "auto"
         self.layout: str | None = None
         self.register_buffer("blob", None, persistent=False)
+        # First: torch.export of a bare module miscounts a buffer that comes after some that are None.
+        self._buffers = {"blob": self._buffers.pop("blob"), **self._buffers}
         self.register_parameter("bias", None)
         self._spelling = str(scheme)
         self._stored_bits = 0
@@ -332,6 +334,8 @@ class QuantLinear(QuantModule):
         InputError
             If the dtype, the last dimension or the device of `x` is not what the weight takes.
         """
+        if type(x) is not Tensor:
+            check_input(x, self.in_features)  # a list, say, has none of what is looked at below
         tracing = torch.compiler.is_compiling()
         if tracing:
             # Before anything is looked at: a tracer goes on with what it saw first.

@@ -150,24 +150,37 @@ def replace_linears(
         raise InputError("the model is itself a linear layer: use QuantLinear.from_linear instead")
     places = _places(model)
     replaced = []
-    for name in list(wanted):
-        # Popped, so that the old layer goes at once: the peak is the model and one layer, not two models.
-        module = wanted.pop(name)
-        try:
-            made = QuantLinear.from_linear(module, scheme, **quantize)
-        except InputError as error:
-            raise InputError(f"{name}.weight: {error}") from error
-        for parent, attribute in places[id(module)]:
-            setattr(parent, attribute, made)
-        replaced.append(name)
+    try:
+        for name in list(wanted):
+            # Popped, so that the old layer goes at once: the peak is the model and one layer, not two models.
+            module = wanted.pop(name)
+            try:
+                made = QuantLinear.from_linear(module, scheme, **quantize)
+            except InputError as error:
+                raise InputError(f"{name}.weight: {error}") from error
+            for parent, attribute in places[id(module)]:
+                setattr(parent, attribute, made)
+            replaced.append(name)
+    finally:
+        _leave_fused_paths(model)
     return replaced
+
+
+def _leave_fused_paths(model: nn.Module) -> None:
+    """Make torch's encoders call their layers one by one: their fused kernels take dense weights."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and quant_linears(module):
+            module.activation_relu_or_gelu = 0  # as for an activation that the fused kernel does not have
+        elif isinstance(module, nn.TransformerEncoder) and quant_linears(module):
+            module.use_nested_tensor = False
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Parents and attribute names of every module, by the module's id: a shared module has several."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
-        for attribute, child in parent.named_children():
+        # Not named_children, which names a child once however often the parent holds it.
+        for attribute, child in parent._modules.items():
             places.setdefault(id(child), []).append((parent, attribute))
     return places
 

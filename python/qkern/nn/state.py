@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern.errors import InputError, UnsupportedError
+from qkern.ops import dequantize_groupwise
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
@@ -76,6 +77,37 @@ class QuantModule(nn.Module):
             offsets=self.offsets,
             group_index=self.group_index,
         )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Decode the weight: a new dense matrix ``[N, K]``, to which nothing that is written comes back.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            fp32, fp16 or bf16.
+
+        Raises
+        ------
+        InputError
+            On another dtype, or if there is no weight yet.
+        """
+        weight = self.quantized()
+        if weight.codes.is_meta:
+            raise InputError(
+                "the weight is on the meta device and has no values: load a state_dict with assign=True first"
+            )
+        return dequantize_groupwise(weight, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        # No property that decodes: it has no dtype of its own to take, each look (hasattr too) would cost a
+        # whole matrix, and what initializers and weight tying write into it would be lost in silence.
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute 'weight': its weight is quantized; "
+                "dequantize(dtype) gives a dense copy, quantized() the codes and scales. Where other code "
+                "must read it, leave that layer dense (skip= of replace_linears and quantize)"
+            )
+        return super().__getattr__(name)
 
     def _adopt(self, weight: QuantizedWeight) -> None:
         """Take the tensors of `weight`, without a copy, as the form-2 buffers."""

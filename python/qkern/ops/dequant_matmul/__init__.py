@@ -137,10 +137,15 @@ def dequant_matmul(
     Raises
     ------
     InputError
-        On shapes, dtypes or devices that do not fit.
+        On types, shapes, dtypes or devices that do not fit.
     UnsupportedError
         If the named backend cannot run this call.
     """
+    if not isinstance(weight, (PackedWeight, QuantizedWeight)):
+        raise InputError(
+            f"weight must be quantized: got {type(weight).__name__}, allowed are PackedWeight and "
+            "QuantizedWeight; make one with quantize_groupwise and pack it with pack_weight"
+        )
     K, N = weight.K, weight.N
     check_input(x, K, weight.device if isinstance(weight, QuantizedWeight) else weight.blob.device)
     if bias is not None and (bias.dtype not in (x.dtype, torch.float32) or tuple(bias.shape) != (N,)):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from qkern.errors import InputError
 from qkern.schemes import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 __all__ = ["check_input"]
 
@@ -20,8 +21,13 @@ def check_input(x: Tensor, K: int, device: torch.device | None = None) -> None:
     Raises
     ------
     InputError
-        That says whether the dtype, the shape or the device is wrong.
+        That says whether the type, the dtype, the shape or the device is wrong.
     """
+    if not isinstance(x, Tensor):
+        raise InputError(
+            f"x must be a tensor: got {type(x).__name__}, allowed is fp32, fp16 or bf16 [..., {K}]; make one "
+            "with torch.as_tensor(x, dtype=torch.float32)"
+        )
     if x.dtype not in FLOAT_DTYPES:
         raise InputError(
             f"x has the wrong dtype: got {x.dtype} {list(x.shape)}, allowed are torch.float32, torch.float16 "
