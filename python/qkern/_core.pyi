@@ -113,6 +113,8 @@ def quantize_activations(
     K: int,
     row_stride: int,
     group_size: int,
+    scale: int,
+    zero: int,
     codes: int,
     scales: int,
     threads: int,

@@ -106,9 +106,11 @@ struct QuantizeActivationsArgs {
     DType dtype;
     int64_t row_stride;  // elements between rows
     int64_t K;
-    int64_t group_size;  // 1..max(K, 1)
+    int64_t group_size;  // 1..max(K, 1); K when the scale is given
+    const float* scale;  // one for all, or null: chosen for every row and group
+    int zero;            // -128..127, added to the codes of a given scale
     int8_t* codes;       // [rows, K]
-    float* scales;       // [rows, ceil(K / group_size)]
+    float* scales;       // [rows, ceil(K / group_size)]; a given scale, or NaN for a row that is not finite
 };
 using QuantizeActivationsFn = void (*)(const QuantizeActivationsArgs& args, int64_t begin, int64_t end);
 

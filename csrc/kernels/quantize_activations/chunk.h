@@ -62,7 +62,14 @@ inline int32_t amax_bits(const float* x, int64_t n, int32_t before) {
 
 inline float activation_scale(int32_t largest) { return float_of(static_cast<uint32_t>(largest)) / 127.0f; }
 
-// q = clamp(rint(x / scale), -127, 127); returns the sum of the codes. With a scale that is not finite the
+// A given scale for values of this largest magnitude: it cannot carry NaN or Inf by itself.
+inline float given_scale(float scale, int32_t largest) { return largest < 0x7f800000 ? scale : float_of(0x7fc00000u); }
+
+// 1.5 * 2^23: adding it to a float of at most 2^22 leaves the rounded integer in the low bits of the sum.
+constexpr float kRoundShift = 12582912.0f;
+constexpr int32_t kRoundShiftBits = 0x4b400000;
+
+// q = clamp(rint(x / scale), returns the sum of the codes. With a scale that is not finite the
 // codes only carry signs (Inf) or nothing (NaN), and the scale makes every product Inf or NaN. A zero scale
 // (nothing in the chunk is as large as 127 of the smallest f32) gives zeros.
 inline int32_t quantize_chunk(const float* x, int64_t n, float scale, int8_t* q) {
@@ -76,22 +83,36 @@ inline int32_t quantize_chunk(const float* x, int64_t n, float scale, int8_t* q)
         }
         return sum;
     }
-    // 1.5 * 2^23: adding it leaves the rounded integer in the low bits of the sum.
-    constexpr float kRound = 12582912.0f;
     int32_t codes[kChunk];
     int32_t sum = 0;
     for (int64_t i = 0; i < n; ++i) {
         float ratio = x[i] / scale;
         ratio = ratio > 127.0f ? 127.0f : ratio;
         ratio = ratio < -127.0f ? -127.0f : ratio;
-        ratio += kRound;
+        ratio += kRoundShift;
         int32_t bits;
         memcpy(&bits, &ratio, 4);
-        codes[i] = bits - 0x4b400000;
+        codes[i] = bits - kRoundShiftBits;
         sum += codes[i];
     }
     for (int64_t i = 0; i < n; ++i) q[i] = static_cast<int8_t>(codes[i]);
     return sum;
+}
+
+// q = clamp(rint(x / scale) + zero, -128, 127), the scale given; NaN has the code 0.
+inline void quantize_chunk_static(const float* x, int64_t n, float scale, int zero, int8_t* q) {
+    const float low = static_cast<float>(-128 - zero), high = static_cast<float>(127 - zero);
+    int32_t codes[kChunk];
+    for (int64_t i = 0; i < n; ++i) {
+        const float ratio = x[i] / scale;
+        float kept = ratio > high ? high : ratio;
+        kept = kept < low ? low : kept;
+        kept += kRoundShift;
+        int32_t bits;
+        memcpy(&bits, &kept, 4);
+        codes[i] = ratio == ratio ? bits - kRoundShiftBits + zero : 0;
+    }
+    for (int64_t i = 0; i < n; ++i) q[i] = static_cast<int8_t>(codes[i]);
 }
 
 }  // namespace

@@ -19,12 +19,17 @@ void quantize_activation_rows(const qk::QuantizeActivationsArgs& args, int64_t b
                 load_chunk(args.x, args.dtype, start + k, n, chunk);
                 largest = amax_bits(chunk, n, largest);
             }
-            const float scale = activation_scale(largest);
+            const float scale = args.scale ? given_scale(*args.scale, largest) : activation_scale(largest);
             args.scales[row * groups + g] = scale;
             for (int64_t k = first; k < last; k += kChunk) {
                 const int64_t n = last - k < kChunk ? last - k : kChunk;
                 load_chunk(args.x, args.dtype, start + k, n, chunk);
-                quantize_chunk(chunk, n, scale, args.codes + row * args.K + k);
+                int8_t* codes = args.codes + row * args.K + k;
+                if (args.scale) {
+                    quantize_chunk_static(chunk, n, *args.scale, args.zero, codes);
+                } else {
+                    quantize_chunk(chunk, n, scale, codes);
+                }
             }
         }
     }

@@ -21,8 +21,8 @@ def why_not(request: Request) -> str | None:
     return why_not_cpu(request.device)
 
 
-def quantize(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize a matrix to int8 ``[M, K]`` and fp32 ``[M, groups]``; the caller has validated both."""
+def quantize(x: Tensor, group_size: int, scale: Tensor | None = None, zero: int = 0) -> tuple[Tensor, Tensor]:
+    """Quantize a matrix to int8 ``[M, K]`` and fp32 ``[M, groups]``; the caller has validated everything."""
     M, K = x.shape
     if K > 1 and x.stride(1) != 1:
         x = x.contiguous()
@@ -35,6 +35,8 @@ def quantize(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         K=K,
         row_stride=x.stride(0),
         group_size=group_size,
+        scale=pointer(scale),
+        zero=zero,
         codes=pointer(codes),
         scales=pointer(scales),
         threads=threads(),

@@ -15,9 +15,11 @@ def round_to_codes(x: Tensor, scales: Tensor) -> Tensor:
     return codes.clamp(-127, 127).round().to(torch.int8)
 
 
-def quantize(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize a matrix to int8 ``[M, K]`` and fp32 ``[M, groups]``; the caller has validated both."""
+def quantize(x: Tensor, group_size: int, scale: Tensor | None = None, zero: int = 0) -> tuple[Tensor, Tensor]:
+    """Quantize a matrix to int8 ``[M, K]`` and fp32 ``[M, groups]``; the caller has validated everything."""
     values = x.float()
+    if scale is not None:
+        return _quantize_static(values, scale, zero)
     M, K = values.shape
     codes = torch.empty(M, K, dtype=torch.int8, device=x.device)
     scales = torch.zeros(M, -(-K // group_size), dtype=torch.float32, device=x.device)
@@ -27,3 +29,11 @@ def quantize(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         scales[:, g] = scale[:, 0]
         codes[:, g * group_size : g * group_size + chunk.shape[1]] = round_to_codes(chunk, scale)
     return codes, scales
+
+
+def _quantize_static(values: Tensor, scale: Tensor, zero: int) -> tuple[Tensor, Tensor]:
+    ratio = (values / scale).clamp(-128 - zero, 127 - zero).round() + zero
+    codes = torch.where(ratio.isnan(), 0.0, ratio).to(torch.int8)
+    # The scale of a token that is not finite says so: codes cannot.
+    finite = torch.isfinite(values).all(-1, keepdim=True)
+    return codes, torch.where(finite, scale.view(1, 1), torch.nan)

@@ -13,7 +13,8 @@ __all__: list[str] = []
 
 _LIBRARY: Final[Any] = torch.library.Library("qkern", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "quantize_activations(Tensor x, int? group_size) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+    "quantize_activations(Tensor x, int? group_size, Tensor? scale=None, int zero=0) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
@@ -21,23 +22,30 @@ def _groups(K: int, group_size: int | None) -> int:
     return 1 if group_size is None else -(-K // group_size)
 
 
-def _run(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
-    return run(x, group_size, "auto")
+def _run(
+    x: Tensor, group_size: int | None, scale: Tensor | None = None, zero: int = 0
+) -> tuple[Tensor, Tensor]:
+    return run(x, group_size, scale, zero, "auto")
 
 
-def run(x: Tensor, group_size: int | None, backend: str) -> tuple[Tensor, Tensor]:
+def run(
+    x: Tensor, group_size: int | None, scale: Tensor | None, zero: int, backend: str
+) -> tuple[Tensor, Tensor]:
     """Flatten the leading dimensions, choose a backend, call it."""
     implementation = select("quantize_activations", backend, Request(device=x.device, dtype=x.dtype))
     *lead, K = x.shape
     M = x.numel() // K if K else torch.Size(lead).numel()
     length = max(K, 1) if group_size is None else min(group_size, max(K, 1))
-    codes, scales = implementation.call(x.detach().reshape(M, K), length)
+    codes, scales = implementation.call(x.detach().reshape(M, K), length, scale, zero)
     if K == 0 and group_size is None:
         scales = torch.zeros(M, 1, dtype=torch.float32, device=x.device)
+        scales = scales if scale is None else scales + scale
     return codes.view(x.shape), scales.view(*lead, _groups(K, group_size))
 
 
-def _fake(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+def _fake(
+    x: Tensor, group_size: int | None, scale: Tensor | None = None, zero: int = 0
+) -> tuple[Tensor, Tensor]:
     scales = x.new_empty((*x.shape[:-1], _groups(x.shape[-1], group_size)), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.int8), scales
 
