@@ -22,6 +22,7 @@ from qkern.ops import (
     dequant_matmul,
     dequantize_groupwise,
     gptq_update,
+    int8_matmul,
     pack_bits,
     pack_weight,
     quantize_activations,
@@ -241,6 +242,15 @@ def activation_cases() -> Iterator[Case]:
             numbers = {"M": M, "K": K, "group_size": group_size, "dtype": DTYPE_CODES[dtype]}
             outputs = {"codes": codes, "scales": scales}
             yield Case("quantize_activations", numbers, {"x": x}, outputs, label=f"{M}x{K} {dtype}")
+        codes, scales = quantize_activations(x, scale=0.01, zero=-7, backend="reference")
+        numbers = {"M": M, "K": K, "group_size": K, "dtype": DTYPE_CODES[dtype], "zero": -7}
+        yield Case(
+            "quantize_activations",
+            numbers,
+            {"x": x, "scale": torch.tensor([0.01])},
+            {"codes": codes, "scales": scales},
+            label=f"static {M}x{K} {dtype}",
+        )
 
 
 def matmul_cases() -> Iterator[Case]:
@@ -281,7 +291,49 @@ def matmul_cases() -> Iterator[Case]:
                 )
 
 
-GENERATORS = (quantize_cases, dequantize_cases, bits_cases, gptq_cases, activation_cases, matmul_cases)
+def int8_cases() -> Iterator[Case]:
+    for i, (spelling, (N, K)) in enumerate(
+        itertools.product(("w8", "w8z", "w8t"), [(1, 1), (5, 33), (120, 300), (64, 1030)])
+    ):
+        qw = quantize_groupwise(random_weight(N, K, torch.float32), spelling, scale_dtype=FLOAT_DTYPES[i % 3])
+        packed = pack_weight(qw, backend="cpu")
+        dtype = FLOAT_DTYPES[(i + i // 4) % 3]
+        for M, has_zeros in ((1, True), (7, False), (98, True)):
+            generator = torch.Generator().manual_seed(N + M)
+            x = torch.randint(-128, 128, (M, K), dtype=torch.int8, generator=generator)
+            zeros = (
+                torch.randint(-128, 128, (M, 1), dtype=torch.int8, generator=generator) if has_zeros else None
+            )
+            scales = torch.rand(M, 1, generator=generator)
+            bias = torch.arange(N, dtype=torch.float32) / N
+            product = {"x_zero": zeros, "backend": "reference"}
+            yield Case(
+                "int8_matmul",
+                {"bytes": packed.blob.numel(), "M": M, "out_dtype": DTYPE_CODES[dtype]},
+                {
+                    "blob": packed.blob,
+                    "x": x,
+                    "scales": scales,
+                    "zeros": None if zeros is None else zeros.int(),
+                    "bias": bias,
+                },
+                {
+                    "out": int8_matmul(x, scales, qw, bias, out_dtype=dtype, **product),
+                    "int_out": int8_matmul(x, None, qw, out_dtype=torch.int32, **product),
+                },
+                label=f"{spelling} {M}x{N}x{K} {dtype}",
+            )
+
+
+GENERATORS = (
+    quantize_cases,
+    dequantize_cases,
+    bits_cases,
+    gptq_cases,
+    activation_cases,
+    matmul_cases,
+    int8_cases,
+)
 
 
 def agrees(expected: torch.Tensor, output: bytes, tolerance: float) -> bool:

@@ -3,14 +3,15 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 #include <string>
 
+#include "int8_matmul.h"
 #include "qkern/cpu.h"
 #include "qkern/kernels.h"
 #include "qkern/packed_weight.h"
 #include "qkern/parallel.h"
+#include "workspace.h"
 
 namespace py = pybind11;
 
@@ -21,23 +22,8 @@ T* at_address(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Grows, never shrinks, one a thread: a call does not allocate once the largest shape has been seen.
-void* workspace(size_t bytes) {
-    thread_local std::unique_ptr<char[]> buffer;
-    thread_local size_t size = 0;
-    if (bytes + 64 > size) {
-        buffer.reset();
-        size = 0;
-        buffer.reset(new char[bytes + 64]);
-        size = bytes + 64;
-    }
-    return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.get()), 64));
-}
-
 // Products that cost as much as one element elsewhere: a vector instruction does up to 64.
 constexpr int64_t kProductsPerElement = 8;
-// Activations are prepared in pieces of this size, so that a long prompt does not need a copy of itself.
-constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 
 class Linear {
   public:
@@ -50,6 +36,7 @@ class Linear {
               bool int8, int threads) const {
         const qk::KernelTable& kernels = qk::kernels();
         const auto type = static_cast<qk::DType>(dtype);
+        if (int8 && view_.per_token) return call_per_token(x, type, M, row_stride, out, bias, bias_dtype, threads);
         const int64_t element = type == qk::DType::f32 ? 4 : 2;
         const Form form = form_of(kernels, type, M, int8);
         const int digits = form != Form::digits ? 1 : type == qk::DType::f32 ? 4 : 3;
@@ -64,11 +51,11 @@ class Linear {
         const int64_t row_bytes = form == Form::pairs    ? 2 * view_.padded_K + 4 * view_.blocks
                                   : form == Form::floats ? 4 * view_.padded_K
                                                          : digits * (view_.padded_K + 8 * view_.blocks);
-        const int64_t fitting = kWorkspaceBytes / std::max<int64_t>(row_bytes, 1) / tile_rows;
+        const int64_t fitting = qk::kWorkspaceBytes / std::max<int64_t>(row_bytes, 1) / tile_rows;
         const int64_t step = std::max<int64_t>(fitting, 1) * tile_rows;
         for (int64_t first = 0; first < M; first += step) {
             const int64_t rows = std::min(step, M - first);
-            char* buffer = static_cast<char*>(workspace(static_cast<size_t>(rows * row_bytes)));
+            char* buffer = qk::workspace(static_cast<size_t>(rows * row_bytes));
             qk::PrepareArgs prepare{};
             prepare.view = &view_;
             prepare.x = at_address<const char>(x) + first * row_stride * element;
@@ -135,6 +122,21 @@ class Linear {
     const qk::PackedView& view() const { return view_; }
 
   private:
+    void call_per_token(uintptr_t x, qk::DType dtype, int64_t M, int64_t row_stride, uintptr_t out, uintptr_t bias,
+                        int bias_dtype, int threads) const {
+        qk::Int8Call whole{};
+        whole.M = M;
+        whole.quantize = true;
+        whole.x = at_address<const void>(x);
+        whole.x_dtype = whole.out_dtype = dtype;
+        whole.row_stride = row_stride;
+        whole.bias = at_address<const void>(bias);
+        whole.bias_dtype = static_cast<qk::DType>(bias_dtype);
+        whole.out = at_address<void>(out);
+        py::gil_scoped_release release;
+        qk::run_int8(view_, whole, threads);
+    }
+
     // Of the activations: see qk::PrepareArgs.
     enum class Form { int8, floats, pairs, digits };
 

@@ -68,6 +68,23 @@ def gptq_update(
     errors: int,
     threads: int,
 ) -> None: ...
+def int8_matmul(
+    blob: int,
+    bytes: int,
+    N: int,
+    K: int,
+    codes: int,
+    M: int,
+    row_stride: int,
+    scales: int,
+    zeros: int,
+    bias: int,
+    bias_dtype: int,
+    out: int,
+    out_dtype: int,
+    int_out: bool,
+    threads: int,
+) -> None: ...
 def kernel_tier(op: str) -> str | None: ...
 def pack_bits(
     codes: int, codes_stride: int, N: int, K: int, bits: int, layout: int, packed: int, threads: int

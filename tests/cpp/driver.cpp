@@ -169,6 +169,8 @@ int64_t run_quantize_activations(Case& c) {
     args.dtype = c.dtype("dtype");
     args.K = args.row_stride = c.number("K");
     args.group_size = c.number("group_size");
+    args.scale = c.data<const float>("scale");
+    args.zero = args.scale ? c.integer("zero") : 0;
     args.codes = c.data<int8_t>("codes");
     args.scales = c.data<float>("scales");
     const auto kernel = qk::kernels().quantize_activations;
@@ -228,6 +230,54 @@ int64_t run_dequant_matmul(Case& c) {
     });
 }
 
+// Twice: from int8 codes with scales and zero points, and the integer sums alone.
+int64_t run_int8_matmul(Case& c) {
+    qk::PackedView view;
+    if (parse_packed(c.data<const uint8_t>("blob"), c.number("bytes"), &view) || !is_int8_weight(view)) return -1;
+    const qk::KernelTable& kernels = qk::kernels();
+    const int64_t M = c.number("M");
+    const int64_t stride = round_up(view.padded_K * kernels.int8_bytes, 64);
+    std::vector<char> quads(static_cast<size_t>((M + 1) * stride));
+    std::vector<int32_t> sums(static_cast<size_t>(M));
+    qk::Int8PrepareArgs prepare{};
+    prepare.K = view.K;
+    prepare.segment = round_up(view.K, 128);
+    prepare.quads = quads.data() + M * stride;
+    prepare.quads_stride = stride;
+    kernels.int8_prepare(prepare, 0, 1);  // ones
+    prepare.quads = quads.data();
+    prepare.codes = c.data<const int8_t>("x");
+    prepare.row_stride = view.K;
+    prepare.sums = sums.data();
+    run_rows(M, 4, [&](int64_t begin, int64_t end) {
+        kernels.int8_prepare(prepare, begin, end);
+        return qk::Status::ok;
+    });
+    qk::Int8MatmulArgs args{};
+    args.view = &view;
+    args.M = M;
+    args.segment = prepare.segment;
+    args.quads = quads.data();
+    args.quads_stride = stride;
+    args.sums = sums.data();
+    args.scales = c.data<const float>("scales");
+    args.zeros = c.data<const int32_t>("zeros");
+    args.ones = quads.data() + M * stride;
+    args.out = c.data<void>("out");
+    args.out_dtype = c.dtype("out_dtype");
+    args.out_stride = view.N;
+    args.bias = c.data<const void>("bias");
+    args.bias_dtype = qk::DType::f32;
+    const int64_t tiles = view.panel_count * ((M + qk::kMatmulRows - 1) / qk::kMatmulRows);
+    const auto multiply = [&](int64_t begin, int64_t end) {
+        kernels.int8_matmul(args, begin, end);
+        return qk::Status::ok;
+    };
+    run_rows(tiles, 1, multiply);
+    args.int_out = c.data<int32_t>("int_out");
+    return run_rows(tiles, 1, multiply);
+}
+
 const std::map<std::string, int64_t (*)(Case&)> kOps = {
     {"quantize_groupwise", &run_quantize_groupwise},
     {"dequantize_groupwise", &run_dequantize_groupwise},
@@ -236,6 +286,7 @@ const std::map<std::string, int64_t (*)(Case&)> kOps = {
     {"gptq_update", &run_gptq_update},
     {"quantize_activations", &run_quantize_activations},
     {"dequant_matmul", &run_dequant_matmul},
+    {"int8_matmul", &run_int8_matmul},
 };
 
 // ---- the file -----------------------------------------------------------------------------------------

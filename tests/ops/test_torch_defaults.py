@@ -16,6 +16,7 @@ from qkern.ops import (
     gguf_decode,
     gguf_encode,
     gptq_update,
+    int8_linear,
     pack_bits,
     pack_weight,
     quantize_activations,
@@ -70,6 +71,11 @@ def gradient() -> list[torch.Tensor]:
     return [x.grad]
 
 
+def int8() -> list[torch.Tensor]:
+    qw = quantize_groupwise(WEIGHT, "w8z")
+    return [int8_linear(WEIGHT, qw), int8_linear(WEIGHT, qw, x_scale=0.02, x_zero=3)]
+
+
 def bits() -> list[torch.Tensor]:
     codes = unpack_bits(quantize_groupwise(WEIGHT, "w3g32").codes, 3, (N, K), backend="cpu")
     return [codes, pack_bits(codes, 4, layout="awq", backend="cpu")]
@@ -94,6 +100,7 @@ CALLS = {
     "matmul of many rows": lambda: multiply("w8", 60),
     "matmul by slabs": by_slabs,
     "gradient": gradient,
+    "int8": int8,
     "gguf": lambda: encode(None),
     "gguf of no importance": lambda: encode(torch.zeros(K, dtype=torch.float32, device="cpu")),
 }

@@ -196,6 +196,45 @@ struct DecodeArgs {
 // Panels [begin, end) to floats.
 using DecodeFn = void (*)(const DecodeArgs& args, int64_t begin, int64_t end);
 
+// int8_matmul -------------------------------------------------------------------------------------------
+// Of a packed weight with 8-bit codes in one group (is_int8_weight in qkern/packed_weight.h).
+
+// int32 sums are exact over a segment of columns; a longer K is cut into several, whose sums are added as f32.
+struct Int8PrepareArgs {
+    int64_t K;
+    int64_t segment;     // columns, a multiple of 128
+    const void* x;       // [M, row_stride] of dtype, quantized per token when scales is given
+    DType dtype;
+    const int8_t* codes; // [M, row_stride], else; null: every code is 1
+    int64_t row_stride;  // elements
+    char* quads;         // [M, quads_stride] bytes: the codes as the tier reads them, padded with zeros
+    int64_t quads_stride;
+    float* scales;       // [M], written; or null
+    int32_t* sums;       // [M, segments] of the codes, or null
+};
+using Int8PrepareFn = void (*)(const Int8PrepareArgs& args, int64_t begin, int64_t end);
+
+struct Int8MatmulArgs {
+    const PackedView* view;
+    int64_t M;
+    int64_t segment;
+    const char* quads;  // as Int8PrepareArgs made them
+    int64_t quads_stride;
+    const int32_t* sums;
+    const float* scales;    // [M]
+    const int32_t* zeros;   // [M] zero points of x, -128..127, or null
+    const char* ones;       // a prepared row of ones, when zeros is given
+    int32_t* int_out;       // [M, out_stride] the sums themselves (one segment, no offsets), or null
+    void* out;              // [M, out_stride] of out_dtype
+    DType out_dtype;
+    int64_t out_stride;
+    const void* bias;  // [N] or null
+    DType bias_dtype;
+};
+// Tiles [begin, end): tile t is panel t / chunks and rows (t % chunks) * kMatmulRows of x and the next ones, with
+// chunks = max(1, ceil(M / kMatmulRows)).
+using Int8MatmulFn = void (*)(const Int8MatmulArgs& args, int64_t begin, int64_t end);
+
 // gguf_encode, gguf_decode ------------------------------------------------------------------------------
 
 // Rows [begin, end) of contiguous x [rows, K] to blocks [rows, row_bytes]; K is a multiple of the block.
@@ -218,6 +257,9 @@ struct KernelTable {
     PrepareFn matmul_prepare_pairs = nullptr;  // null without bf16 products
     MatmulFn matmul_run_pairs = nullptr;
     DecodeFn matmul_decode = nullptr;
+    Int8PrepareFn int8_prepare = nullptr;
+    Int8MatmulFn int8_matmul = nullptr;
+    int int8_bytes = 0;  // of one prepared activation
     DequantizeGroupwiseFn dequantize_groupwise = nullptr;
     PackBitsFn pack_bits = nullptr;
     UnpackBitsFn unpack_bits = nullptr;

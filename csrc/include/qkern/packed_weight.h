@@ -67,6 +67,7 @@ struct PackedView {
     int64_t padded_K;             // columns with every block padded
     int64_t blocks;
     int64_t panel_count;
+    bool per_token;               // scheme w8..a8: int8 activations share one scale a token, not one a block
 };
 
 }  // namespace qk
@@ -110,6 +111,11 @@ inline void derive_sizes(qk::PackedView* view) {
     view->row_bytes = view->groups * group_head_bytes(view->scale_dtype, view->zero_kind) +
                       view->padded_K * view->bits / 8;
     view->panel_count = (view->N + qk::kPanelRows - 1) / qk::kPanelRows;
+}
+
+// What int8_matmul reads: 8-bit codes of one group. A panel is then one head and one run of quads.
+inline bool is_int8_weight(const qk::PackedView& view) {
+    return view.bits == 8 && view.zero_kind != qk::ZeroKind::codebook && view.groups == 1 && !view.permutation;
 }
 
 // Checks a blob against its size and describes it. Null when it is sound, else what is wrong with it.
@@ -171,6 +177,9 @@ inline const char* parse_packed(const uint8_t* blob, int64_t bytes, qk::PackedVi
     }
     view->panels = blob + at;
     view->table = reinterpret_cast<const float*>(blob + offsetof(qk::PackedHeader, table));
+    size_t spelled = 0;
+    while (spelled < sizeof header.scheme && header.scheme[spelled] != '\0') ++spelled;
+    view->per_token = is_int8_weight(*view) && spelled > 2 && memcmp(header.scheme + spelled - 2, "a8", 2) == 0;
     return nullptr;
 }
 

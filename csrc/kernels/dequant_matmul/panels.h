@@ -12,19 +12,7 @@
 #include "qkern/kernels.h"
 #include "qkern/packed_weight.h"
 #include "qkern/scalar_float.h"
-
-// The register tiles live in arrays that only exist once everything around them is inlined.
-#if defined(_MSC_VER)
-#define QK_INLINE __forceinline
-#define QK_UNROLL
-#else
-#define QK_INLINE inline __attribute__((always_inline))
-#if defined(__clang__)
-#define QK_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define QK_UNROLL _Pragma("GCC unroll 32")
-#endif
-#endif
+#include "qkern/unroll.h"
 
 namespace {
 

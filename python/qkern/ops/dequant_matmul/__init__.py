@@ -124,8 +124,9 @@ def dequant_matmul(
         ``[N]`` of x's dtype or fp32; gradients flow to it.
     compute : str
         ``"float"`` keeps the activations (fp32 sums; bf16 products for bf16 input where the CPU has them);
-        ``"int8"`` quantizes them per token and group of at most 128 columns and sums the products exactly;
-        ``"auto"`` is int8 on a CPU when no gradient is taken or when the scheme says a8.
+        ``"int8"`` quantizes them per token and group of at most 128 columns (for ``w8a8`` per token, as
+        `int8_linear` does) and sums the products exactly; ``"auto"`` is int8 on a CPU when no gradient is
+        taken or when the scheme says a8.
     backend : str
         ``"auto"`` or a `Backend`.
 
@@ -150,7 +151,7 @@ def dequant_matmul(
     check_input(x, K, weight.device if isinstance(weight, QuantizedWeight) else weight.blob.device)
     if bias is not None and (bias.dtype not in (x.dtype, torch.float32) or tuple(bias.shape) != (N,)):
         raise InputError(f"bias must be [{N}] of x's dtype or fp32: got {bias.dtype} {tuple(bias.shape)}")
-    packed = _packed_for(weight, x, backend)
+    packed = packed_for("dequant_matmul", weight, x, backend)
     if bias is not None and bias.device != x.device:
         raise InputError(f"bias is on the wrong device: got {bias.device}, allowed is that of x, {x.device}")
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
@@ -161,12 +162,13 @@ def dequant_matmul(
     return out
 
 
-def _packed_for(weight: PackedWeight | QuantizedWeight, x: Tensor, backend: str) -> PackedWeight:
+def packed_for(op: str, weight: PackedWeight | QuantizedWeight, x: Tensor, backend: str) -> PackedWeight:
+    """Pack `weight` as `backend` reads it for `op`, unless it already is; int8_matmul reads the same."""
     if isinstance(weight, QuantizedWeight):
         return pack_weight(weight, backend=backend)
     if backend == "auto":
         return weight
-    chosen = select("dequant_matmul", backend, Request(device=x.device, scheme=weight.scheme, dtype=x.dtype))
+    chosen = select(op, backend, Request(device=x.device, scheme=weight.scheme, dtype=x.dtype))
     own = Backend.CPU if weight.layout == cpu.LAYOUT else Backend.REFERENCE
     if chosen.backend == own:
         return weight

@@ -20,14 +20,20 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "activation_blocks", "fake_quantize", "input_gradient", "matmul", "row_chunks"]
 
 BLOCK: Final = 128
-"""Columns of one group that share an activation scale in compute int8."""
+"""Columns of one group that share an activation scale in compute int8, unless the whole token does."""
 # Weights that are decoded at a time.
 _CHUNK: Final = 1 << 24
 
 
 def activation_blocks(qw: QuantizedWeight) -> Tensor:
-    """Activation block of each column, int64 ``[K]``: 128 columns of a group at a time, in group order."""
+    """Activation block of each column, int64 ``[K]``: 128 columns of a group at a time, in group order.
+
+    One block for 8-bit weights with one scale a channel whose scheme says a8: their activations have one
+    scale a token.
+    """
     K = qw.K
+    if qw.scheme.act_bits is not None and qw.scheme.bits == 8 and qw.scales.shape[1] == 1:
+        return torch.zeros(K, dtype=torch.int64, device=qw.device)
     if qw.group_index is None:
         length = max(qw.scheme.group_length(K), 1)
         column = torch.arange(K, device=qw.device)
