@@ -46,6 +46,15 @@ def test_demo_quantizes_reloads_exports_and_reports(tmp_path: Path) -> None:
 
 def test_demo_refuses_a_folder_that_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
-    with pytest.raises(InputError, match="new or empty"):
+    with pytest.raises(InputError, match="new, empty or an earlier demo's"):
         run.make_output(tmp_path)
     assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "keep"
+
+
+def test_demo_starts_over_in_its_own_folder(tmp_path: Path) -> None:
+    for _ in range(2):
+        run.make_output(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [run.MARK]
+        (tmp_path / "w4g128-gptq").mkdir()
+        (tmp_path / "w4g128-gptq" / "model.safetensors").write_bytes(b"old")
+        (tmp_path / "report.md").write_text("old", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Bad input: one clear error each, and nothing written."""
 
+import errno
 import json
 import resource
 import shutil
@@ -8,10 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
+from qkern.errors import FormatError, InputError, QkernError, UnsupportedError, advice_on_writing
 from qkern.pipelines import load, quantize, save
+
+quantize_module = sys.modules["qkern.pipelines.quantize"]
 
 IDS = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(1))
 
@@ -170,6 +174,8 @@ def test_empty_and_missing_calibration_files(folder, tmp_path_factory):
         ({"scheme": "w4g0"}, InputError, "group_size must be at least 1"),
         ({"scheme": "w5g128"}, InputError, "unsupported bits: got 5"),
         ({"scheme": "int4"}, InputError, "not a scheme: got 'int4'"),
+        ({"scheme": ""}, InputError, "not a scheme: got ''"),
+        ({"scheme": 4}, InputError, "not a scheme: got int 4"),
         ({"scheme": "w4g32a8"}, UnsupportedError, "quantize with w4g32"),
         ({"scheme": "nf4g32d"}, UnsupportedError, "quantizes its scales too.*: quantize with nf4g32"),
         ({"scheme": "nf4g32", "method": "gptq", "calibration": IDS}, UnsupportedError, "use method='rtn'"),
@@ -185,6 +191,7 @@ def test_empty_and_missing_calibration_files(folder, tmp_path_factory):
         ({"device": "abacus"}, InputError, "device 'abacus' cannot be used.*allowed are auto, cpu"),
         ({"skip": ["dwon_proj"]}, InputError, "'dwon_proj' in skip or include matches no linear"),
         ({"skip": ["*"]}, InputError, "nothing to quantize"),
+        ({"method": "gptq", "calibration": 5}, InputError, "calibration is no source of texts: got int"),
         ({"method": "gptq", "calibration": IDS, "samples": 0}, InputError, "samples must be at least 1"),
         ({"method": "gptq", "calibration": IDS, "length": 1}, InputError, "length must be at least 2"),
     ],
@@ -239,18 +246,54 @@ def file_size_limit(size):
 def test_disk_full_while_a_layer_is_kept(folder):
     with file_size_limit(9_000):
         error = fails(folder, QkernError, "cannot write .*: .*File too large", calibration=IDS, method="gptq")
-    assert "0 finished layers are kept" in str(error)
+    assert str(error).endswith("no output was made; choose another output")
 
 
 def test_disk_full_while_the_output_is_written(folder, tmp_path):
     output = tmp_path / "out"
     options = {"method": "gptq", "scheme": "w4g32", "calibration": IDS}
     # A layer fits, the whole model does not.
-    with file_size_limit(40_000), pytest.raises(QkernError, match=r"cannot write .*out: File too large"):
+    with (
+        file_size_limit(40_000),
+        pytest.raises(QkernError, match=r"cannot write .*out: File too large") as caught,
+    ):
         quantize(folder, **options, output=output)
+    assert f"2 finished layers are kept in {output}.partial: the same command goes on" in str(caught.value)
     # The finished layers are kept, and nothing else is there.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.partial"]
     report = quantize(folder, **options, output=output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
     assert len(report.layers) == 14
     load(output)
+
+
+def test_what_is_said_about_an_output_that_cannot_be_written():
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("557056 requested and 189312 written"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ):
+        assert advice_on_writing(error) == "the disk is full: free space"
+    assert advice_on_writing(OSError(errno.EACCES, "Permission denied")) == "choose another output"
+
+
+@pytest.mark.parametrize("option", [{"damp": 0.1}, {"act_order": "desc_act"}, {"static_groups": True}])
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_options_of_gptq_are_gptqs(folder, tmp_path, option, method):
+    with pytest.raises(InputError, match=f"{next(iter(option))} are GPTQ's: got method '{method}'"):
+        quantize(folder, method=method, calibration=IDS, output=tmp_path / "out", **option)
+
+
+def test_an_interrupted_run_says_what_is_kept(folder, tmp_path, caplog, monkeypatch):
+    stop = iter([False, True])
+    original = quantize_module.quantize_layer
+
+    def interrupted(*arguments, **options):
+        if next(stop):
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(quantize_module, "quantize_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt), caplog.at_level("WARNING", logger="qkern"):
+        quantize(folder, method="rtn", scheme="w4g32", output=tmp_path / "out")
+    assert f"interrupted; 1 finished layers are kept in {tmp_path / 'out.partial'}" in caplog.text

@@ -20,7 +20,7 @@ from qkern._version import __version__
 from qkern.checkpoints.folder import model_folder
 from qkern.checkpoints.registry import format_named
 from qkern.checkpoints.shards import ShardWriter, parse_size
-from qkern.errors import InputError, QkernError, UnsupportedError, reason_of
+from qkern.errors import InputError, OutputError, UnsupportedError, advice_on_writing, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -118,7 +118,7 @@ class CheckpointWriter:
     ------
     InputError
         If the folder is not empty, or an argument is not understood.
-    QkernError
+    OutputError
         If nothing can be written there.
 
     Examples
@@ -151,7 +151,7 @@ class CheckpointWriter:
         ------
         UnsupportedError
             If the format cannot hold the weight without changing it.
-        QkernError
+        OutputError
             If the disk is full.
         """
         if self.format is None:
@@ -170,7 +170,7 @@ class CheckpointWriter:
         ------
         InputError
             If the name was written before.
-        QkernError
+        OutputError
             If the disk is full.
         """
         with self._writing():
@@ -287,9 +287,9 @@ class CheckpointWriter:
             yield
         except OSError as error:
             self.abort()
-            raise QkernError(
+            raise OutputError(
                 f"cannot write {self.output}: {reason_of(error)}; no half-written output was left; "
-                "free space or choose another output folder"
+                f"{advice_on_writing(error)}"
             ) from error
         except BaseException:
             self.abort()

@@ -2,7 +2,7 @@
 
 A command is a function named ``command`` in ``qkern/cli/<name>.py`` (dashes become underscores) and a
 line in `COMMANDS`. Heavy packages are imported inside the function, so that ``--help`` stays quick.
-Results go to stdout; progress, logs and errors to stderr. Exit codes: 0, 1 (failed), 2 (usage).
+Results go to stdout; progress, logs and errors to stderr. Exit codes: 0, 1 (failed), 2 (usage), 130 (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ COMMANDS: Final = (
     "generate",
     "bench",
 )
+
+_INTERRUPTED: Final = 130
 
 app = typer.Typer(
     name="qkern",
@@ -106,10 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises
     ------
     SystemExit
-        Always; code 0, 1 (failed) or 2 (usage).
+        Always; code 0, 1 (failed), 2 (usage) or 130 (Ctrl-C).
     """
     try:
         app(args=None if arguments is None else list(arguments), prog_name="qkern")
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            sys.stderr.write("qkern: interrupted\n")
+        raise
     except (QkernError, OSError) as error:
         logging.getLogger("qkern").debug("traceback of the error below", exc_info=True)
         sys.stderr.write(f"qkern: error: {_one_line(error)}\n")

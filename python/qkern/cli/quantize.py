@@ -60,7 +60,12 @@ def command(
         ),
     ] = None,
     format: Annotated[
-        CheckpointFormat | None, typer.Option(help="Checkpoint format.", show_default="by scheme")
+        CheckpointFormat | None,
+        typer.Option(
+            help="Checkpoint format; default: awq for w4 with zero points, gptq for symmetric w4 and w8, "
+            "else compressed-tensors.",
+            show_default="by scheme",
+        ),
     ] = None,
     skip: Annotated[
         list[str] | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +26,7 @@ __all__ = ["GgufRow", "QualityRow", "make_output", "run_gguf", "run_quality"]
 
 logger = logging.getLogger(__name__)
 
+MARK: Final = ".qkern-demo"
 WINDOW: Final = 512
 EVALUATION_WINDOWS: Final = 32  # 16,384 positions
 CALIBRATION_SAMPLES: Final = 128
@@ -68,18 +70,27 @@ class GgufRow:
 
 
 def make_output(path: Path) -> None:
-    """Create the demo's folder.
+    """Create the demo's folder; what an earlier demo left in it is removed.
 
     Raises
     ------
     InputError
-        If it exists and is not empty.
+        If it exists, is not empty and is not from a demo.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    mark = path / MARK
+    if mark.is_file():
+        for entry in path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry != mark:
+                entry.unlink()
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(
-            f"output folder must be new or empty: got {path}; choose another with --output or remove it"
+            f"output folder must be new, empty or an earlier demo's: got {path}; choose another with "
+            "--output or remove it"
         )
     path.mkdir(parents=True, exist_ok=True)
+    mark.write_text("This folder was made by qkern demo, which may replace everything in it.\n")
 
 
 def run_quality(

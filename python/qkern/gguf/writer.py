@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qkern._progress import track
-from qkern.errors import InputError, QkernError, reason_of
+from qkern.errors import InputError, OutputError, advice_on_writing, reason_of
 from qkern.ops.gguf_encode import gguf_encode
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def write_gguf(
     ------
     InputError
         If `path` exists, or a tensor has NaN or Inf values or another shape than planned.
-    QkernError
+    OutputError
         If the file cannot be written; nothing is left behind.
     """
     import gguf
@@ -120,7 +120,9 @@ def write_gguf(
         writer.close()
         partial.replace(path)
     except OSError as error:
-        raise QkernError(f"cannot write {path}: {reason_of(error)}; nothing was left there") from error
+        raise OutputError(
+            f"cannot write {path}: {reason_of(error)}; nothing was left there; {advice_on_writing(error)}"
+        ) from error
     finally:
         writer.close()
         partial.unlink(missing_ok=True)

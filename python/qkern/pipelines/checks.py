@@ -74,7 +74,9 @@ def checked_settings(
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: allowed are {', '.join(METHODS)}")
-    parsed = as_scheme(scheme or ("w4g128z" if method == "awq" else "w4g128"))
+    if scheme is None:
+        scheme = "w4g128z" if method == "awq" else "w4g128"
+    parsed = as_scheme(scheme)
     if scale_only and method != "awq":
         raise InputError(f"scale_only folds AWQ's scales: got method {method!r}; use method='awq'")
     if parsed.act_bits is not None:
@@ -92,6 +94,10 @@ def checked_settings(
     allowed = ("minmax", "mse", "loss") if method == "gptq" else ("minmax", "mse")
     if search is not None and search not in allowed:
         raise InputError(f"unknown search {search!r} for {method}: allowed are {', '.join(allowed)}")
+    given = {"damp": damp, "act_order": act_order, "static_groups": static_groups, "block_size": block_size}
+    foreign = [name for name, value in given.items() if value != getattr(GPTQConfig(), name)]
+    if method != "gptq" and foreign:
+        raise InputError(f"{', '.join(foreign)} are GPTQ's: got method {method!r}; leave them out")
     gptq = GPTQConfig(damp=damp, act_order=act_order, static_groups=static_groups, block_size=block_size)
     if search is not None:
         gptq = replace(gptq, search=search)  # type: ignore[arg-type]

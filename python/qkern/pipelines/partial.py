@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qkern.checkpoints import read_json
-from qkern.errors import InputError, QkernError, reason_of
+from qkern.errors import InputError, OutputError, QkernError, advice_on_writing, reason_of
 from qkern.pipelines.layerwise import Finished, LayerRecord
 from qkern.schemes import QuantizedWeight, Scheme
 
@@ -107,9 +107,8 @@ class Partial:
         if differing:
             name = differing[0]
             raise InputError(
-                f"{self.folder} holds layers of another run ({name} was {before.get(name)!r}, now "
-                f"{key[name]!r}): repeat that run, remove the folder, or start afresh with resume=False "
-                "(--no-resume)"
+                f"{self.folder} holds layers of another run ({_change(name, before.get(name), key[name])}): "
+                "repeat that run, remove the folder, or start afresh with resume=False (--no-resume)"
             )
 
     def __enter__(self) -> Self:
@@ -123,7 +122,7 @@ class Partial:
 
         Raises
         ------
-        QkernError
+        OutputError
             If the disk is full.
         """
         tensors = {f"tensor:{key}": value.contiguous() for key, value in finished.tensors.items()}
@@ -200,8 +199,26 @@ class Partial:
         temporary.write_text(text)
         temporary.replace(self.folder / name)
 
-    def _cannot_write(self, error: Exception) -> QkernError:
-        return QkernError(
-            f"cannot write {self.folder}: {reason_of(error)}; no output was made and {self.count} finished "
-            "layers are kept there: free space and run the same command again to go on, or remove the folder"
+    def _cannot_write(self, error: Exception) -> OutputError:
+        return OutputError(
+            f"cannot write {self.folder}: {reason_of(error)}; no output was made; {advice_on_writing(error)}"
+            f"{self.kept()}"
         )
+
+    def kept(self) -> str:
+        """Say, as the end of a sentence, what a run that stops now leaves for the next; may be empty."""
+        if self.count == 0:
+            return ""
+        return (
+            f"; {self.count} finished layers are kept in {self.folder}: the same command goes on from there, "
+            "or remove the folder"
+        )
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """Name what differs between two runs, as narrowly as possible."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for part in now:
+            if before.get(part) != now[part]:
+                return _change(part, before.get(part), now[part])
+    return f"{name} was {before!r}, now {now!r}"

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from qkern import __version__, _progress
 from qkern.calibration import LayerStream, bounded_length, calibration_hash, fill, load_texts, make_batches
+from qkern.calibration.texts import check_source
 from qkern.checkpoints import CheckpointWriter, TensorFolder, check_output, format_named, parse_size
-from qkern.errors import FormatError, InputError, UnsupportedError
+from qkern.errors import FormatError, InputError, OutputError, UnsupportedError
 from qkern.models import Structure, describe, known_architectures
 from qkern.nn import QuantLinear
 from qkern.pipelines.checks import Targets, checked_format, checked_settings, choose_targets, target_names
@@ -148,6 +149,8 @@ def quantize(
         format = checked_format(source.model, structure, targets, settings, format)
     _refuse_nonfinite(source, set(target_names(structure, targets)))
     ids = None
+    if method == "rtn" and calibration is not None:
+        logger.warning("method rtn does not use the calibration texts: they are not read")
     if method != "rtn":
         ids = _calibration(source, calibration, tokenizer, samples, length, seed)
     arguments: dict[str, Any] = {
@@ -187,11 +190,14 @@ def quantize(
         with _keeping(partial):
             for _ in run.layers(partial):
                 pass
-        with CheckpointWriter(folder, format=format, max_shard_size=max_shard_size) as writer:
-            with _keeping(partial):
-                _write_tensors(writer, source, partial, run.names(), summing)
-            report = summing.report(folder, format)
-            _finish(writer, source, targets, settings, report, tokenizer)
+        try:
+            with CheckpointWriter(folder, format=format, max_shard_size=max_shard_size) as writer:
+                with _keeping(partial):
+                    _write_tensors(writer, source, partial, run.names(), summing)
+                report = summing.report(folder, format)
+                _finish(writer, source, targets, settings, report, tokenizer)
+        except OutputError as error:
+            raise OutputError(f"{error}{partial.kept()}") from error
         partial.remove()
     return report
 
@@ -205,9 +211,11 @@ def _keeping(partial: Partial) -> Iterator[None]:
         # The model has to change, so nothing that was made from it is of use.
         partial.remove()
         raise
-    except BaseException:
+    except BaseException as error:
         if partial.count == 0:
             partial.remove()
+        elif isinstance(error, KeyboardInterrupt):
+            logger.warning("interrupted%s", partial.kept())
         raise
 
 
@@ -253,6 +261,7 @@ def _calibration(
             "calibration is missing: GPTQ and AWQ measure activations on text; give a .txt or .jsonl file "
             "(--calibration FILE), a list of texts or token ids, or use method='rtn'"
         )
+    check_source(calibration)
     length = bounded_length(source.model.config, length)
     vocabulary = source.model.get_input_embeddings().num_embeddings
     limits = {"samples": samples, "length": length, "seed": seed, "vocabulary": vocabulary}
