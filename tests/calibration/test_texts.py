@@ -76,6 +76,12 @@ def test_other_entries_are_refused(entry):
         load_texts(["a", entry])
 
 
+@pytest.mark.parametrize("source", [5, {"text": "a"}])
+def test_another_type(source):
+    with pytest.raises(InputError, match=f"no source of texts: got {type(source).__name__}; give a .txt"):
+        load_texts(source)
+
+
 @pytest.mark.parametrize("source", [[], ["", "  \n"], [[]]])
 def test_empty_list(source):
     with pytest.raises(InputError, match="empty"):

@@ -192,8 +192,12 @@ def test_dtype_and_device(tmp_path: Path) -> None:
     assert getattr(loaded.config, "quantization_config", None) is None
     with pytest.raises(InputError, match="compute"):
         load(tmp_path / "out", compute="int4")
-    with pytest.raises(InputError, match="dtype"):
-        load(tmp_path / "out", dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float32"])
+def test_another_dtype(tmp_path, dtype):
+    with pytest.raises(InputError, match=rf"a torch\.dtype: got {dtype!r}, allowed are torch\.float32, "):
+        load(tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from qkern.errors import FormatError, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-__all__ = ["Document", "load_texts"]
+__all__ = ["Document", "check_source", "load_texts"]
 
 # What is certainly meant as a file; other names may be data sets.
 _SUFFIXES: Final = (".txt", ".jsonl", ".json", ".md")
@@ -23,6 +24,18 @@ _ALLOWED: Final = (
     "a .txt file, a .jsonl file with a 'text' or 'messages' field a line, a list of texts, a list of lists "
     "of token ids, or the name of a Hugging Face dataset (name, name:config or name:config:split)"
 )
+
+
+def check_source(source: Any) -> None:
+    """Refuse what can be no source of texts, before a tokenizer is looked for.
+
+    Raises
+    ------
+    InputError
+        That names its type.
+    """
+    if isinstance(source, Mapping) or not isinstance(source, Iterable | Path):
+        raise InputError(f"calibration is no source of texts: got {type(source).__name__}; give {_ALLOWED}")
 
 
 def load_texts(source: str | Path | Sequence[Any], *, tokenizer: Any = None) -> list[Document]:
@@ -49,6 +62,7 @@ def load_texts(source: str | Path | Sequence[Any], *, tokenizer: Any = None) -> 
     FormatError
         If a JSONL line is not as described.
     """
+    check_source(source)
     if isinstance(source, (str, Path)):
         documents = _from_name(source, tokenizer)
     else:

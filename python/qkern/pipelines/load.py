@@ -71,7 +71,10 @@ def load(
     if compute not in (None, "auto", "float", "int8"):
         raise InputError(f"unknown compute: got {compute!r}, allowed are 'auto', 'float' and 'int8'")
     if dtype not in (None, *FLOAT_DTYPES):
-        raise InputError(f"dtype must be fp32, fp16 or bf16: got {dtype}")
+        raise InputError(
+            f"dtype must be a torch.dtype: got {dtype!r}, allowed are {', '.join(map(str, FLOAT_DTYPES))} "
+            "and None for that of config.json"
+        )
     with QuantizedCheckpoint(path) as checkpoint:
         config = _read_config(checkpoint)
         if checkpoint.format is None:
