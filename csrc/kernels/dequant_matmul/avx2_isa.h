@@ -40,7 +40,7 @@ struct Isa {
     static I splat(int32_t value) { return _mm256_set1_epi32(value); }
     static I splat_byte(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
     static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
-    static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
+    static I or_and(I a, I b, I c) { return _mm256_or_si256(a, _mm256_and_si256(b, c)); }
     static I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
     template <int SHIFT>
     static I shift_right(I a) {

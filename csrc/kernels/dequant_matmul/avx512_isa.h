@@ -30,6 +30,7 @@ struct Isa {
     static I splat_byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
     static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
     static I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
+    static I or_and(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0xf8); }
     static I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
     template <int SHIFT>
     static I shift_right(I a) {

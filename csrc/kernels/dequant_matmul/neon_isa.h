@@ -31,7 +31,7 @@ struct Isa {
     static I splat(int32_t value) { return vdupq_n_s32(value); }
     static I splat_byte(int value) { return lanes(vdupq_n_u8(static_cast<uint8_t>(value))); }
     static I bit_and(I a, I b) { return vandq_s32(a, b); }
-    static I bit_or(I a, I b) { return vorrq_s32(a, b); }
+    static I or_and(I a, I b, I c) { return vorrq_s32(a, vandq_s32(b, c)); }
     static I bit_xor(I a, I b) { return veorq_s32(a, b); }
     template <int SHIFT>
     static I shift_right(I a) {

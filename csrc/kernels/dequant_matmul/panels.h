@@ -34,7 +34,7 @@ QK_INLINE I codes_of(const I* lines) {
         } else {
             high = Isa::template shift_right<T - 2>(high);
         }
-        return Isa::bit_or(low, Isa::bit_and(high, Isa::splat_byte(4)));
+        return Isa::or_and(low, high, Isa::splat_byte(4));
     } else {
         return Isa::bit_and(Isa::template shift_right<BITS * T>(lines[0]), Isa::splat_byte((1 << BITS) - 1));
     }

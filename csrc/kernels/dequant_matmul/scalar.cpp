@@ -52,8 +52,8 @@ struct Isa {
     static I bit_and(I a, I b) {
         return each([&](int i) { return a.lane[i] & b.lane[i]; });
     }
-    static I bit_or(I a, I b) {
-        return each([&](int i) { return a.lane[i] | b.lane[i]; });
+    static I or_and(I a, I b, I c) {
+        return each([&](int i) { return a.lane[i] | (b.lane[i] & c.lane[i]); });
     }
     static I bit_xor(I a, I b) {
         return each([&](int i) { return a.lane[i] ^ b.lane[i]; });
