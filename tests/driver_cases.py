@@ -21,6 +21,8 @@ import torch
 from qkern.ops import (
     dequant_matmul,
     dequantize_groupwise,
+    gguf_decode,
+    gguf_encode,
     gptq_update,
     int8_matmul,
     pack_bits,
@@ -30,8 +32,9 @@ from qkern.ops import (
 )
 from qkern.ops._native import DTYPE_CODES
 from qkern.ops.codebooks import CODEBOOK_CODES
+from qkern.ops.gguf_types import GGUF_TYPES
 from qkern.ops.pack_bits.cpu import LAYOUT_CODES
-from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
+from qkern.schemes import FLOAT_DTYPES, PackedWeight, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,14 +44,14 @@ if TYPE_CHECKING:
 class Case:
     """One call of a kernel: numbers, input buffers, and the outputs that are expected, bit for bit.
 
-    With a `tolerance`, floats may differ by that part of the largest.
+    With a `tolerance`, floats may differ by that part of the largest. A `status` of None accepts any.
     """
 
     op: str
     numbers: dict[str, int]
     inputs: dict[str, torch.Tensor | None]
     expected: dict[str, torch.Tensor | None]
-    status: int = 0
+    status: int | None = 0
     label: str = field(default="")
     tolerance: float = 0.0
 
@@ -253,42 +256,141 @@ def activation_cases() -> Iterator[Case]:
         )
 
 
+# Forms of activations as the driver numbers them, see qk::PrepareArgs. A tier without bf16 pairs or int8
+# digits takes floats in their place.
+FORMS = {"int8": 0, "floats": 1, "pairs": 2, "digits": 3}
+DIGIT_ROWS = 24  # qk::kDigitRows
+
+
 def matmul_cases() -> Iterator[Case]:
     # Panels of 16, 32, 48 and 64 rows; few rows of x, more than the direct kernels take, more than a tile.
     for i, (spelling, (N, K)) in enumerate(itertools.product(SCHEMES, [(5, 33), (120, 300), (64, 256)])):
-        scheme = Scheme.parse(spelling)
-        qw = quantize_groupwise(random_weight(N, K, torch.float32), scheme, scale_dtype=FLOAT_DTYPES[i % 3])
-        for variant, M in (("plain", 3), ("offsets", 14), ("act-order", 98 if K == 33 else 1)):
+        dense = random_weight(N, K, torch.float32)
+        qw = quantize_groupwise(dense, spelling, scale_dtype=FLOAT_DTYPES[i % 3])
+        rows = {"plain": (3, 41), "offsets": (14, 20), "act-order": (140 if K == 33 else 1,)}
+        for variant in rows:
             weight = dequantize_variant(qw, variant)
             if weight is None:
                 continue
             packed = pack_weight(weight, backend="cpu")
             decoded = torch.zeros(K, -(-N // 16) * 16)
             decoded[:, :N] = dequantize_groupwise(weight, backend="reference").T
-            for compute, dtype in itertools.product(
-                ("int8", "float"), (torch.float32, FLOAT_DTYPES[1 + M % 2])
-            ):
+            for M in rows[variant]:
+                label = f"{spelling} {variant} {M}x{N}x{K}"
+                yield from matmul_forms(weight, packed, M, decoded, label)
+
+
+def matmul_forms(
+    weight: QuantizedWeight, packed: PackedWeight, M: int, decoded: torch.Tensor, label: str
+) -> Iterator[Case]:
+    """One product in every form that the bindings might choose."""
+    codebook = weight.scheme.codebook is not None
+    for dtype, form in itertools.product(FLOAT_DTYPES, FORMS):
+        if (form == "pairs" and dtype != torch.bfloat16) or (
+            form == "digits" and (codebook or M > DIGIT_ROWS)
+        ):
+            continue
+        compute = "int8" if form == "int8" else "float"
+        x = random_weight(M, weight.K, dtype)
+        bias = torch.arange(weight.N, dtype=torch.float32) / weight.N
+        expected = dequant_matmul(x, weight, bias, compute=compute, backend="reference")
+        yield Case(
+            "dequant_matmul",
+            {**blob_numbers(packed), "M": M, "dtype": DTYPE_CODES[dtype], "form": FORMS[form]},
+            {"blob": packed.blob, "x": x, "bias": bias},
+            {"out": expected, "decoded": decoded},
+            label=f"{label} {form} {dtype}",
+            # The output's rounding; in fp32 the order of sums, or a codebook's 16 bits.
+            tolerance={torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(
+                dtype, 2e-4 if codebook and compute == "int8" else 2e-5
+            ),
+        )
+
+
+def panel_cases() -> Iterator[Case]:
+    for spelling, (N, K) in itertools.product([*SCHEMES, "w4t"], [(5, 33), (120, 300), (0, 48), (64, 256)]):
+        qw = quantize_groupwise(random_weight(max(N, 1), K, torch.float32)[:N], spelling)
+        for variant in ("plain", "offsets", "act-order"):
+            weight = dequantize_variant(qw, variant)
+            if weight is None:
+                continue
+            packed = pack_weight(weight, backend="cpu")
+            zeros = weight.zeros if weight.offsets is None else weight.offsets
+            yield Case(
+                "panels",
+                {
+                    **blob_numbers(packed),
+                    "per_tensor": int(qw.scheme.per_tensor),
+                    "groups": weight.scales.shape[1],
+                },
+                {"blob": packed.blob},
+                {"codes": weight.codes, "scales": weight.scales, "zeros": zeros},
+                label=f"{spelling} {variant} {N}x{K}",
+            )
+
+
+def blob_numbers(packed: PackedWeight) -> dict[str, int]:
+    """What the caller of a kernel knows of a blob."""
+    return {"bytes": packed.blob.numel(), "N": packed.N, "K": packed.K, "bits": packed.scheme.bits}
+
+
+def corrupt_cases() -> Iterator[Case]:
+    """Blobs with a few bytes changed: refused or sound, but nothing beyond them is touched."""
+    generator = torch.Generator().manual_seed(0)
+
+    def chance(limit: int) -> int:
+        return int(torch.randint(0, limit, (), generator=generator))
+
+    N, K, M = 21, 70, 3
+    values = (0, 1, -1, 4, 64, 255, 256, 2**31 - 1, -(2**31), 2**40, 2**63 - 1, -(2**63))
+    for spelling, variant in itertools.product(
+        ("w4g32z", "w3g16", "w8g64", "nf4g16"), ("plain", "act-order")
+    ):
+        weight = dequantize_variant(quantize_groupwise(random_weight(N, K, torch.float32), spelling), variant)
+        packed = pack_weight(weight, backend="cpu")
+        groups = weight.scales.shape[1]
+        tables = 256 + 4 * (groups + 1) + (64 + 4 * K if variant == "act-order" else 0)
+        for i in range(60):
+            blob = packed.blob.clone()
+            for _ in range(1 + chance(3)):
+                if chance(2):
+                    at = 4 * chance(tables // 4 - 1)
+                    blob[at : at + 8] = torch.tensor([values[chance(len(values))]]).view(torch.uint8)
+                else:
+                    blob[chance(tables)] = chance(256)
+            label = f"corrupt {spelling} {variant} {i}"
+            # The outputs are scratch: what is in them does not matter.
+            out = {"out": torch.zeros(M, N), "decoded": torch.zeros(K, -(-N // 16) * 16)}
+            for form in FORMS:
+                dtype = torch.bfloat16 if form == "pairs" else torch.float32
+                numbers = {**blob_numbers(packed), "M": M, "dtype": DTYPE_CODES[dtype], "form": FORMS[form]}
                 x = random_weight(M, K, dtype)
-                bias = torch.arange(N, dtype=torch.float32) / N
                 yield Case(
-                    "dequant_matmul",
-                    {
-                        "bytes": packed.blob.numel(),
-                        "M": M,
-                        "dtype": DTYPE_CODES[dtype],
-                        "int8": int(compute == "int8"),
-                    },
-                    {"blob": packed.blob, "x": x, "bias": bias},
-                    {
-                        "out": dequant_matmul(x, weight, bias, compute=compute, backend="reference"),
-                        "decoded": decoded,
-                    },
-                    label=f"{spelling} {variant} {M}x{N}x{K} {compute} {dtype}",
-                    # The output's rounding; in fp32 the order of sums, or a codebook's 16 bits.
-                    tolerance={torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(
-                        dtype, 2e-4 if scheme.codebook and compute == "int8" else 2e-5
-                    ),
+                    "dequant_matmul", numbers, {"blob": blob, "x": x, **out}, {}, status=None, label=label
                 )
+            form = {"codes": weight.codes, "scales": weight.scales.float(), "zeros": torch.zeros(N, groups)}
+            numbers = {**blob_numbers(packed), "per_tensor": 0, "groups": groups}
+            yield Case("panels", numbers, {"blob": blob, **form}, {}, status=None, label=label)
+
+
+def gguf_cases() -> Iterator[Case]:
+    for kind in GGUF_TYPES.values():
+        if kind.name == "f32":
+            continue
+        for N, K in ((1, 256), (5, 768), (3, 0)):
+            x = random_weight(N, max(K, 1), torch.float32)[:, :K].contiguous()
+            for importance in (None, torch.rand(K, generator=torch.Generator().manual_seed(K))):
+                # The bits are the same in every tier, so those of the active one are what is expected.
+                encoded = gguf_encode(x, kind.name, importance=importance)
+                weights = None
+                if importance is not None and K > 0:
+                    weights = (importance.double() / importance.double().mean()).float()  # as the op does
+                inputs = {"x": x, "importance": weights}
+                numbers = {"type": kind.id, "N": N, "K": K}
+                label = f"{kind.name} {N}x{K}"
+                yield Case("gguf_encode", numbers, inputs, {"out": encoded}, label=label)
+            decoded = gguf_decode(encoded, kind.name, backend="reference")
+            yield Case("gguf_decode", numbers, {"raw": encoded}, {"out": decoded}, label=label)
 
 
 def int8_cases() -> Iterator[Case]:
@@ -331,7 +433,10 @@ GENERATORS = (
     bits_cases,
     gptq_cases,
     activation_cases,
+    panel_cases,
     matmul_cases,
+    corrupt_cases,
+    gguf_cases,
     int8_cases,
 )
 
@@ -350,7 +455,7 @@ def mismatches(cases: list[Case], outputs: bytes) -> list[str]:
     for case in cases:
         (status,) = struct.unpack_from("<q", outputs, at)
         at += 8
-        wrong = [f"status {status}"] if status != case.status else []
+        wrong = [f"status {status}"] if case.status not in (status, None) else []
         for name, tensor in case.expected.items():
             if tensor is None:
                 continue

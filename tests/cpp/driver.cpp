@@ -12,6 +12,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <atomic>
 #include <fstream>
@@ -180,43 +181,100 @@ int64_t run_quantize_activations(Case& c) {
     });
 }
 
+// A blob that is not sound, or not of the shape that the caller believes, is refused as the bindings refuse it.
+bool read_blob(Case& c, qk::PackedView* view) {
+    return !parse_packed(c.data<const uint8_t>("blob"), c.number("bytes"), view) && view->N == c.number("N") &&
+           view->K == c.number("K");
+}
+
+// Panels to form 2 and back: the codes, scales and zeros, then the same panels once more.
+int64_t run_panels(Case& c) {
+    qk::PackedView view;
+    if (!read_blob(c, &view) || view.bits != c.integer("bits") || view.groups != c.number("groups")) return -1;
+    const qk::KernelTable& kernels = qk::kernels();
+    const bool per_tensor = c.number("per_tensor") != 0;
+    const int64_t rows = packed_rows(view.N, per_tensor);
+    std::vector<uint8_t> panels(static_cast<size_t>(rows * view.row_bytes), 0xee);
+    qk::PackArgs args{};
+    args.view = &view;
+    args.codes = c.data<uint32_t>("codes");
+    args.code_words = (view.K * view.bits + 31) / 32;
+    args.scales = c.data<void>("scales");
+    args.zeros = c.data<void>("zeros");
+    args.scale_row_stride = per_tensor ? 0 : view.groups;
+    args.panels = const_cast<uint8_t*>(view.panels);
+    if (view.N > 0) memset(args.codes, 0, static_cast<size_t>(4 * view.N * args.code_words));
+    const int64_t count = (rows + qk::kPanelRows - 1) / qk::kPanelRows;
+    run_rows(count, 1, [&](int64_t begin, int64_t end) {
+        kernels.unpack_panels(args, begin, end);
+        return qk::Status::ok;
+    });
+    args.panels = panels.data();
+    run_rows(count, 1, [&](int64_t begin, int64_t end) {
+        kernels.pack_panels(args, begin, end);
+        return qk::Status::ok;
+    });
+    return panels.empty() || memcmp(panels.data(), view.panels, panels.size()) == 0 ? 0 : -2;
+}
+
+// Of the activations, see qk::PrepareArgs; the numbers are those of tests/driver_cases.py. A tier without pairs or
+// digits takes floats.
+enum class Form { int8, floats, pairs, digits };
+
 int64_t run_dequant_matmul(Case& c) {
     qk::PackedView view;
-    if (parse_packed(c.data<const uint8_t>("blob"), c.number("bytes"), &view)) return -1;
+    if (!read_blob(c, &view)) return -1;
     const qk::KernelTable& kernels = qk::kernels();
+    const int64_t M = c.number("M");
+    Form form = static_cast<Form>(c.number("form"));
+    if (form == Form::pairs && !kernels.matmul_run_pairs) form = Form::floats;
+    const bool codebook = view.zero_kind == qk::ZeroKind::codebook;
+    if (form == Form::digits && (!kernels.matmul_run_digits || codebook)) form = Form::floats;
     qk::PrepareArgs prepare{};
     prepare.view = &view;
     prepare.x = c.data<const void>("x");
     prepare.dtype = c.dtype("dtype");
+    prepare.M = M;
     prepare.row_stride = view.K;
-    const int64_t M = c.number("M");
-    std::vector<int8_t> codes(static_cast<size_t>(M * view.padded_K));
-    std::vector<float> scales(static_cast<size_t>(M * view.blocks));
-    std::vector<int32_t> sums(static_cast<size_t>(M * view.blocks));
-    std::vector<float> values(c.number("int8") ? 0 : static_cast<size_t>(M * view.padded_K));
+    prepare.digits = form != Form::digits ? 1 : prepare.dtype == qk::DType::f32 ? 4 : 3;
+    const auto columns = static_cast<size_t>(M * prepare.digits * view.padded_K);
+    const auto blocks = static_cast<size_t>(M * prepare.digits * view.blocks);
+    std::vector<int8_t> codes(columns);
+    std::vector<float> scales(blocks), values(columns);
+    std::vector<int32_t> sums(blocks);
+    std::vector<uint16_t> pairs(columns);
     prepare.codes = codes.data();
-    prepare.scales = scales.data();
+    prepare.scales = prepare.pair_sums = scales.data();
     prepare.sums = sums.data();
-    prepare.values = c.number("int8") ? nullptr : values.data();
+    prepare.values = form == Form::floats ? values.data() : nullptr;
+    prepare.pairs = pairs.data();
+    const qk::PrepareFn prepare_rows = form == Form::pairs    ? kernels.matmul_prepare_pairs
+                                       : form == Form::digits ? kernels.matmul_prepare_digits
+                                                              : kernels.matmul_prepare;
     run_rows(M, 4, [&](int64_t begin, int64_t end) {
-        kernels.matmul_prepare(prepare, begin, end);
+        prepare_rows(prepare, begin, end);
         return qk::Status::ok;
     });
     qk::MatmulArgs args{};
     args.view = &view;
     args.M = M;
     args.codes = prepare.codes;
-    args.scales = prepare.scales;
+    args.scales = args.pair_sums = prepare.scales;
     args.sums = prepare.sums;
+    args.digits = prepare.digits;
     args.values = prepare.values;
+    args.pairs = prepare.pairs;
     args.out = c.data<void>("out");
     args.out_dtype = prepare.dtype;
     args.out_stride = view.N;
     args.bias = c.data<const void>("bias");
     args.bias_dtype = qk::DType::f32;
-    const int64_t chunks = qk::matmul_chunks(M);
+    const qk::MatmulFn run_tiles = form == Form::pairs    ? kernels.matmul_run_pairs
+                                   : form == Form::digits ? kernels.matmul_run_digits
+                                                          : kernels.matmul_run;
+    const int64_t chunks = qk::matmul_chunks(M, form == Form::pairs ? qk::kPairRows : qk::kMatmulRows);
     run_rows(view.panel_count * chunks, 1, [&](int64_t begin, int64_t end) {
-        kernels.matmul_run(args, begin, end);
+        run_tiles(args, begin, end);
         return qk::Status::ok;
     });
     qk::DecodeArgs decode{};
@@ -226,6 +284,23 @@ int64_t run_dequant_matmul(Case& c) {
     decode.out_stride = round_up(view.N, qk::kRowUnit);
     return run_rows(view.panel_count, 1, [&](int64_t begin, int64_t end) {
         kernels.matmul_decode(decode, begin, end);
+        return qk::Status::ok;
+    });
+}
+
+int64_t run_gguf_encode(Case& c) {
+    const auto kernel = qk::kernels().gguf_encode;
+    return run_rows(c.number("N"), 1, [&](int64_t begin, int64_t end) {
+        return kernel(static_cast<qk::GgufType>(c.number("type")), c.data<const float>("x"),
+                      c.data<const float>("importance"), c.data<uint8_t>("out"), c.number("K"), begin, end);
+    });
+}
+
+int64_t run_gguf_decode(Case& c) {
+    const auto kernel = qk::kernels().gguf_decode;
+    return run_rows(c.number("N"), 1, [&](int64_t begin, int64_t end) {
+        kernel(static_cast<qk::GgufType>(c.number("type")), c.data<const uint8_t>("raw"), c.data<float>("out"),
+               c.number("K"), begin, end);
         return qk::Status::ok;
     });
 }
@@ -285,7 +360,10 @@ const std::map<std::string, int64_t (*)(Case&)> kOps = {
     {"unpack_bits", &run_unpack_bits},
     {"gptq_update", &run_gptq_update},
     {"quantize_activations", &run_quantize_activations},
+    {"panels", &run_panels},
     {"dequant_matmul", &run_dequant_matmul},
+    {"gguf_encode", &run_gguf_encode},
+    {"gguf_decode", &run_gguf_decode},
     {"int8_matmul", &run_int8_matmul},
 };
 
