@@ -79,7 +79,6 @@ def prepare(case: dict[str, Any]) -> Job:
 
     from qkern.ops._native import core
 
-    torch.set_grad_enabled(False)
     N, K, M, (_, compute, dtype) = case["N"], case["K"], case["M"], case["variant"].split()
     made, decoded = handles(case["scheme"], N, K, case["rotate"])
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(1))

@@ -81,12 +81,9 @@ def job(run: Callable[[], tuple[float, float]], error: float, **facts: Any) -> J
 
 
 def prepare(case: dict[str, Any]) -> Job:
-    import torch
-
     from qkern.ops import dequantize_groupwise
     from qkern.quantizers import GPTQConfig, gptq
 
-    torch.set_grad_enabled(False)
     weight, hessian = layer(case["N"], case["K"])
     if case["variant"] == "torch alone":
         return job(lambda: alone(weight, hessian), 0.0)

@@ -36,7 +36,6 @@ def prepare(case: dict[str, Any]) -> Job:
     from qkern.ops._native import core
     from qkern.schemes import PackedWeight, Scheme
 
-    torch.set_grad_enabled(False)
     N, K, M = case["N"], case["K"], case["M"]
     made, decoded = handles(SCHEME, N, K, case["rotate"])
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)).bfloat16()

@@ -111,14 +111,15 @@ def serve() -> None:
         install = getattr(module, "INSTALL", "")
         answer(absent=f"not installed ({error}); {install}")
         return
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
     # The calling thread does all the work of one thread, and a busy machine does not disturb its clock.
     clock = time.thread_time if threads == 1 else time.perf_counter
     answer(ready=version, clock=PROCESSOR_TIME if threads == 1 else "wall-clock time")
     jobs: list[Job] = []
     for line in sys.stdin:
         command = json.loads(line)
+        if "torch" in sys.modules:  # some modules import it only when they prepare
+            sys.modules["torch"].set_num_threads(threads)
+            sys.modules["torch"].set_grad_enabled(False)
         try:
             if "prepare" in command:
                 job = module.prepare(command["prepare"] | {"threads": threads})

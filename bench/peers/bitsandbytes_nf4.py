@@ -54,7 +54,6 @@ def decode(packed: Any, N: int, K: int, group: int) -> Any:
 def prepare(case: dict[str, Any]) -> Job:
     import torch
 
-    torch.set_grad_enabled(False)
     N, K, M, scheme = case["N"], case["K"], case["M"], case["scheme"]
     _, _, group = scheme.partition("g")
     if not group.isdigit() or N * K % int(group):

@@ -35,7 +35,6 @@ def prepare(case: dict[str, Any]) -> Job:
     from gptqmodel import QuantizeConfig
     from gptqmodel.quantization import GPTQ
 
-    torch.set_grad_enabled(False)
     weight, hessian = layer(case["N"], case["K"])
     state: dict[str, Any] = {"factor": 0.0}
 

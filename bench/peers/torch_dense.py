@@ -33,7 +33,6 @@ def weights(dtype: str, N: int, K: int, rotate: int) -> list[Any]:
 def prepare(case: dict[str, Any]) -> Job:
     import torch
 
-    torch.set_grad_enabled(False)
     N, K, M = case["N"], case["K"], case["M"]
     dtype = "bfloat16" if case["variant"] == "torch bf16" else "float32"
     held = weights(dtype, N, K, case["rotate"])

@@ -52,7 +52,6 @@ def weights(scheme: str, N: int, K: int, rotate: int) -> tuple[list[Any], Any]:
 def prepare(case: dict[str, Any]) -> Job:
     import torch
 
-    torch.set_grad_enabled(False)
     N, K, M = case["N"], case["K"], case["M"]
     arguments, decoded = weights(case["scheme"], N, K, case["rotate"])
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)).bfloat16()

@@ -31,7 +31,6 @@ def weights(N: int, K: int, rotate: int) -> list[Any]:
 def prepare(case: dict[str, Any]) -> Job:
     import torch
 
-    torch.set_grad_enabled(False)
     N, K, M = case["N"], case["K"], case["M"]
     if not hasattr(torch, "_int_mm"):
         raise Absent("this torch has no _int_mm")
