@@ -34,6 +34,8 @@ struct Isa {
     }
     static I load(const int32_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
     static void store(int32_t* at, I value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), value); }
+    static I zero() { return _mm256_setzero_si256(); }
+    static I add(I a, I b) { return _mm256_add_epi32(a, b); }
     static Codes load_codes(const uint8_t* at) {
         const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
         return {_mm256_and_si256(codes, _mm256_set1_epi16(255)), _mm256_srli_epi16(codes, 8)};

@@ -22,6 +22,8 @@ struct Isa {
     static void place(const int8_t* codes, int64_t n, X* out) { memcpy(out, codes, static_cast<size_t>(n)); }
     static I load(const int32_t* at) { return _mm512_loadu_si512(at); }
     static void store(int32_t* at, I value) { _mm512_storeu_si512(at, value); }
+    static I zero() { return _mm512_setzero_si512(); }
+    static I add(I a, I b) { return _mm512_add_epi32(a, b); }
     static Codes load_codes(const uint8_t* at) { return _mm512_loadu_si512(at); }
     static Quad load_quad(const X* at) {
         int32_t quad;

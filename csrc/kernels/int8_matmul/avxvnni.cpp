@@ -21,6 +21,8 @@ struct Isa {
     static void place(const int8_t* codes, int64_t n, X* out) { memcpy(out, codes, static_cast<size_t>(n)); }
     static I load(const int32_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
     static void store(int32_t* at, I value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), value); }
+    static I zero() { return _mm256_setzero_si256(); }
+    static I add(I a, I b) { return _mm256_add_epi32(a, b); }
     static Codes load_codes(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
     static Quad load_quad(const X* at) {
         int32_t quad;

@@ -20,6 +20,8 @@ struct Isa {
     static void place(const int8_t* codes, int64_t n, X* out) { memcpy(out, codes, static_cast<size_t>(n)); }
     static I load(const int32_t* at) { return vld1q_s32(at); }
     static void store(int32_t* at, I value) { vst1q_s32(at, value); }
+    static I zero() { return vdupq_n_s32(0); }
+    static I add(I a, I b) { return vaddq_s32(a, b); }
     static Codes load_codes(const uint8_t* at) { return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(at), vdupq_n_u8(128))); }
     static Quad load_quad(const X* at) {
         int32_t quad;

@@ -27,6 +27,13 @@ struct Isa {
         return out;
     }
     static void store(int32_t* at, const I& value) { memcpy(at, &value, sizeof value); }
+    static I zero() { return {}; }
+    static I add(I a, const I& b) {
+        for (int i = 0; i < kRows; ++i) {
+            a.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) + static_cast<uint32_t>(b.lane[i]));
+        }
+        return a;
+    }
     static Codes load_codes(const uint8_t* at) {
         Codes out;
         memcpy(&out, at, sizeof out);

@@ -6,7 +6,8 @@
 //   kTileM     rows of x of a register tile
 //   kBias      what load_codes takes off a code
 //   X          a prepared activation; place() writes quads of them
-//   I, Codes, Quad   sums, codes of one quad of columns, four activations in every lane; dot() multiplies
+//   I, Codes, Quad   sums, codes of one quad of columns, four activations in every lane; dot() multiplies,
+//              zero() and add() are of sums
 #pragma once
 #include "../quantize_activations/chunk.h"
 #include "qkern/kernels.h"
@@ -74,40 +75,84 @@ constexpr int64_t tile_at(int i) {
     return i / NV * qk::kPanelRows + i % NV * Isa::kRows;
 }
 
-// sums += codes * x over some quads of columns: MT rows of x by NV vectors of rows of the weight.
-template <int MT, int NV>
+// sums += codes * x over some quads of columns: MT rows of x by NV vectors of rows of the weight, PARTS equal parts
+// of the columns side by side, each with sums of its own.
+template <int MT, int PARTS, int NV>
 QK_INLINE void micro(const uint8_t* codes, int64_t line, int64_t quads, const char* x, int64_t x_stride,
                      int32_t* sums) {
-    I tile[MT * NV];
-    QK_UNROLL for (int i = 0; i < MT * NV; ++i) tile[i] = Isa::load(sums + tile_at<NV>(i));
+    constexpr int kTile = MT * NV;
+    int64_t left = quads / PARTS;
+    const int64_t codes_part = left * line, x_part = left * 4 * static_cast<int64_t>(sizeof(X));
+    I tile[PARTS * kTile];
+    QK_UNROLL for (int i = 0; i < PARTS * kTile; ++i) {
+        tile[i] = i < kTile ? Isa::load(sums + tile_at<NV>(i)) : Isa::zero();
+    }
     do {
-        typename Isa::Quad quad_of[MT];
-        QK_UNROLL for (int m = 0; m < MT; ++m) {
-            quad_of[m] = Isa::load_quad(reinterpret_cast<const X*>(x + m * x_stride));
-        }
-        QK_UNROLL for (int v = 0; v < NV; ++v) {
-            const typename Isa::Codes w = Isa::load_codes(codes + v * 4 * Isa::kRows);
-            QK_UNROLL for (int m = 0; m < MT; ++m) tile[m * NV + v] = Isa::dot(tile[m * NV + v], w, quad_of[m]);
+        QK_UNROLL for (int p = 0; p < PARTS; ++p) {
+            typename Isa::Quad quad_of[MT];
+            QK_UNROLL for (int m = 0; m < MT; ++m) {
+                quad_of[m] = Isa::load_quad(reinterpret_cast<const X*>(x + p * x_part + m * x_stride));
+            }
+            QK_UNROLL for (int v = 0; v < NV; ++v) {
+                const typename Isa::Codes w = Isa::load_codes(codes + p * codes_part + v * 4 * Isa::kRows);
+                QK_UNROLL for (int m = 0; m < MT; ++m) {
+                    I& sum = tile[p * kTile + m * NV + v];
+                    sum = Isa::dot(sum, w, quad_of[m]);
+                }
+            }
         }
         codes += line;
         x += 4 * sizeof(X);
-    } while (--quads > 0);
-    QK_UNROLL for (int i = 0; i < MT * NV; ++i) Isa::store(sums + tile_at<NV>(i), tile[i]);
+    } while (--left > 0);
+    QK_UNROLL for (int i = 0; i < kTile; ++i) {
+        QK_UNROLL for (int p = 1; p < PARTS; ++p) tile[i] = Isa::add(tile[i], tile[p * kTile + i]);
+        Isa::store(sums + tile_at<NV>(i), tile[i]);
+    }
+}
+
+// MT rows of x by a panel.
+template <int MT, int PARTS>
+inline void add_tile(const uint8_t* codes, int64_t R, int64_t quads, const char* x, int64_t x_stride, int32_t* sums) {
+    constexpr int kNarrow = 1, kWide = Isa::kVectors;
+    const int64_t whole = quads - quads % PARTS;
+    if (whole > 0) {
+        int64_t r = 0;
+        for (; r + Isa::kRows * kWide <= R; r += Isa::kRows * kWide) {
+            micro<MT, PARTS, kWide>(codes + 4 * r, 4 * R, whole, x, x_stride, sums + r);
+        }
+        for (; r < R; r += Isa::kRows) {
+            micro<MT, PARTS, kNarrow>(codes + 4 * r, 4 * R, whole, x, x_stride, sums + r);
+        }
+    }
+    if constexpr (PARTS > 1) {
+        if (whole < quads) {
+            add_tile<MT, 1>(codes + whole * 4 * R, R, quads - whole, x + whole * 4 * sizeof(X), x_stride, sums);
+        }
+    }
 }
 
 template <int MT>
-inline void add_products(const uint8_t* codes, int64_t R, int64_t quads, const char* x, int64_t x_stride, int64_t M,
-                         int32_t* sums) {
-    constexpr int64_t kWide = Isa::kRows * Isa::kVectors;
+inline void add_rows(const uint8_t* codes, int64_t R, int64_t quads, const char* x, int64_t x_stride, int64_t M,
+                     int32_t* sums) {
     for (; M >= MT; M -= MT) {
-        int64_t r = 0;
-        for (; r + kWide <= R; r += kWide) micro<MT, Isa::kVectors>(codes + 4 * r, 4 * R, quads, x, x_stride, sums + r);
-        for (; r < R; r += Isa::kRows) micro<MT, 1>(codes + 4 * r, 4 * R, quads, x, x_stride, sums + r);
+        add_tile<MT, 1>(codes, R, quads, x, x_stride, sums);
         x += MT * x_stride;
         sums += MT * qk::kPanelRows;
     }
     if constexpr (MT > 1) {
-        if (M > 0) add_products<MT - 1>(codes, R, quads, x, x_stride, M, sums);
+        if (M > 0) add_rows<MT - 1>(codes, R, quads, x, x_stride, M, sums);
+    }
+}
+
+// Few rows of x wait for memory, which delivers more to several sequences than to one.
+constexpr int64_t kFewRows = Isa::kTileM / 2 < 3 ? Isa::kTileM / 2 : 3;
+
+template <int MT>
+inline void add_few(const uint8_t* codes, int64_t R, int64_t quads, const char* x, int64_t x_stride, int64_t M,
+                    int32_t* sums) {
+    if constexpr (MT <= kFewRows) {
+        if (M == MT) return add_tile<MT, Isa::kTileM / MT>(codes, R, quads, x, x_stride, sums);
+        add_few<MT + 1>(codes, R, quads, x, x_stride, M, sums);
     }
 }
 
@@ -175,7 +220,7 @@ void multiply_tile(const qk::Int8MatmulArgs& args, int64_t panel, int64_t first_
     const int64_t R = panel_rows(view, panel), K = view.K, column = panel * qk::kPanelRows;
     const int64_t N = view.N - column < R ? view.N - column : R;
     const int64_t segments = (K + args.segment - 1) / args.segment;
-    alignas(64) int32_t sums[qk::kMatmulRows + 1][qk::kPanelRows];  // the last row: sums of the codes themselves
+    alignas(64) int32_t sums[qk::kMatmulRows + 1][qk::kPanelRows];  // row M: sums of the codes themselves
     alignas(64) float totals[qk::kMatmulRows][qk::kPanelRows];
     PanelHead head;
     const uint8_t* codes = load_panel(args, panel, R, &head);
@@ -192,18 +237,26 @@ void multiply_tile(const qk::Int8MatmulArgs& args, int64_t panel, int64_t first_
             const uint32_t factor = x_zero * columns - x_sum;
             for (int64_t r = 0; r < R; ++r) sums[m][r] = static_cast<int32_t>(head.zero[r] * factor);
         }
-        if (args.zeros) memset(sums[qk::kMatmulRows], 0, sizeof sums[0]);
-        for (int64_t k = first; k < last; k += kStep) {
-            const int64_t quads = ((last - k < kStep ? last - k : kStep) + 3) / 4;
+        if (args.zeros) memset(sums[M], 0, sizeof sums[M]);
+        // The row of ones follows the last row of x.
+        const bool joined = args.zeros && x + M * args.quads_stride == args.ones;
+        const int64_t rows = joined ? M + 1 : M;
+        const int64_t step = rows <= kFewRows ? last - first : kStep;
+        for (int64_t k = first; k < last; k += step) {
+            const int64_t quads = ((last - k < step ? last - k : step) + 3) / 4;
             const int64_t at = k * static_cast<int64_t>(sizeof(X));
-            add_products<Isa::kTileM>(codes + k * R, R, quads, x + at, args.quads_stride, M, sums[0]);
-            if (args.zeros) add_products<1>(codes + k * R, R, quads, args.ones + at, 0, 1, sums[qk::kMatmulRows]);
+            if (rows <= kFewRows) {
+                add_few<1>(codes + k * R, R, quads, x + at, args.quads_stride, rows, sums[0]);
+            } else {
+                add_rows<Isa::kTileM>(codes + k * R, R, quads, x + at, args.quads_stride, rows, sums[0]);
+            }
+            if (args.zeros && !joined) add_tile<1, 1>(codes + k * R, R, quads, args.ones + at, 0, sums[M]);
         }
         for (int64_t m = 0; m < M; ++m) {
             if (args.zeros) {
                 const auto x_zero = static_cast<uint32_t>(args.zeros[first_m + m]);
                 for (int64_t r = 0; r < R; ++r) {
-                    const uint32_t product = x_zero * static_cast<uint32_t>(sums[qk::kMatmulRows][r]);
+                    const uint32_t product = x_zero * static_cast<uint32_t>(sums[M][r]);
                     sums[m][r] = static_cast<int32_t>(static_cast<uint32_t>(sums[m][r]) - product);
                 }
             }
