@@ -331,6 +331,21 @@ def test_non_finite_activations_show(backend):
 # ---- as others call it ---------------------------------------------------------------------------------
 
 
+def test_the_torch_op_refuses_what_its_kernels_could_not_read():
+    qw = weight((16, 128), "w8")
+    packed = pack_weight(qw)
+    x, scales = torch.ones(2, 128, dtype=torch.int8), torch.ones(2, 1)
+    static = (packed.layout, 16, 128, packed.spelling, torch.float32)
+    for arguments in (
+        (x, None, packed.blob, None, None),
+        (x, scales.half(), packed.blob, None, None),
+        (x.float(), scales, packed.blob, None, None),
+        (x, scales, packed.blob, torch.ones(1), None),
+    ):
+        with pytest.raises(InputError, match=r"call qkern\.ops\.int8_matmul"):
+            torch.ops.qkern.int8_matmul(*arguments, *static)
+
+
 @pytest.mark.parametrize("backend_name", ["cpu", "reference"])
 def test_opcheck(backend_name):
     packed = pack_weight(weight((37, 130), "w8z"), backend=backend_name)

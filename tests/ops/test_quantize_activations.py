@@ -113,6 +113,12 @@ def test_zero_rows_have_scale_zero(backend):
     assert scales.eq(0).all()
 
 
+def test_the_torch_op_refuses_what_its_kernels_could_not_read():
+    for arguments in ((0,), (None, torch.ones(0)), (None, torch.ones(1, dtype=torch.float16))):
+        with pytest.raises(InputError, match=r"call qkern\.ops\.quantize_activations"):
+            torch.ops.qkern.quantize_activations(torch.randn(3, 40), *arguments)
+
+
 def test_opcheck():
     for group_size in (None, 16):
         torch.library.opcheck(torch.ops.qkern.quantize_activations, (torch.randn(3, 40), group_size))

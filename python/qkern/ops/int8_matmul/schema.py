@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from qkern.errors import InputError
 from qkern.ops.dequant_matmul import plain
 from qkern.ops.dequant_matmul.cpu import LAYOUT as CPU_LAYOUT
 from qkern.ops.int8_matmul import cpu, reference
@@ -34,6 +35,13 @@ def _run(
     scheme: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    scaled = out_dtype == torch.int32 or (x_scales is not None and x_scales.dtype == torch.float32)
+    if x_codes.dtype != torch.int8 or not scaled or (bias is not None and tuple(bias.shape) != (N,)):
+        # The kernels would follow a wrong address or read beyond a tensor.
+        raise InputError(
+            "the arguments of torch.ops.qkern.int8_matmul do not fit together; call qkern.ops.int8_matmul, "
+            "which says what is wrong"
+        )
     lead = x_codes.shape[:-1]
     M = lead.numel()
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from qkern.errors import InputError
 from qkern.ops.registry import Request, select
 
 __all__: list[str] = []
@@ -32,6 +33,12 @@ def run(
     x: Tensor, group_size: int | None, scale: Tensor | None, zero: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Flatten the leading dimensions, choose a backend, call it."""
+    static = scale is None or (scale.dtype == torch.float32 and scale.numel() == 1)
+    if (group_size is not None and group_size < 1) or not static:
+        raise InputError(
+            "the arguments of torch.ops.qkern.quantize_activations do not fit together; call "
+            "qkern.ops.quantize_activations, which says what is wrong"
+        )
     implementation = select("quantize_activations", backend, Request(device=x.device, dtype=x.dtype))
     *lead, K = x.shape
     M = x.numel() // K if K else torch.Size(lead).numel()
