@@ -31,7 +31,13 @@ if TYPE_CHECKING:
 
 PEERS = ("torch_dense", "torch_int4pack", "onnxruntime_nbits", "ggml", "bitsandbytes_nf4")
 # Which of the machine's products a contestant uses, by how its name starts.
-PRODUCTS = {"qkern int8": "int8", "onnxruntime": "int8", "ggml": "int8", "torch fp32": "fp32"}
+PRODUCTS = {
+    "qkern int8": "int8",
+    "onnxruntime": "int8",
+    "ggml": "int8",
+    "torch int_mm": "int8",
+    "torch fp32": "fp32",
+}
 # int8 activations in groups of 128; bf16 weights or activations and a bf16 result.
 ALLOWED = {"int8": 1.5e-2, "float": 6e-3}
 

@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         results = measure.race([*roofline.contestants(), *entries], options)
         group = {"shape": f"{N}x{K}", "scheme": SCHEME, "forced": options.tier}
-        records = measure.records("int8_matmul", results, options, roofline.ceilings(results), **group)
+        records = measure.records("int8_matmul", results, options, **group)
         show(records)
         measure.save(records, options)
         wrong |= any(record.get("absent", "").startswith("wrong") for record in records)
