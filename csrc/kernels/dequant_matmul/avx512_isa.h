@@ -25,6 +25,9 @@ struct Isa {
 
     static I load(const uint8_t* at) { return _mm512_loadu_si512(at); }
     static I load_i(const int32_t* at) { return _mm512_loadu_si512(at); }
+    static I load_bytes(const uint8_t* at) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    }
     static void store(uint8_t* at, I value) { _mm512_storeu_si512(at, value); }
     static I splat(int32_t value) { return _mm512_set1_epi32(value); }
     static I splat_byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
@@ -41,6 +44,7 @@ struct Isa {
     static I shift_left(I a) {
         return _mm512_slli_epi16(a, SHIFT);
     }
+    static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
     static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
     static I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
     template <int BYTE>

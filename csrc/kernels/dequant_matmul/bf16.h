@@ -33,6 +33,7 @@ struct BlockPairs {
     const uint16_t* high;   // [32] bf16 value of the high nibble of 8 bits
     int32_t midpoint;       // what the values of integers are short of
     float factor;           // makes up for values that are too large
+    int64_t M;              // rows of x
     float (*tile)[qk::kPanelRows];
 };
 
@@ -99,12 +100,15 @@ QK_INLINE I words_of(const I* lines) {
 
 template <int BITS, int MT, int NV, int T, int HALF>
 QK_INLINE void pairs_step(const uint32_t* x, int64_t x_stride, int64_t quads, const I (*lines)[3], I low, I high,
-                          F* sums) {
+                          const Ahead& ahead, F* sums) {
+    if constexpr (HALF == 0) fetch<MT < 4 ? fetches(Isa::kRows * NV, BITS) : 2>(ahead, T);
+    // Few rows of x leave a chain of sums to wait for itself: a second one then.
+    F* const chain = sums + (MT <= 2 ? HALF * MT * NV : 0);
     I weights[NV];
     QK_UNROLL for (int v = 0; v < NV; ++v) weights[v] = look_up(low, words_of<BITS, T, HALF>(lines[v]));
     QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
         const I pair = Isa::splat(static_cast<int32_t>(x[i / NV * x_stride + kHalves * T * quads + HALF]));
-        sums[i] = dot_pairs(sums[i], weights[i % NV], pair);
+        chain[i] = dot_pairs(chain[i], weights[i % NV], pair);
     }
     if constexpr (BITS == 8) {
         QK_UNROLL for (int v = 0; v < NV; ++v) {
@@ -112,13 +116,13 @@ QK_INLINE void pairs_step(const uint32_t* x, int64_t x_stride, int64_t quads, co
         }
         QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
             const I pair = Isa::splat(static_cast<int32_t>(x[i / NV * x_stride + kHalves * T * quads + HALF]));
-            sums[i] = dot_pairs(sums[i], weights[i % NV], pair);
+            chain[i] = dot_pairs(chain[i], weights[i % NV], pair);
         }
     }
     if constexpr (HALF == 0) {
-        pairs_step<BITS, MT, NV, T, 1>(x, x_stride, quads, lines, low, high, sums);
+        pairs_step<BITS, MT, NV, T, 1>(x, x_stride, quads, lines, low, high, ahead, sums);
     } else if constexpr (T + 1 < (BITS == 3 ? 8 : 8 / BITS)) {
-        pairs_step<BITS, MT, NV, T + 1, 0>(x, x_stride, quads, lines, low, high, sums);
+        pairs_step<BITS, MT, NV, T + 1, 0>(x, x_stride, quads, lines, low, high, ahead, sums);
     }
 }
 
@@ -149,21 +153,27 @@ QK_INLINE void add_to_tile(const BlockPairs& b, int64_t r, int64_t m0, const F* 
 // MT rows of x by NV vectors of output columns from column `r` of the panel, over one block.
 template <int BITS, int MT, int NV>
 QK_INLINE void micro_pairs(const BlockPairs& b, int64_t r, int64_t m0) {
-    F sums[MT * NV];
-    QK_UNROLL for (int i = 0; i < MT * NV; ++i) sums[i] = Isa::splat_f(0.0f);
+    constexpr int kSums = MT <= 2 ? 2 * MT * NV : MT * NV;
+    F sums[kSums];
+    QK_UNROLL for (int i = 0; i < kSums; ++i) sums[i] = Isa::splat_f(0.0f);
     const I low = _mm512_loadu_si512(b.low);
     const I high = BITS == 8 ? _mm512_loadu_si512(b.high) : low;
     const int64_t quads = b.padded / (4 * superline_steps(BITS));
     const uint8_t* codes = b.codes + 4 * r;
     const uint32_t* x = b.x + m0 * b.x_stride;
+    Ahead ahead = ahead_of(b.codes, r, Isa::kRows * NV, BITS, b.padded / 4, m0, MT, b.M);
     int64_t j = 0;
     do {  // a block is never empty
         I lines[NV][3];
         QK_UNROLL for (int v = 0; v < NV; ++v) load_lines<BITS>(codes + v * 4 * Isa::kRows, b.line, lines[v]);
-        pairs_step<BITS, MT, NV, 0, 0>(x, b.x_stride, quads, lines, low, high, sums);
+        pairs_step<BITS, MT, NV, 0, 0>(x, b.x_stride, quads, lines, low, high, ahead, sums);
+        ahead.at += superline_steps(BITS) * ahead.step;
         codes += kLines<BITS> * b.line;
         x += kHalves;
     } while (++j < quads);
+    if constexpr (kSums > MT * NV) {
+        QK_UNROLL for (int i = 0; i < MT * NV; ++i) sums[i] = Isa::add(sums[i], sums[MT * NV + i]);
+    }
     add_to_tile<MT, NV>(b, r, m0, sums);
 }
 
@@ -416,6 +426,7 @@ void run_pairs(const qk::MatmulArgs& args, int64_t begin, int64_t end) {
         const int64_t M = args.M - first_m < chunk ? args.M - first_m : chunk;
         const int64_t R = panel_rows(view, panel);
         b.line = 4 * R;
+        b.M = M;
         memset(tile, 0, static_cast<size_t>(M) * sizeof tile[0]);
         for_each_block(view, panel, R, &head,
                        [&](int64_t block, int64_t, int64_t, int64_t padded, int64_t packed, const uint8_t* codes) {

@@ -28,6 +28,7 @@ struct BlockFloat {
     int64_t x_stride;
     const GroupHead* head;
     const float* table;  // [16]
+    int64_t M;           // rows of x
     float (*tile)[qk::kPanelRows];
 };
 
@@ -62,12 +63,13 @@ QK_INLINE void float_step(const float* x, int64_t x_stride, int64_t quads, const
 
 template <int BITS, Mode MODE, int MT, int NV, int T>
 QK_INLINE void float_run(const float* x, int64_t x_stride, int64_t quads, const I (*lines)[3], const F* zero,
-                      const F* scale, Isa::Table table, F* sums) {
+                      const F* scale, Isa::Table table, const Ahead& ahead, F* sums) {
+    fetch<MT < 4 ? fetches(Isa::kRows * NV, BITS) : 1>(ahead, T);
     I codes[NV];
     QK_UNROLL for (int v = 0; v < NV; ++v) codes[v] = codes_of<BITS, T>(lines[v]);
     float_step<BITS, MODE, MT, NV, T, 0>(x, x_stride, quads, codes, zero, scale, table, sums);
     if constexpr (T + 1 < (BITS == 3 ? 8 : 8 / BITS)) {
-        float_run<BITS, MODE, MT, NV, T + 1>(x, x_stride, quads, lines, zero, scale, table, sums);
+        float_run<BITS, MODE, MT, NV, T + 1>(x, x_stride, quads, lines, zero, scale, table, ahead, sums);
     }
 }
 
@@ -83,6 +85,7 @@ QK_INLINE void micro_float(const BlockFloat& b, int64_t r, int64_t m0) {
     const int64_t quads = b.padded / (4 * superline_steps(BITS));
     const uint8_t* codes = b.codes + 4 * r;
     const float* x = b.x + m0 * b.x_stride;
+    Ahead ahead = ahead_of(b.codes, r, Isa::kRows * NV, BITS, b.padded / 4, m0, MT, b.M);
     int64_t j = 0;
     do {  // a block is never empty
         const int64_t stop = j + kChain / (4 * superline_steps(BITS)) < quads ? j + kChain / (4 * superline_steps(BITS)) : quads;
@@ -91,7 +94,8 @@ QK_INLINE void micro_float(const BlockFloat& b, int64_t r, int64_t m0) {
         do {
             I lines[NV][3];
             QK_UNROLL for (int v = 0; v < NV; ++v) load_lines<BITS>(codes + v * 4 * Isa::kRows, b.line, lines[v]);
-            float_run<BITS, MODE, MT, NV, 0>(x + 4 * j, b.x_stride, quads, lines, zero, scale, table, sums);
+            float_run<BITS, MODE, MT, NV, 0>(x + 4 * j, b.x_stride, quads, lines, zero, scale, table, ahead, sums);
+            ahead.at += superline_steps(BITS) * ahead.step;
             codes += kLines<BITS> * b.line;
         } while (++j < stop);
         QK_UNROLL for (int i = 0; i < MT * NV; ++i) totals[i] = Isa::add(totals[i], sums[i]);
@@ -260,7 +264,7 @@ void run_float(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64
     for_each_block(view, panel, R, &head,
                    [&](int64_t, int64_t, int64_t, int64_t padded, int64_t packed, const uint8_t* codes) {
         const float* x = args.values + first_m * view.padded_K + packed;
-        const BlockFloat b{codes, 4 * R, padded, x, view.padded_K, &head, table, tile};
+        const BlockFloat b{codes, 4 * R, padded, x, view.padded_K, &head, table, M, tile};
         if (M <= kDecodeRows) return with_mode(view, RunFloat{b, R, M});
         if (decoded.columns + padded > qk::kBlockColumns) product_decoded(&decoded, R, M, tile);
         if (decoded.columns == 0) decoded.x = x;
@@ -282,7 +286,7 @@ void decode_panels(const qk::DecodeArgs& args, int64_t begin, int64_t end) {
         const int64_t column = panel * qk::kPanelRows - args.first_row;
         for_each_block(view, panel, R, &head,
                        [&](int64_t, int64_t k, int64_t columns, int64_t padded, int64_t, const uint8_t* codes) {
-            const BlockFloat b{codes, 4 * R, padded, nullptr, 0, &head, table, nullptr};
+            const BlockFloat b{codes, 4 * R, padded, nullptr, 0, &head, table, 1, nullptr};
             with_mode(view, RunExpand{b, R, weights});
             for (int64_t i = 0; i < columns; ++i) {
                 const int64_t row = view.permutation ? view.permutation[k + i] : k + i;

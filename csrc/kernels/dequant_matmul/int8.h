@@ -5,45 +5,9 @@
 // below 2^-16 of its largest entry; 256 times the sum of the high plane is where that of the low one starts,
 // below 128 * 32768 * 127 < 2^30.
 #pragma once
-#include "panels.h"
+#include "stream.h"
 
 namespace {
-
-// What the bytes of a block hold: packed codes, or one code a byte as `expand` writes them. A codebook's codes
-// are looked up in two tables; expanded, the plane of low bytes follows that of high ones.
-enum class Codes { bits2, bits3, bits4, bits8, codebook, narrow, wide, planes };
-
-constexpr int stored_bits(Codes kind) {
-    return kind == Codes::bits2 ? 2 : kind == Codes::bits3 ? 3 : kind == Codes::bits4 || kind == Codes::codebook ? 4 : 8;
-}
-
-constexpr int runs(Codes kind) { return stored_bits(kind) == 3 ? 8 : 8 / stored_bits(kind); }
-
-constexpr bool is_expanded(Codes kind) { return kind == Codes::narrow || kind == Codes::wide || kind == Codes::planes; }
-
-constexpr int planes(Codes kind) { return kind == Codes::codebook || kind == Codes::planes ? 2 : 1; }
-
-// 8 significant bits a code: the product needs the wide form.
-constexpr bool is_wide(Codes kind) { return kind == Codes::bits8 || kind == Codes::wide || planes(kind) == 2; }
-
-constexpr Codes expanded(Codes kind) {
-    return planes(kind) == 2 ? Codes::planes : is_wide(kind) ? Codes::wide : Codes::narrow;
-}
-
-struct Planes {
-    uint8_t bytes[2][16];  // high, low
-};
-
-inline Planes planes_of(const float* table) {
-    Planes planes;
-    for (int i = 0; i < 16; ++i) {
-        const float scaled = table[i] * 32767.0f;
-        const int32_t value = static_cast<int32_t>(scaled + (scaled < 0 ? -0.5f : 0.5f)) + 32768;
-        planes.bytes[0][i] = static_cast<uint8_t>(value >> 8);
-        planes.bytes[1][i] = static_cast<uint8_t>(value);
-    }
-    return planes;
-}
 
 // One block of one panel, and the rows of x that it multiplies.
 struct BlockInt8 {
@@ -61,8 +25,9 @@ struct BlockInt8 {
     const float* offset;   // [R], or null
     const Planes* planes;  // of a codebook
     float factor;          // of a codebook's sums, else 1
-    const uint8_t* next;   // what comes from memory meanwhile
-    int64_t next_step;     // bytes of it that a product step of one row of x asks for
+    const uint8_t* packed; // codes as they came from memory
+    int64_t M;             // rows of x
+    int bits;
     float (*tile)[qk::kPanelRows];  // [M]
 };
 
@@ -76,31 +41,25 @@ QK_INLINE I product_codes(const I* lines, I table) {
     return codes;
 }
 
-QK_INLINE void prefetch(const uint8_t* at) {
-#if !defined(_MSC_VER)
-    __builtin_prefetch(at);
-#endif
-}
-
 // Where MT rows of x and NV vectors of output columns stand in a block.
 struct Cursor {
     const uint8_t* codes;
     const int8_t* x;
     int64_t x_stride;
     int64_t run;  // columns
-    const uint8_t* next;
-    int64_t next_step;
+    Ahead ahead;
 };
+
+// Cache lines of packed codes that one run of a tile asks for; codes are expanded for many rows of x only.
+template <Codes KIND, int MT, int NV>
+constexpr int kFetches = is_expanded(KIND) || MT > 4 ? 2 : fetches(Isa::kRows * NV, stored_bits(KIND));
 
 // Run T of a superline and the following ones.
 template <Codes KIND, int MT, int NV, int T, class Product>
 QK_INLINE void add_runs(const Cursor& at, const I (*lines)[3], I table, Product product, I* sums) {
     I codes[NV];
     QK_UNROLL for (int v = 0; v < NV; ++v) codes[v] = product_codes<KIND, T>(lines[v], table);
-    if constexpr (MT >= Isa::kDirectM) {
-        prefetch(at.next + T * at.next_step);
-        prefetch(at.next + T * at.next_step + at.next_step / 2);
-    }
+    fetch<kFetches<KIND, MT, NV>>(at.ahead, T);
     QK_UNROLL for (int m = 0; m < MT; ++m) {
         const I quad = Isa::load_quad(at.x + m * at.x_stride + T * at.run);
         QK_UNROLL for (int v = 0; v < NV; ++v) sums[m * NV + v] = product(sums[m * NV + v], codes[v], quad);
@@ -119,16 +78,16 @@ QK_INLINE void add_superlines(Cursor& at, int64_t count, int64_t line, I table, 
         add_runs<KIND, MT, NV, 0>(at, lines, table, product, sums);
         at.codes += kLines<stored_bits(KIND)> * line;
         at.x += 4;
-        at.next += runs(KIND) * at.next_step;
+        at.ahead.at += runs(KIND) * at.ahead.step;
     } while (--count > 0);
 }
 
 // The products of one plane. Vector: Isa, as a parameter because not every tier has pairs.
 template <Codes KIND, int MT, int NV, int PLANE, class Vector = Isa>
-QK_INLINE void add_plane(const BlockInt8& b, I* sums) {
+QK_INLINE void add_plane(const BlockInt8& b, const Ahead& ahead, I* sums) {
     const I table = KIND == Codes::codebook ? Isa::load_table(b.planes->bytes[PLANE]) : Isa::splat(0);
     const int64_t count = b.padded / (4 * runs(KIND));
-    Cursor at{b.codes, b.x, b.x_stride, 4 * count, b.next, b.next_step};
+    Cursor at{b.codes, b.x, b.x_stride, 4 * count, ahead};
     if (KIND == Codes::planes) at.codes += PLANE * (b.padded / 4) * b.line;
     if constexpr (Vector::kPairQuads > 0 && !is_wide(KIND)) {
         constexpr int64_t kChain = Vector::kPairQuads / runs(KIND);
@@ -154,8 +113,7 @@ QK_INLINE void micro_int8(BlockInt8 b, int64_t r, int64_t m0) {
     b.x_sum += m0 * b.blocks;
     b.x_scale += m0 * b.blocks;
     b.tile += m0;
-    b.next += m0 * b.next_step * (b.padded / 4);
-    b.next_step *= MT;
+    const Ahead ahead = ahead_of(b.packed, r, Isa::kRows * NV, b.bits, b.padded / 4, m0, MT, b.M);
     // Codes that enter 128 less.
     constexpr int32_t kBias = Isa::kSignedWide && is_wide(KIND) ? 128 : 0;
     I sums[MT * NV];
@@ -172,7 +130,7 @@ QK_INLINE void micro_int8(BlockInt8 b, int64_t r, int64_t m0) {
             QK_UNROLL for (int v = 0; v < NV; ++v) sums[m * NV + v] = start;
         }
     }
-    add_plane<KIND, MT, NV, 0>(b, sums);
+    add_plane<KIND, MT, NV, 0>(b, ahead, sums);
     if constexpr (planes(KIND) == 2) {
         QK_UNROLL for (int m = 0; m < MT; ++m) {
             const I bias = Isa::splat(-kBias * b.x_sum[m * b.blocks]);
@@ -180,7 +138,7 @@ QK_INLINE void micro_int8(BlockInt8 b, int64_t r, int64_t m0) {
                 sums[m * NV + v] = Isa::sub(Isa::mul(sums[m * NV + v], Isa::splat(256)), bias);
             }
         }
-        add_plane<KIND, MT, NV, 1>(b, sums);
+        add_plane<KIND, MT, NV, 1>(b, ahead, sums);
     }
     F scale[NV];
     QK_UNROLL for (int v = 0; v < NV; ++v) scale[v] = Isa::load_f(b.scale + r + v * Isa::kRows);
@@ -247,8 +205,9 @@ inline void expand(const BlockInt8& b, int64_t R, uint8_t* out) {
 
 template <Codes KIND>
 inline void product_int8(BlockInt8& b, int64_t R, int64_t M, uint8_t* scratch) {
-    b.next = b.codes;
-    if (b.next_step > 0) b.next += R * b.padded * stored_bits(KIND) / 8;
+    b.packed = b.codes;
+    b.M = M;
+    b.bits = stored_bits(KIND);
     if (KIND == Codes::bits8 && !Isa::kSignedWide) {
         block_int8<KIND, Isa::kTileM>(b, R, M);
     } else if (M <= Isa::kDirectRows) {
@@ -268,8 +227,21 @@ void run_int8(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64_
     alignas(64) uint8_t scratch[2 * qk::kPanelRows * qk::kBlockColumns];
     memset(tile, 0, static_cast<size_t>(M) * sizeof tile[0]);
     GroupHead head;
-    Planes planes;
+    Planes planes{};
     if (codebook) planes = planes_of(view.table);
+    if constexpr (kStreams) {
+        // Both planes of four rows do not fit in registers.
+        const int64_t most = codebook ? kStreamRows / 2 : kStreamRows;
+        if (M <= most && R == qk::kPanelRows && view.zero_kind != qk::ZeroKind::offsets) {
+            const auto stream = codebook         ? &stream_rows<Codes::codebook>
+                                : view.bits == 2 ? &stream_rows<Codes::bits2>
+                                : view.bits == 3 ? &stream_rows<Codes::bits3>
+                                : view.bits == 4 ? &stream_rows<Codes::bits4>
+                                                 : &stream_rows<Codes::bits8>;
+            stream(args, planes, panel, first_m, M, tile);
+            return store_tile(args, panel, first_m, M, R, tile);
+        }
+    }
     BlockInt8 b{};
     b.line = 4 * R;
     b.x_stride = view.padded_K;
@@ -280,9 +252,6 @@ void run_int8(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64_
     b.offset = view.zero_kind == qk::ZeroKind::offsets ? head.offset : nullptr;
     b.planes = &planes;
     b.factor = codebook ? 1.0f / 32767.0f : 1.0f;
-    // Few rows wait for memory and nothing else: the processor's own prefetch is as fast as it gets. More of
-    // them would leave memory idle while they multiply, unless it is told what comes next.
-    b.next_step = M > Isa::kDirectM ? R * view.bits / (2 * M) : 0;
     b.tile = tile;
     for_each_block(view, panel, R, &head,
                    [&](int64_t block, int64_t, int64_t, int64_t padded, int64_t packed, const uint8_t* codes) {

@@ -48,6 +48,35 @@ QK_INLINE void load_lines(const uint8_t* codes, int64_t line, I* lines) {
 template <int BITS>
 constexpr int64_t kLines = BITS == 3 ? 3 : 1;
 
+// A core that does more with a byte than load it stops asking memory for the next ones when its queues are
+// full, so the kernels ask: every product step for its share of what lies kAhead bytes further on, so that all
+// the passes over a block together have asked once for as much as it holds, evenly.
+constexpr int64_t kAhead = 8192;
+
+struct Ahead {
+    const uint8_t* at;  // in the stream, kAhead bytes before what is asked for
+    int64_t step;  // bytes
+};
+
+// For MT rows of x from row m0 of M, over the quads of `rows` rows of a weight from row r of a panel.
+inline Ahead ahead_of(const uint8_t* codes, int64_t r, int64_t rows, int bits, int64_t quads, int64_t m0, int MT,
+                      int64_t M) {
+    const int64_t step = rows * bits / (2 * M);
+    return {codes + quads * (r * bits / 2 + m0 * step), MT * step};
+}
+
+// Step T after `at`. COUNT: the cache lines of a step, about.
+template <int COUNT>
+QK_INLINE void fetch(const Ahead& ahead, int T) {
+#if !defined(_MSC_VER)
+    QK_UNROLL for (int i = 0; i < COUNT; ++i) {
+        __builtin_prefetch(ahead.at + kAhead + T * ahead.step + i * ahead.step / COUNT);
+    }
+#endif
+}
+
+constexpr int fetches(int rows, int bits) { return rows * bits <= 128 ? 1 : rows * bits / 128 > 4 ? 4 : rows * bits / 128; }
+
 // What the rows of one panel share in one group, as the kernels want it.
 struct GroupHead {
     float scale[qk::kPanelRows];
