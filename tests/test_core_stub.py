@@ -14,6 +14,7 @@ from qkern import _core
 STUB = Path(_core.__file__).parent / "_core.pyi"
 HEAD = '''"""Types of the native module; raw pointers are integers. A test compares both."""
 
+from collections.abc import Sequence
 from typing import Any
 
 __version__: str
@@ -24,7 +25,7 @@ def python_type(text: str) -> str:
     """What the stub writes for a type that pybind11 prints."""
     text = re.sub(r"typing\.SupportsInt( \| typing\.SupportsIndex)?", "int", text)
     text = re.sub(r"typing\.SupportsFloat( \| typing\.SupportsIndex)?", "float", text)
-    text = re.sub(r"\bqkern\._core\.", "", text)
+    text = re.sub(r"\b(qkern\._core|collections\.abc)\.", "", text)
     return "dict[str, Any]" if text == "dict" else text.replace("object", "Any")
 
 

@@ -1,10 +1,12 @@
 // Packing, and the handle that runs a packed weight: validated once, then called with pointers.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "int8_matmul.h"
 #include "qkern/cpu.h"
@@ -25,6 +27,121 @@ T* at_address(uintptr_t address) {
 // Products that cost as much as one element elsewhere: a vector instruction does up to 64.
 constexpr int64_t kProductsPerElement = 8;
 
+// Weights of one call.
+constexpr int kMaxProducts = 8;
+
+// A product of a call: a weight, and where its part of the result goes.
+struct Product {
+    const qk::PackedView* view;
+    char* out;
+    const void* bias;
+    qk::DType bias_dtype;
+};
+
+// Rows of x that a call multiplies.
+struct Activations {
+    const char* x;
+    qk::DType dtype;
+    int64_t M;
+    int64_t row_stride;
+};
+
+// Of the activations: see qk::PrepareArgs.
+enum class Form { int8, floats, pairs, digits };
+
+Form form_of(const qk::KernelTable& kernels, const qk::PackedView& view, qk::DType type, int64_t M, bool int8) {
+    if (int8) return Form::int8;
+    if (type == qk::DType::bf16 && kernels.matmul_run_pairs) return Form::pairs;
+    const bool integers = view.zero_kind != qk::ZeroKind::codebook;
+    return integers && M <= qk::kDigitRows && kernels.matmul_run_digits ? Form::digits : Form::floats;
+}
+
+// Whether activations that are prepared for one weight serve the other.
+bool read_alike(const qk::PackedView& a, const qk::PackedView& b) {
+    const auto same = [](const int32_t* x, const int32_t* y, int64_t count) {
+        return (x == nullptr) == (y == nullptr) && (!x || std::memcmp(x, y, static_cast<size_t>(4 * count)) == 0);
+    };
+    const auto wants_sums = [](qk::ZeroKind kind) { return kind == qk::ZeroKind::uint8 || kind == qk::ZeroKind::offsets; };
+    const auto codebook = [](qk::ZeroKind kind) { return kind == qk::ZeroKind::codebook; };
+    return a.K == b.K && a.bits == b.bits && a.groups == b.groups && !a.per_token && !b.per_token &&
+           codebook(a.zero_kind) == codebook(b.zero_kind) && wants_sums(a.zero_kind) == wants_sums(b.zero_kind) &&
+           same(a.group_start, b.group_start, a.groups + 1) && same(a.permutation, b.permutation, a.K);
+}
+
+// x times each of `count` weights that read alike: x is prepared once, and the threads share all products.
+void run_products(const Product* products, int count, const Activations& a, bool int8, int threads) {
+    const qk::KernelTable& kernels = qk::kernels();
+    const qk::PackedView& view = *products[0].view;
+    const int64_t element = a.dtype == qk::DType::f32 ? 4 : 2;
+    const Form form = form_of(kernels, view, a.dtype, a.M, int8);
+    const int digits = form != Form::digits ? 1 : a.dtype == qk::DType::f32 ? 4 : 3;
+    const qk::PrepareFn prepare_rows = form == Form::pairs    ? kernels.matmul_prepare_pairs
+                                       : form == Form::digits ? kernels.matmul_prepare_digits
+                                                              : kernels.matmul_prepare;
+    const qk::MatmulFn run_tiles = form == Form::pairs    ? kernels.matmul_run_pairs
+                                   : form == Form::digits ? kernels.matmul_run_digits
+                                                          : kernels.matmul_run;
+    const int64_t tile_rows = form == Form::pairs ? qk::kPairRows : qk::kMatmulRows;
+    const int64_t row_bytes = form == Form::pairs    ? 2 * view.padded_K + 4 * view.blocks
+                              : form == Form::floats ? 4 * view.padded_K
+                                                     : digits * (view.padded_K + 8 * view.blocks);
+    const int64_t fitting = qk::kWorkspaceBytes / std::max<int64_t>(row_bytes, 1) / tile_rows;
+    const int64_t step = std::max<int64_t>(fitting, 1) * tile_rows;
+    for (int64_t first = 0; first < a.M; first += step) {
+        const int64_t rows = std::min(step, a.M - first);
+        char* buffer = qk::workspace(static_cast<size_t>(rows * row_bytes));
+        qk::PrepareArgs prepare{};
+        prepare.view = &view;
+        prepare.x = a.x + first * a.row_stride * element;
+        prepare.dtype = a.dtype;
+        prepare.M = rows;
+        prepare.row_stride = a.row_stride;
+        prepare.digits = digits;
+        const int64_t elements = rows * digits * view.blocks;
+        if (form == Form::floats) {
+            prepare.values = reinterpret_cast<float*>(buffer);
+        } else if (form == Form::pairs) {
+            prepare.pair_sums = reinterpret_cast<float*>(buffer);
+            prepare.pairs = reinterpret_cast<uint16_t*>(buffer + 4 * elements);
+        } else {
+            prepare.scales = reinterpret_cast<float*>(buffer);
+            prepare.sums = reinterpret_cast<int32_t*>(buffer + 4 * elements);
+            prepare.codes = reinterpret_cast<int8_t*>(buffer + 8 * elements);
+        }
+        qk::parallel_for(rows, 1, view.K, threads,
+                         [&](int64_t begin, int64_t end) { prepare_rows(prepare, begin, end); });
+        qk::MatmulArgs args[kMaxProducts] = {};
+        int64_t tiles[kMaxProducts + 1] = {0};
+        const int64_t chunks = qk::matmul_chunks(rows, tile_rows);
+        for (int i = 0; i < count; ++i) {
+            const qk::PackedView& one = *products[i].view;
+            args[i].view = &one;
+            args[i].M = rows;
+            args[i].codes = prepare.codes;
+            args[i].scales = prepare.scales;
+            args[i].sums = prepare.sums;
+            args[i].digits = digits;
+            args[i].values = prepare.values;
+            args[i].pairs = prepare.pairs;
+            args[i].pair_sums = prepare.pair_sums;
+            args[i].out = products[i].out + first * one.N * element;
+            args[i].out_dtype = a.dtype;
+            args[i].out_stride = one.N;
+            args[i].bias = products[i].bias;
+            args[i].bias_dtype = products[i].bias_dtype;
+            tiles[i + 1] = tiles[i] + one.panel_count * chunks;
+        }
+        const int64_t chunk_rows = qk::matmul_chunk_rows(rows, tile_rows);
+        const int64_t tile_work = qk::kPanelRows * chunk_rows * view.K / kProductsPerElement;
+        qk::parallel_for(tiles[count], 1, tile_work, threads, [&](int64_t begin, int64_t end) {
+            for (int i = 0; i < count; ++i) {
+                const int64_t from = std::max(begin, tiles[i]), to = std::min(end, tiles[i + 1]);
+                if (from < to) run_tiles(args[i], from - tiles[i], to - tiles[i]);
+            }
+        });
+    }
+}
+
 class Linear {
   public:
     Linear(uintptr_t blob, int64_t bytes) {
@@ -34,69 +151,12 @@ class Linear {
 
     void call(uintptr_t x, int dtype, int64_t M, int64_t row_stride, uintptr_t out, uintptr_t bias, int bias_dtype,
               bool int8, int threads) const {
-        const qk::KernelTable& kernels = qk::kernels();
         const auto type = static_cast<qk::DType>(dtype);
         if (int8 && view_.per_token) return call_per_token(x, type, M, row_stride, out, bias, bias_dtype, threads);
-        const int64_t element = type == qk::DType::f32 ? 4 : 2;
-        const Form form = form_of(kernels, type, M, int8);
-        const int digits = form != Form::digits ? 1 : type == qk::DType::f32 ? 4 : 3;
-        const qk::PrepareFn prepare_rows = form == Form::pairs    ? kernels.matmul_prepare_pairs
-                                           : form == Form::digits ? kernels.matmul_prepare_digits
-                                                                  : kernels.matmul_prepare;
-        const qk::MatmulFn run_tiles = form == Form::pairs    ? kernels.matmul_run_pairs
-                                       : form == Form::digits ? kernels.matmul_run_digits
-                                                              : kernels.matmul_run;
-        const int64_t tile_rows = form == Form::pairs ? qk::kPairRows : qk::kMatmulRows;
+        const Product product{&view_, at_address<char>(out), at_address<const void>(bias),
+                              static_cast<qk::DType>(bias_dtype)};
         py::gil_scoped_release release;
-        const int64_t row_bytes = form == Form::pairs    ? 2 * view_.padded_K + 4 * view_.blocks
-                                  : form == Form::floats ? 4 * view_.padded_K
-                                                         : digits * (view_.padded_K + 8 * view_.blocks);
-        const int64_t fitting = qk::kWorkspaceBytes / std::max<int64_t>(row_bytes, 1) / tile_rows;
-        const int64_t step = std::max<int64_t>(fitting, 1) * tile_rows;
-        for (int64_t first = 0; first < M; first += step) {
-            const int64_t rows = std::min(step, M - first);
-            char* buffer = qk::workspace(static_cast<size_t>(rows * row_bytes));
-            qk::PrepareArgs prepare{};
-            prepare.view = &view_;
-            prepare.x = at_address<const char>(x) + first * row_stride * element;
-            prepare.dtype = type;
-            prepare.M = rows;
-            prepare.row_stride = row_stride;
-            prepare.digits = digits;
-            const int64_t elements = rows * digits * view_.blocks;
-            if (form == Form::floats) {
-                prepare.values = reinterpret_cast<float*>(buffer);
-            } else if (form == Form::pairs) {
-                prepare.pair_sums = reinterpret_cast<float*>(buffer);
-                prepare.pairs = reinterpret_cast<uint16_t*>(buffer + 4 * elements);
-            } else {
-                prepare.scales = reinterpret_cast<float*>(buffer);
-                prepare.sums = reinterpret_cast<int32_t*>(buffer + 4 * elements);
-                prepare.codes = reinterpret_cast<int8_t*>(buffer + 8 * elements);
-            }
-            qk::parallel_for(rows, 1, view_.K, threads,
-                             [&](int64_t begin, int64_t end) { prepare_rows(prepare, begin, end); });
-            qk::MatmulArgs args{};
-            args.view = &view_;
-            args.M = rows;
-            args.codes = prepare.codes;
-            args.scales = prepare.scales;
-            args.sums = prepare.sums;
-            args.digits = digits;
-            args.values = prepare.values;
-            args.pairs = prepare.pairs;
-            args.pair_sums = prepare.pair_sums;
-            args.out = at_address<char>(out) + first * view_.N * element;
-            args.out_dtype = type;
-            args.out_stride = view_.N;
-            args.bias = at_address<const void>(bias);
-            args.bias_dtype = static_cast<qk::DType>(bias_dtype);
-            const int64_t chunks = qk::matmul_chunks(rows, tile_rows);
-            const int64_t chunk_rows = qk::matmul_chunk_rows(rows, tile_rows);
-            const int64_t tile_work = qk::kPanelRows * chunk_rows * view_.K / kProductsPerElement;
-            qk::parallel_for(view_.panel_count * chunks, 1, tile_work, threads,
-                             [&](int64_t begin, int64_t end) { run_tiles(args, begin, end); });
-        }
+        run_products(&product, 1, {at_address<const char>(x), type, M, row_stride}, int8, threads);
     }
 
     void decode(uintptr_t out, int dtype, int64_t out_stride, int64_t first_row, int64_t rows, int threads) const {
@@ -137,17 +197,40 @@ class Linear {
         qk::run_int8(view_, whole, threads);
     }
 
-    // Of the activations: see qk::PrepareArgs.
-    enum class Form { int8, floats, pairs, digits };
+    qk::PackedView view_;
+};
 
-    Form form_of(const qk::KernelTable& kernels, qk::DType type, int64_t M, bool int8) const {
-        if (int8) return Form::int8;
-        if (type == qk::DType::bf16 && kernels.matmul_run_pairs) return Form::pairs;
-        const bool integers = view_.zero_kind != qk::ZeroKind::codebook;
-        return integers && M <= qk::kDigitRows && kernels.matmul_run_digits ? Form::digits : Form::floats;
+// Weights that read the same x, and run as one call.
+class LinearGroup {
+  public:
+    explicit LinearGroup(const std::vector<const Linear*>& linears) {
+        if (linears.empty() || linears.size() > kMaxProducts) throw std::invalid_argument("a group has 1 to 8 weights");
+        for (const Linear* linear : linears) {
+            if (!read_alike(linears[0]->view(), linear->view())) {
+                throw std::invalid_argument("the weights of a group must share K, bits, groups and column order");
+            }
+            views_.push_back(linear->view());
+        }
     }
 
-    qk::PackedView view_;
+    void call(uintptr_t x, int dtype, int64_t M, int64_t row_stride, const std::vector<uintptr_t>& outs,
+              const std::vector<uintptr_t>& biases, const std::vector<int>& bias_dtypes, bool int8, int threads) const {
+        const size_t count = views_.size();
+        if (outs.size() != count || biases.size() != count || bias_dtypes.size() != count) {
+            throw std::invalid_argument("a group takes an output and a bias for each of its weights");
+        }
+        Product products[kMaxProducts];
+        for (size_t i = 0; i < count; ++i) {
+            products[i] = {&views_[i], at_address<char>(outs[i]), at_address<const void>(biases[i]),
+                           static_cast<qk::DType>(bias_dtypes[i])};
+        }
+        py::gil_scoped_release release;
+        run_products(products, static_cast<int>(count),
+                     {at_address<const char>(x), static_cast<qk::DType>(dtype), M, row_stride}, int8, threads);
+    }
+
+  private:
+    std::vector<qk::PackedView> views_;
 };
 
 // Sizes and offsets of a blob before it exists.
@@ -319,4 +402,10 @@ void bind_dequant_matmul(py::module_& module) {
              "out[M, N] = x @ W.T + bias, contiguous, in x's dtype.")
         .def("decode", &Linear::decode, py::arg("out"), py::arg("dtype"), py::arg("out_stride"), py::arg("first_row"),
              py::arg("rows"), py::arg("threads"), "Rows of the weight as floats, transposed: [K, out_stride].");
+    py::class_<LinearGroup>(module, "LinearGroup", "Weights that read the same x; the caller keeps their memory alive.")
+        .def(py::init<const std::vector<const Linear*>&>(), py::arg("linears"),
+             "ValueError where activations prepared for one would not serve another.")
+        .def("__call__", &LinearGroup::call, py::arg("x"), py::arg("dtype"), py::arg("M"), py::arg("row_stride"),
+             py::arg("outs"), py::arg("biases"), py::arg("bias_dtypes"), py::arg("int8"), py::arg("threads"),
+             "outs[i][M, N_i] = x @ W_i.T + bias_i, contiguous, in x's dtype.");
 }

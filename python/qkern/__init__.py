@@ -10,6 +10,7 @@ from qkern.errors import FormatError, InputError, NativeError, QkernError, Unsup
 from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
+    from qkern.models import fuse_forwards
     from qkern.nn import QuantEmbedding, QuantLinear, replace_linears
     from qkern.pipelines.export_gguf import export_gguf
     from qkern.pipelines.load import load
@@ -21,6 +22,7 @@ _LAZY = {
     "QuantEmbedding": "qkern.nn",
     "QuantLinear": "qkern.nn",
     "export_gguf": "qkern.pipelines",
+    "fuse_forwards": "qkern.models",
     "load": "qkern.pipelines",
     "quantize": "qkern.pipelines",
     "replace_linears": "qkern.nn",
@@ -39,6 +41,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "export_gguf",
+    "fuse_forwards",
     "load",
     "quantize",
     "replace_linears",

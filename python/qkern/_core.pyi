@@ -1,5 +1,6 @@
 """Types of the native module; raw pointers are integers. A test compares both."""
 
+from collections.abc import Sequence
 from typing import Any
 
 __version__: str
@@ -26,6 +27,21 @@ class Linear:
     def decode(
         self, out: int, dtype: int, out_stride: int, first_row: int, rows: int, threads: int
     ) -> None: ...
+
+class LinearGroup:
+    def __call__(
+        self,
+        x: int,
+        dtype: int,
+        M: int,
+        row_stride: int,
+        outs: Sequence[int],
+        biases: Sequence[int],
+        bias_dtypes: Sequence[int],
+        int8: bool,
+        threads: int,
+    ) -> None: ...
+    def __init__(self, linears: Sequence[Linear]) -> None: ...
 
 def active_tier() -> str: ...
 def compiled_tiers() -> list[str]: ...

@@ -104,6 +104,44 @@ def test_opcheck(backend_name, compute):
 
 
 @pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+@pytest.mark.parametrize("compute", ["float", "int8"])
+def test_group_is_its_parts(backend_name, compute):
+    schemes, rows = ("w4g16z", "w4g16z", "w8g16z"), (24, 16, 40)
+    packed = [
+        pack_weight(weight((n, 32), scheme), backend=backend_name)
+        for n, scheme in zip(rows, schemes, strict=True)
+    ]
+    x = activations(3, 32, torch.bfloat16)
+    biases = [torch.ones(24), None, torch.full((40,), 2.0, dtype=torch.bfloat16)]
+    for count in (2, 3):  # the third is of other bits: no call for all of them
+        chosen = packed[:count]
+        arguments = (
+            x,
+            [one.blob for one in chosen],
+            biases[:count],
+            chosen[0].layout,
+            [one.N for one in chosen],
+            32,
+            [str(one.scheme) for one in chosen],
+            compute,
+        )
+        torch.library.opcheck(torch.ops.qkern.dequant_matmul_group, arguments)
+        outs = torch.ops.qkern.dequant_matmul_group(*arguments)
+        for out, one, bias in zip(outs, chosen, biases, strict=False):
+            assert torch.equal(out, dequant_matmul(x, one, bias, compute=compute))
+
+
+def test_a_blob_that_changed_is_read_again():
+    first, second = (pack_weight(weight((24, 32), "w4g16")) for _ in range(2))
+    x = activations(3, 32)
+    before = dequant_matmul(x, first)
+    first.blob[256] ^= 1  # the group table
+    with pytest.raises(InputError, match="not sound"):
+        dequant_matmul(x, first)
+    assert torch.equal(dequant_matmul(x, second), before)
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
 def test_gradients(backend_name):
     qw = weight((24, 40), "w4g16")
     packed, dense = pack_weight(qw, backend=backend_name), exact_weight(qw).float()

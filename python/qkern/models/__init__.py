@@ -8,6 +8,7 @@ from qkern.models.architecture import (
     known_architectures,
 )
 from qkern.models.folding import column_weight, fold_linear, fold_norm, pair_channels, set_column_weight
+from qkern.models.fusing import fuse_forwards
 from qkern.models.injection import inject
 from qkern.models.structure import Structure, describe, is_router
 
@@ -21,6 +22,7 @@ __all__ = [
     "describe",
     "fold_linear",
     "fold_norm",
+    "fuse_forwards",
     "inject",
     "is_router",
     "known_architectures",

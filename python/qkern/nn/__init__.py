@@ -10,10 +10,12 @@ from qkern.nn.replace import (
     quant_linears,
     replace_linears,
 )
+from qkern.nn.shared_input import SharedInput
 
 __all__ = [
     "QuantEmbedding",
     "QuantLinear",
+    "SharedInput",
     "TiedHead",
     "compute_mode",
     "expert_parameters",

@@ -22,7 +22,7 @@ from qkern.schemes import PackedWeight, QuantizedWeight, Scheme, as_scheme
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["COMPUTE", "QuantLinear", "is_conv1d"]
+__all__ = ["COMPUTE", "QuantLinear", "is_conv1d", "is_plain_call", "needs_grad"]
 
 COMPUTE: Final = ("auto", "float", "int8")
 
@@ -344,14 +344,19 @@ class QuantLinear(QuantModule):
             if self._has_no_values():
                 return self._shape_only(x)
             self.pack()
-        # Straight from the dictionary: nn.Module's attribute look-up costs half a microsecond.
-        bias: Tensor | None = self._parameters["bias"]
-        if bias is not None and bias.dtype not in (x.dtype, torch.float32):
-            bias = bias.to(x.dtype)
+        bias = self._bias_for(x)
         # The handle skips the dispatcher, which costs more than a small product.
-        if not tracing and self._handle is not None and _is_plain_call(x, bias):
+        if not tracing and self._handle is not None and is_plain_call(x, bias):
             return self._handle(x, bias, "int8" if self._compute == "auto" else self._compute)
         return self._dispatch(x, bias)
+
+    def _bias_for(self, x: Tensor) -> Tensor | None:
+        """Return the bias in a dtype that goes with x."""
+        # Straight from the dictionary: nn.Module's attribute look-up costs half a microsecond.
+        bias = self._parameters["bias"]
+        if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+            return bias.to(x.dtype)
+        return bias
 
     def _dispatch(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Call the torch op: what autograd, compilers, modes and profilers see."""
@@ -362,7 +367,7 @@ class QuantLinear(QuantModule):
             raise UnsupportedError(
                 "QuantLinear has no forward-mode derivative: use reverse mode (backward, torch.func.vjp)"
             )
-        compute = resolve_compute(self._compute, x, self.scheme, needs_grad=_needs_grad(x, bias))
+        compute = resolve_compute(self._compute, x, self.scheme, needs_grad=needs_grad(x, bias))
         out: Tensor = torch.ops.qkern.dequant_matmul(
             x, blob, bias, self.layout, self.out_features, self.in_features, self._spelling, compute
         )
@@ -425,7 +430,8 @@ def _handle_of(packed: PackedWeight) -> LinearHandle | None:
     return LinearHandle(packed) if packed.layout == CPU_LAYOUT else None
 
 
-def _needs_grad(x: Tensor, bias: Tensor | None) -> bool:
+def needs_grad(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd wants to know of a product of x."""
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
@@ -433,12 +439,12 @@ def _has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
-def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
+def is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
     """Whether nobody but the caller would notice that the call bypasses torch's dispatcher."""
     return (
         type(x) is Tensor
         and x.is_cpu
-        and not _needs_grad(x, bias)
+        and not needs_grad(x, bias)
         and _dispatch_modes() == 0
         and _function_modes() == 0
         and _transform() is None

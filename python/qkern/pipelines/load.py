@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qkern.calibration import meta_model
 from qkern.checkpoints import QuantizedCheckpoint, read_json
 from qkern.errors import FormatError, InputError
-from qkern.models import column_weight
+from qkern.models import column_weight, fuse_forwards
 from qkern.nn import QuantLinear, named_linears, quant_linears
 from qkern.nn.state import FORM
 from qkern.pipelines.save import save
@@ -84,6 +84,7 @@ def load(
         _refuse_nonfinite(checkpoint.folder, model)
     for linear in quant_linears(model).values():
         linear.compute = compute or "auto"
+    fuse_forwards(model)
     return model.eval().to(device)
 
 

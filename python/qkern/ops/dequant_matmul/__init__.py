@@ -9,14 +9,14 @@ import torch
 from qkern.errors import InputError
 from qkern.ops.dequant_matmul import cpu, plain, reference, schema  # noqa: F401 - schema registers the torch op
 from qkern.ops.dequant_matmul.checks import check_input
-from qkern.ops.dequant_matmul.cpu import LinearHandle
+from qkern.ops.dequant_matmul.cpu import LinearGroup, LinearHandle
 from qkern.ops.registry import Backend, Implementation, Request, register, select
 from qkern.schemes import PackedWeight, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LinearHandle", "dequant_matmul", "pack_weight", "resolve_compute", "unpack_weight"]
+__all__ = ["LinearGroup", "LinearHandle", "dequant_matmul", "pack_weight", "resolve_compute", "unpack_weight"]
 
 # `call` packs; the product itself is the torch op, which knows the layouts.
 register(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from qkern.errors import InputError
+from qkern.errors import InputError, UnsupportedError
 from qkern.ops._native import DTYPE_CODES, core, empty, pointer, threads, why_not_cpu
 from qkern.ops.codebooks import codebook
 from qkern.ops.dequant_matmul.checks import check_input
@@ -17,9 +18,21 @@ from qkern.ops.dequant_matmul.plain import nested_from_bytes, nested_to_bytes
 from qkern.schemes import PackedWeight, QuantizedWeight
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qkern.ops.registry import Request
 
-__all__ = ["LAYOUT", "LinearHandle", "input_gradient", "matmul", "pack", "unpack", "why_not"]
+__all__ = [
+    "LAYOUT",
+    "LinearGroup",
+    "LinearHandle",
+    "input_gradient",
+    "matmul",
+    "matmul_group",
+    "pack",
+    "unpack",
+    "why_not",
+]
 
 LAYOUT: Final = "cpu.k4x16"
 # qk::ZeroKind of csrc/include/qkern/packed_weight.h.
@@ -130,6 +143,25 @@ def _blob(packed: PackedWeight | Tensor) -> Tensor:
     return blob
 
 
+# What was validated, so that a compiled model, which has only the blob at hand, does not read all of its
+# header in every call. A blob that torch knows to have changed, or that moved, is validated again.
+_VALIDATED: Final = WeakTensorKeyDictionary()
+
+
+def _validated(blob: Tensor, address: int) -> Any:
+    """Native object for a blob."""
+    key = address, blob.numel(), None if blob.is_inference() else blob._version
+    known = _VALIDATED.get(blob)  # type: ignore[no-untyped-call]
+    if known is not None and known[0] == key and key[2] is not None:
+        return known[1]
+    try:
+        native = core().Linear(address, blob.numel())
+    except ValueError as error:
+        raise _corrupt(error) from None
+    _VALIDATED[blob] = key, native
+    return native
+
+
 def _corrupt(reason: object) -> InputError:
     return InputError(f"packed weight is not sound: {reason}; pack it again from the quantized weight")
 
@@ -182,6 +214,37 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
     )
 
 
+def _activations(x: Tensor, K: int, device: torch.device, compute: str) -> tuple[int, Tensor, int, int]:
+    """Check x ``[..., K]``: its dtype's code, x with contiguous rows, their number and stride."""
+    dtype = DTYPE_CODES.get(x.dtype)
+    if dtype is None or x.dim() == 0 or x.shape[-1] != K or not x.is_cpu:
+        check_input(x, K, device)
+    if compute not in ("int8", "float"):
+        raise InputError(f"unknown compute: got {compute!r}, allowed are 'int8' and 'float'")
+    M = x.numel() // K if K else x.shape[:-1].numel()
+    row_stride = K
+    if not x.is_contiguous():
+        x = x.reshape(M, K)
+        if K > 1 and x.stride(1) != 1:
+            x = x.contiguous()
+        row_stride = x.stride(0)
+    assert dtype is not None
+    return dtype, x, M, row_stride
+
+
+def _bias(bias: Tensor | None, N: int, dtype: int) -> tuple[int, int]:
+    """Check a bias: its address and its dtype's code."""
+    if bias is None:
+        return 0, 0
+    code = DTYPE_CODES.get(bias.dtype, -1)
+    if code not in (0, dtype) or bias.shape != (N,) or not bias.is_contiguous() or not bias.is_cpu:
+        raise InputError(
+            f"bias must be contiguous [{N}] of x's dtype or fp32 on the CPU: "
+            f"got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        )
+    return bias.data_ptr(), code
+
+
 class LinearHandle:
     """A packed CPU weight that was validated once and is called with a few microseconds of overhead.
 
@@ -215,10 +278,7 @@ class LinearHandle:
 
     def _attach(self, blob: Tensor, N: int, K: int) -> None:
         self._blob, self._address, self.N, self.K = blob, pointer(blob), N, K
-        try:
-            self._native = core().Linear(self._address, blob.numel())
-        except ValueError as error:
-            raise _corrupt(error) from None
+        self._native = _validated(blob, self._address)
         if (self._native.N, self._native.K) != (N, K):
             raise _corrupt(f"it holds [{self._native.N}, {self._native.K}], not [{N}, {K}]")
 
@@ -239,38 +299,13 @@ class LinearHandle:
         InputError
             On a wrong shape or dtype.
         """
-        if self._blob.data_ptr() != self._address:  # moved, as torch does to share memory with a process
-            self._attach(self._blob, self.N, self.K)
-        shape, K, N = x.shape, self.K, self.N
-        dtype = DTYPE_CODES.get(x.dtype)
-        if dtype is None or x.dim() == 0 or shape[-1] != K or not x.is_cpu:
-            check_input(x, K, self._blob.device)
-        if compute not in ("int8", "float"):
-            raise InputError(f"unknown compute: got {compute!r}, allowed are 'int8' and 'float'")
-        bias_pointer = bias_dtype = 0
-        if bias is not None:
-            bias_dtype = DTYPE_CODES.get(bias.dtype, -1)
-            if (
-                bias_dtype not in (0, dtype)
-                or bias.shape != (N,)
-                or not bias.is_contiguous()
-                or not bias.is_cpu
-            ):
-                raise InputError(
-                    f"bias must be contiguous [{N}] of x's dtype or fp32 on the CPU: "
-                    f"got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
-                )
-            bias_pointer = bias.data_ptr()
-        M = x.numel() // K if K else shape[:-1].numel()
-        row_stride = K
-        if not x.is_contiguous():
-            x = x.reshape(M, K)
-            if K > 1 and x.stride(1) != 1:
-                x = x.contiguous()
-            row_stride = x.stride(0)
+        self._follow()
+        shape, N = x.shape, self.N
+        dtype, x, M, row_stride = _activations(x, self.K, self._blob.device, compute)
+        bias_pointer, bias_dtype = _bias(bias, N, dtype)
         out = x.new_empty((*shape[:-1], N))
         if compute == "float" and slab_rows(x.dtype) <= M:
-            self._by_slabs(x.view(M, K), bias, out.view(M, N))
+            self._by_slabs(x.view(M, self.K), bias, out.view(M, N))
         elif M and N:
             self._native(
                 x.data_ptr(),
@@ -284,6 +319,11 @@ class LinearHandle:
                 torch.get_num_threads(),
             )
         return out
+
+    def _follow(self) -> None:
+        """Find the blob again where it moved, as torch does to share memory with a process."""
+        if self._blob.data_ptr() != self._address:
+            self._attach(self._blob, self.N, self.K)
 
     def _slabs(self, dtype: torch.dtype) -> list[tuple[int, int]]:
         step = max(_SLAB_BYTES // (max(self.K, 1) * dtype.itemsize) // _PANEL, 1) * _PANEL
@@ -317,9 +357,84 @@ class LinearHandle:
         return total.to(grad.dtype)
 
 
+class LinearGroup:
+    """Packed CPU weights that read the same x: it is prepared once, and the threads share all the products.
+
+    Parameters
+    ----------
+    handles : sequence of LinearHandle
+        2 to 8 of them.
+
+    Raises
+    ------
+    UnsupportedError
+        If x has to be prepared differently for them: another K, bits, groups or order of columns, or int8
+        activations with a scale a token.
+    """
+
+    __slots__ = ("_handles", "_native", "_natives")
+
+    def __init__(self, handles: Sequence[LinearHandle]) -> None:
+        self._handles = tuple(handles)
+        self._attach()
+
+    def _attach(self) -> None:
+        self._natives = tuple(handle._native for handle in self._handles)
+        try:
+            self._native = core().LinearGroup(self._natives)
+        except ValueError as error:
+            raise UnsupportedError(f"these weights do not run as one call: {error}") from None
+
+    def __call__(
+        self, x: Tensor, biases: Sequence[Tensor | None], compute: str = "int8"
+    ) -> tuple[Tensor, ...]:
+        """``x @ W.T + bias`` for each weight; arguments and errors are those of `LinearHandle`."""
+        handles = self._handles
+        for handle, native in zip(handles, self._natives, strict=True):
+            handle._follow()
+            if handle._native is not native:
+                self._attach()
+                break
+        shape, first = x.shape[:-1], handles[0]
+        dtype, rows, M, row_stride = _activations(x, first.K, first._blob.device, compute)
+        if compute == "float" and slab_rows(x.dtype) <= M:
+            return tuple(handle(x, bias, compute) for handle, bias in zip(handles, biases, strict=True))
+        checked = [_bias(bias, handle.N, dtype) for handle, bias in zip(handles, biases, strict=True)]
+        outs = tuple(rows.new_empty((*shape, handle.N)) for handle in handles)
+        if M:
+            self._native(
+                rows.data_ptr(),
+                dtype,
+                M,
+                row_stride,
+                [out.data_ptr() for out in outs],
+                [address for address, _ in checked],
+                [code for _, code in checked],
+                compute == "int8",
+                torch.get_num_threads(),
+            )
+        return outs
+
+
 def matmul(x: Tensor, blob: Tensor, bias: Tensor | None, N: int, K: int, compute: str) -> Tensor:
     """``x [..., K] @ W.T + bias``; arguments are validated by the caller."""
     return LinearHandle._of(blob, N, K)(x, bias, compute)
+
+
+def matmul_group(
+    x: Tensor,
+    blobs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    N: Sequence[int],
+    K: int,
+    compute: str,
+) -> list[Tensor]:
+    """``x @ W.T + bias`` for weights that share x, as one call where they allow it."""
+    handles = [LinearHandle._of(blob, n, K) for blob, n in zip(blobs, N, strict=True)]
+    try:
+        return list(LinearGroup(handles)(x, biases, compute))
+    except UnsupportedError:
+        return [handle(x, bias, compute) for handle, bias in zip(handles, biases, strict=True)]
 
 
 def input_gradient(grad: Tensor, blob: Tensor, N: int, K: int) -> Tensor:

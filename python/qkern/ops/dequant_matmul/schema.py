@@ -21,6 +21,12 @@ _LIBRARY.define(
     " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# Several weights that read the same x, for inference: no gradient.
+_LIBRARY.define(
+    "dequant_matmul_group(Tensor x, Tensor[] blobs, Tensor?[] biases, str layout, int[] N, int K,"
+    " str[] schemes, str compute) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 # The gradient of x is an op of its own, so that a traced graph holds a call and not its decoding loop.
 _LIBRARY.define(
     "dequant_matmul_backward(Tensor grad, Tensor blob, str layout, int N, int K, str scheme) -> Tensor",
@@ -38,6 +44,36 @@ def _forward(
     qw = plain.unpack(blob, layout, N, K, Scheme.parse(scheme))
     rows = x.shape[:-1].numel()
     return reference.matmul(x.reshape(rows, K), qw, bias, compute == "int8").view(*x.shape[:-1], N)
+
+
+def _group_forward(
+    x: Tensor,
+    blobs: list[Tensor],
+    biases: list[Tensor | None],
+    layout: str,
+    N: list[int],
+    K: int,
+    schemes: list[str],
+    compute: str,
+) -> list[Tensor]:
+    if layout == cpu.LAYOUT:
+        kept = [None if bias is None else bias.detach().contiguous() for bias in biases]
+        return cpu.matmul_group(x.detach(), blobs, kept, N, K, compute)
+    each = zip(blobs, biases, N, schemes, strict=True)
+    return [_forward(x, blob, bias, layout, n, K, scheme, compute) for blob, bias, n, scheme in each]
+
+
+def _group_fake(
+    x: Tensor,
+    blobs: list[Tensor],
+    biases: list[Tensor | None],
+    layout: str,
+    N: list[int],
+    K: int,
+    schemes: list[str],
+    compute: str,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], n)) for n in N]
 
 
 def _backward(grad: Tensor, blob: Tensor, layout: str, N: int, K: int, scheme: str) -> Tensor:
@@ -90,6 +126,8 @@ def _differentiate_second(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _LIBRARY.impl("dequant_matmul", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("dequant_matmul_group", _group_forward, "CompositeExplicitAutograd")
+torch.library.register_fake("qkern::dequant_matmul_group", _group_fake, lib=_LIBRARY)
 _LIBRARY.impl("dequant_matmul_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("qkern::dequant_matmul", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("qkern::dequant_matmul_backward", _backward_fake, lib=_LIBRARY)

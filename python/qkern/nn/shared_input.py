@@ -1,0 +1,104 @@
+"""`QuantLinear`s that read the same x, as one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as _module
+
+from qkern.errors import UnsupportedError
+from qkern.nn.linear import QuantLinear, is_plain_call, needs_grad
+from qkern.ops.dequant_matmul import LinearGroup, LinearHandle, resolve_compute
+from qkern.ops.dequant_matmul.cpu import LAYOUT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["SharedInput"]
+
+
+class SharedInput:
+    """Linears that read the same x as one call: x is quantized once, one round of the threads does all.
+
+    Keeps what it found out about the linears of the last call, never a result.
+    """
+
+    __slots__ = ("_group", "_handles")
+
+    def __init__(self) -> None:
+        self._handles: tuple[LinearHandle, ...] = ()
+        self._group: LinearGroup | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SharedInput, ()
+
+    def __call__(self, linears: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
+        """Return the outputs for x, or None where each needs a call of its own.
+
+        That is so for linears that are no `QuantLinear` (PEFT wraps them, say), have hooks, or whose weights
+        want x prepared differently, and wherever gradients are wanted or a mode of torch is active.
+        """
+        if not all(map(_is_bare, linears)) or _has_global_hooks():
+            return None
+        compute = linears[0].compute
+        if any(linear.compute != compute for linear in linears):
+            return None
+        if torch.compiler.is_compiling():
+            return _traced(linears, x)
+        handles = tuple(linear._handle for linear in linears)
+        biases = [linear._bias_for(x) for linear in linears]
+        if None in handles or not all(is_plain_call(x, bias) for bias in biases):
+            return None  # not packed yet, for one: its own call packs it
+        if handles != self._handles:
+            self._handles = handles
+            try:
+                self._group = LinearGroup(handles)
+            except UnsupportedError:
+                self._group = None
+        if self._group is None:
+            return None
+        return self._group(x, biases, "int8" if compute == "auto" else compute)
+
+
+def _is_bare(linear: Any) -> bool:
+    """Whether calling the linear would run `QuantLinear.forward` and nothing else."""
+    return type(linear) is QuantLinear and not (
+        linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear._backward_hooks
+        or linear._backward_pre_hooks
+        or "forward" in linear.__dict__
+    )
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def _traced(linears: Sequence[QuantLinear], x: Tensor) -> tuple[Tensor, ...] | None:
+    """Record one call of the torch op, which has no gradient."""
+    for linear in linears:
+        linear._packed_by_now()
+    biases = [linear._bias_for(x) for linear in linears]
+    if any(needs_grad(x, bias) for bias in biases) or any(linear.layout != LAYOUT for linear in linears):
+        return None
+    first = linears[0]
+    compute = resolve_compute(first.compute, x, first.scheme, needs_grad=False)
+    outs = torch.ops.qkern.dequant_matmul_group(
+        x,
+        [linear.blob for linear in linears],
+        biases,
+        LAYOUT,
+        [linear.out_features for linear in linears],
+        first.in_features,
+        [linear._spelling for linear in linears],
+        compute,
+    )
+    return tuple(outs)
