@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "int8_matmul.h"
@@ -214,15 +215,15 @@ class LinearGroup {
     }
 
     void call(uintptr_t x, int dtype, int64_t M, int64_t row_stride, const std::vector<uintptr_t>& outs,
-              const std::vector<uintptr_t>& biases, const std::vector<int>& bias_dtypes, bool int8, int threads) const {
+              const std::vector<std::pair<uintptr_t, int>>& biases, bool int8, int threads) const {
         const size_t count = views_.size();
-        if (outs.size() != count || biases.size() != count || bias_dtypes.size() != count) {
+        if (outs.size() != count || biases.size() != count) {
             throw std::invalid_argument("a group takes an output and a bias for each of its weights");
         }
         Product products[kMaxProducts];
         for (size_t i = 0; i < count; ++i) {
-            products[i] = {&views_[i], at_address<char>(outs[i]), at_address<const void>(biases[i]),
-                           static_cast<qk::DType>(bias_dtypes[i])};
+            products[i] = {&views_[i], at_address<char>(outs[i]), at_address<const void>(biases[i].first),
+                           static_cast<qk::DType>(biases[i].second)};
         }
         py::gil_scoped_release release;
         run_products(products, static_cast<int>(count),
@@ -395,8 +396,7 @@ void bind_dequant_matmul(py::module_& module) {
         py::arg("group_index"), py::arg("threads"), "The inverse of pack_weight, bit for bit.");
     py::class_<Linear>(module, "Linear", "A validated blob; the caller keeps its memory alive.")
         .def(py::init<uintptr_t, int64_t>(), py::arg("blob"), py::arg("bytes"))
-        .def_property_readonly("N", [](const Linear& self) { return self.view().N; })
-        .def_property_readonly("K", [](const Linear& self) { return self.view().K; })
+        .def_property_readonly("shape", [](const Linear& self) { return std::make_pair(self.view().N, self.view().K); })
         .def("__call__", &Linear::call, py::arg("x"), py::arg("dtype"), py::arg("M"), py::arg("row_stride"),
              py::arg("out"), py::arg("bias"), py::arg("bias_dtype"), py::arg("int8"), py::arg("threads"),
              "out[M, N] = x @ W.T + bias, contiguous, in x's dtype.")
@@ -406,6 +406,6 @@ void bind_dequant_matmul(py::module_& module) {
         .def(py::init<const std::vector<const Linear*>&>(), py::arg("linears"),
              "ValueError where activations prepared for one would not serve another.")
         .def("__call__", &LinearGroup::call, py::arg("x"), py::arg("dtype"), py::arg("M"), py::arg("row_stride"),
-             py::arg("outs"), py::arg("biases"), py::arg("bias_dtypes"), py::arg("int8"), py::arg("threads"),
-             "outs[i][M, N_i] = x @ W_i.T + bias_i, contiguous, in x's dtype.");
+             py::arg("outs"), py::arg("biases"), py::arg("int8"), py::arg("threads"),
+             "outs[i][M, N_i] = x @ W_i.T + bias_i, contiguous, in x's dtype; a bias is its address and dtype.");
 }

@@ -7,10 +7,6 @@ __version__: str
 GPTQ_MAX_COLUMNS: int
 
 class Linear:
-    @property
-    def K(self) -> int: ...
-    @property
-    def N(self) -> int: ...
     def __call__(
         self,
         x: int,
@@ -27,6 +23,8 @@ class Linear:
     def decode(
         self, out: int, dtype: int, out_stride: int, first_row: int, rows: int, threads: int
     ) -> None: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
 class LinearGroup:
     def __call__(
@@ -36,8 +34,7 @@ class LinearGroup:
         M: int,
         row_stride: int,
         outs: Sequence[int],
-        biases: Sequence[int],
-        bias_dtypes: Sequence[int],
+        biases: Sequence[tuple[int, int]],
         int8: bool,
         threads: int,
     ) -> None: ...

@@ -344,7 +344,10 @@ class QuantLinear(QuantModule):
             if self._has_no_values():
                 return self._shape_only(x)
             self.pack()
-        bias = self._bias_for(x)
+        # Straight from the dictionary: nn.Module's attribute look-up costs half a microsecond.
+        bias: Tensor | None = self._parameters["bias"]
+        if bias is not None and bias.dtype != x.dtype:
+            bias = self._bias_for(x)
         # The handle skips the dispatcher, which costs more than a small product.
         if not tracing and self._handle is not None and is_plain_call(x, bias):
             return self._handle(x, bias, "int8" if self._compute == "auto" else self._compute)
@@ -352,7 +355,6 @@ class QuantLinear(QuantModule):
 
     def _bias_for(self, x: Tensor) -> Tensor | None:
         """Return the bias in a dtype that goes with x."""
-        # Straight from the dictionary: nn.Module's attribute look-up costs half a microsecond.
         bias = self._parameters["bias"]
         if bias is not None and bias.dtype not in (x.dtype, torch.float32):
             return bias.to(x.dtype)

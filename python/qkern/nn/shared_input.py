@@ -40,17 +40,20 @@ class SharedInput:
         That is so for linears that are no `QuantLinear` (PEFT wraps them, say), have hooks, or whose weights
         want x prepared differently, and wherever gradients are wanted or a mode of torch is active.
         """
-        if not all(map(_is_bare, linears)) or _has_global_hooks():
-            return None
-        compute = linears[0].compute
-        if any(linear.compute != compute for linear in linears):
+        for linear in linears:
+            if not _is_bare(linear) or linear._compute != linears[0]._compute:
+                return None
+        if _has_global_hooks():
             return None
         if torch.compiler.is_compiling():
             return _traced(linears, x)
-        handles = tuple(linear._handle for linear in linears)
+        handles = tuple([linear._handle for linear in linears])
         biases = [linear._bias_for(x) for linear in linears]
-        if None in handles or not all(is_plain_call(x, bias) for bias in biases):
-            return None  # not packed yet, for one: its own call packs it
+        # A handle is missing before the linear's own first call, which packs it.
+        if None in handles or not is_plain_call(x, None):
+            return None
+        if any(needs_grad(x, bias) for bias in biases if bias is not None):
+            return None
         if handles != self._handles:
             self._handles = handles
             try:
@@ -59,6 +62,7 @@ class SharedInput:
                 self._group = None
         if self._group is None:
             return None
+        compute = linears[0]._compute
         return self._group(x, biases, "int8" if compute == "auto" else compute)
 
 

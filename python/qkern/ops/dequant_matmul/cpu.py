@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from qkern.errors import InputError, UnsupportedError
 from qkern.ops._native import DTYPE_CODES, core, empty, pointer, threads, why_not_cpu
@@ -143,23 +143,28 @@ def _blob(packed: PackedWeight | Tensor) -> Tensor:
     return blob
 
 
-# What was validated, so that a compiled model, which has only the blob at hand, does not read all of its
-# header in every call. A blob that torch knows to have changed, or that moved, is validated again.
-_VALIDATED: Final = WeakTensorKeyDictionary()
+# What was validated, by the blob's id, so that a compiled model, which has only the blob at hand, does not
+# read its header in every call. A blob that moved, or that torch knows to have changed, is validated again.
+_VALIDATED: Final[dict[int, tuple[ref[Tensor], int, int, Any, tuple[int, int]]]] = {}
 
 
-def _validated(blob: Tensor, address: int) -> Any:
-    """Native object for a blob."""
-    key = address, blob.numel(), None if blob.is_inference() else blob._version
-    known = _VALIDATED.get(blob)  # type: ignore[no-untyped-call]
-    if known is not None and known[0] == key and key[2] is not None:
-        return known[1]
-    try:
-        native = core().Linear(address, blob.numel())
-    except ValueError as error:
-        raise _corrupt(error) from None
-    _VALIDATED[blob] = key, native
-    return native
+def _validated(blob: Tensor, N: int, K: int) -> tuple[int, Any]:
+    """Address of a blob that holds a weight ``[N, K]``, and the native object for it."""
+    key, address = id(blob), blob.data_ptr()
+    version = -1 if blob.is_inference() else blob._version
+    known = _VALIDATED.get(key)
+    if known is not None and known[0]() is blob and known[1] == address and known[2] == version >= 0:
+        native, shape = known[3], known[4]
+    else:
+        try:
+            native = core().Linear(pointer(blob), _blob(blob).numel())
+        except ValueError as error:
+            raise _corrupt(error) from None
+        shape = native.shape
+        _VALIDATED[key] = ref(blob, lambda _: _VALIDATED.pop(key, None)), address, version, native, shape
+    if shape != (N, K):
+        raise _corrupt(f"it holds {list(shape)}, not [{N}, {K}]")
+    return address, native
 
 
 def _corrupt(reason: object) -> InputError:
@@ -214,28 +219,31 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
     )
 
 
-def _activations(x: Tensor, K: int, device: torch.device, compute: str) -> tuple[int, Tensor, int, int]:
-    """Check x ``[..., K]``: its dtype's code, x with contiguous rows, their number and stride."""
-    dtype = DTYPE_CODES.get(x.dtype)
-    if dtype is None or x.dim() == 0 or x.shape[-1] != K or not x.is_cpu:
-        check_input(x, K, device)
+def _is_simple(x: Tensor, dtype: int, K: int, compute: str) -> bool:
+    """Whether x ``[..., K]`` can go to the kernels as it is."""
+    return (
+        dtype >= 0
+        and x.is_cpu
+        and x.is_contiguous()
+        and x.dim() > 0
+        and x.shape[-1] == K
+        and (compute == "int8" or compute == "float")
+    )
+
+
+def _rows_of(x: Tensor, K: int, compute: str, device: torch.device) -> tuple[Tensor, int]:
+    """Check x, and return it with contiguous rows, and their stride."""
+    check_input(x, K, device)
     if compute not in ("int8", "float"):
         raise InputError(f"unknown compute: got {compute!r}, allowed are 'int8' and 'float'")
-    M = x.numel() // K if K else x.shape[:-1].numel()
-    row_stride = K
-    if not x.is_contiguous():
-        x = x.reshape(M, K)
-        if K > 1 and x.stride(1) != 1:
-            x = x.contiguous()
-        row_stride = x.stride(0)
-    assert dtype is not None
-    return dtype, x, M, row_stride
+    rows = x.reshape(-1, K) if K else x.reshape(x.shape[:-1].numel(), K)
+    if K > 1 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
 
 
-def _bias(bias: Tensor | None, N: int, dtype: int) -> tuple[int, int]:
+def _bias(bias: Tensor, N: int, dtype: int) -> tuple[int, int]:
     """Check a bias: its address and its dtype's code."""
-    if bias is None:
-        return 0, 0
     code = DTYPE_CODES.get(bias.dtype, -1)
     if code not in (0, dtype) or bias.shape != (N,) or not bias.is_contiguous() or not bias.is_cpu:
         raise InputError(
@@ -268,19 +276,17 @@ class LinearHandle:
             raise InputError(
                 f"LinearHandle needs the layout {LAYOUT}: got {packed.layout!r}; pack with backend='cpu'"
             )
-        self._attach(_blob(packed), packed.N, packed.K)
+        self._attach(packed.blob, packed.N, packed.K)
 
     @classmethod
     def _of(cls, blob: Tensor, N: int, K: int) -> LinearHandle:
         handle = cls.__new__(cls)
-        handle._attach(_blob(blob), N, K)
+        handle._attach(blob, N, K)
         return handle
 
     def _attach(self, blob: Tensor, N: int, K: int) -> None:
-        self._blob, self._address, self.N, self.K = blob, pointer(blob), N, K
-        self._native = _validated(blob, self._address)
-        if (self._native.N, self._native.K) != (N, K):
-            raise _corrupt(f"it holds [{self._native.N}, {self._native.K}], not [{N}, {K}]")
+        self._address, self._native = _validated(blob, N, K)
+        self._blob, self.N, self.K = blob, N, K
 
     def __call__(self, x: Tensor, bias: Tensor | None = None, compute: str = "int8") -> Tensor:
         """``x [..., K] @ W.T + bias`` in x's dtype.
@@ -299,14 +305,18 @@ class LinearHandle:
         InputError
             On a wrong shape or dtype.
         """
-        self._follow()
-        shape, N = x.shape, self.N
-        dtype, x, M, row_stride = _activations(x, self.K, self._blob.device, compute)
-        bias_pointer, bias_dtype = _bias(bias, N, dtype)
-        out = x.new_empty((*shape[:-1], N))
-        if compute == "float" and slab_rows(x.dtype) <= M:
-            self._by_slabs(x.view(M, self.K), bias, out.view(M, N))
-        elif M and N:
+        if self._blob.data_ptr() != self._address:  # moved, as torch does to share memory with a process
+            self._attach(self._blob, self.N, self.K)
+        shape, K, N = x.shape, self.K, self.N
+        dtype, row_stride = DTYPE_CODES.get(x.dtype, -1), K
+        if not _is_simple(x, dtype, K, compute):
+            x, row_stride = _rows_of(x, K, compute, self._blob.device)
+        bias_pointer, bias_dtype = (0, 0) if bias is None else _bias(bias, N, dtype)
+        out = x.new_empty(*shape[:-1], N)
+        M = out.numel() // N if N else 0
+        if compute == "float" and M and slab_rows(x.dtype) <= M:
+            self._by_slabs(x.reshape(M, K), bias, out.view(M, N))
+        elif M:
             self._native(
                 x.data_ptr(),
                 dtype,
@@ -319,11 +329,6 @@ class LinearHandle:
                 torch.get_num_threads(),
             )
         return out
-
-    def _follow(self) -> None:
-        """Find the blob again where it moved, as torch does to share memory with a process."""
-        if self._blob.data_ptr() != self._address:
-            self._attach(self._blob, self.N, self.K)
 
     def _slabs(self, dtype: torch.dtype) -> list[tuple[int, int]]:
         step = max(_SLAB_BYTES // (max(self.K, 1) * dtype.itemsize) // _PANEL, 1) * _PANEL
@@ -372,48 +377,68 @@ class LinearGroup:
         activations with a scale a token.
     """
 
-    __slots__ = ("_handles", "_native", "_natives")
+    __slots__ = ("_N", "_handles", "_native", "_natives")
 
     def __init__(self, handles: Sequence[LinearHandle]) -> None:
         self._handles = tuple(handles)
+        self._N = [handle.N for handle in self._handles]
         self._attach()
 
     def _attach(self) -> None:
         self._natives = tuple(handle._native for handle in self._handles)
-        try:
-            self._native = core().LinearGroup(self._natives)
-        except ValueError as error:
-            raise UnsupportedError(f"these weights do not run as one call: {error}") from None
+        self._native = _native_group(self._natives)
+        if self._native is None:
+            raise UnsupportedError(
+                "these weights do not run as one call: they differ in K, bits, groups or order of columns"
+            )
 
     def __call__(
         self, x: Tensor, biases: Sequence[Tensor | None], compute: str = "int8"
     ) -> tuple[Tensor, ...]:
         """``x @ W.T + bias`` for each weight; arguments and errors are those of `LinearHandle`."""
         handles = self._handles
-        for handle, native in zip(handles, self._natives, strict=True):
-            handle._follow()
+        for handle, native in zip(handles, self._natives):  # noqa: B905 - of one length, and this is hot
+            if handle._blob.data_ptr() != handle._address:
+                handle._attach(handle._blob, handle.N, handle.K)
             if handle._native is not native:
                 self._attach()
                 break
-        shape, first = x.shape[:-1], handles[0]
-        dtype, rows, M, row_stride = _activations(x, first.K, first._blob.device, compute)
-        if compute == "float" and slab_rows(x.dtype) <= M:
-            return tuple(handle(x, bias, compute) for handle, bias in zip(handles, biases, strict=True))
-        checked = [_bias(bias, handle.N, dtype) for handle, bias in zip(handles, biases, strict=True)]
-        outs = tuple(rows.new_empty((*shape, handle.N)) for handle in handles)
-        if M:
-            self._native(
-                rows.data_ptr(),
-                dtype,
-                M,
-                row_stride,
-                [out.data_ptr() for out in outs],
-                [address for address, _ in checked],
-                [code for _, code in checked],
-                compute == "int8",
-                torch.get_num_threads(),
-            )
-        return outs
+        K = handles[0].K
+        if compute == "float" and slab_rows(x.dtype) <= x.numel() // max(K, 1):
+            return tuple([handle(x, bias, compute) for handle, bias in zip(handles, biases, strict=True)])
+        return tuple(_call_group(self._native, x, biases, self._N, K, compute))
+
+
+def _call_group(
+    native: Any, x: Tensor, biases: Sequence[Tensor | None], N: Sequence[int], K: int, compute: str
+) -> list[Tensor]:
+    lead, dtype, row_stride = x.shape[:-1], DTYPE_CODES.get(x.dtype, -1), K
+    if not _is_simple(x, dtype, K, compute):
+        x, row_stride = _rows_of(x, K, compute, torch.device("cpu"))
+    checked = [(0, 0) if bias is None else _bias(bias, n, dtype) for bias, n in zip(biases, N, strict=True)]
+    outs = [x.new_empty(*lead, n) for n in N]
+    M = lead.numel()
+    if M:
+        native(
+            x.data_ptr(),
+            dtype,
+            M,
+            row_stride,
+            [out.data_ptr() for out in outs],
+            checked,
+            compute == "int8",
+            torch.get_num_threads(),
+        )
+    return outs
+
+
+@functools.lru_cache(maxsize=4096)
+def _native_group(natives: tuple[Any, ...]) -> Any:
+    """Group of native weights, or None if they do not run as one call; holds no weight's memory."""
+    try:
+        return core().LinearGroup(natives)
+    except ValueError:
+        return None
 
 
 def matmul(x: Tensor, blob: Tensor, bias: Tensor | None, N: int, K: int, compute: str) -> Tensor:
@@ -430,11 +455,12 @@ def matmul_group(
     compute: str,
 ) -> list[Tensor]:
     """``x @ W.T + bias`` for weights that share x, as one call where they allow it."""
-    handles = [LinearHandle._of(blob, n, K) for blob, n in zip(blobs, N, strict=True)]
-    try:
-        return list(LinearGroup(handles)(x, biases, compute))
-    except UnsupportedError:
-        return [handle(x, bias, compute) for handle, bias in zip(handles, biases, strict=True)]
+    if compute == "int8" or x.numel() < slab_rows(x.dtype) * K:
+        native = _native_group(tuple([_validated(blob, n, K)[1] for blob, n in zip(blobs, N, strict=True)]))
+        if native is not None:
+            return _call_group(native, x, biases, N, K, compute)
+    each = zip(blobs, biases, N, strict=True)
+    return [matmul(x, blob, bias, n, K, compute) for blob, bias, n in each]
 
 
 def input_gradient(grad: Tensor, blob: Tensor, N: int, K: int) -> Tensor:

@@ -37,10 +37,10 @@ _LIBRARY.define(
 def _forward(
     x: Tensor, blob: Tensor, bias: Tensor | None, layout: str, N: int, K: int, scheme: str, compute: str
 ) -> Tensor:
-    x = x.detach()
     bias = None if bias is None else bias.detach().contiguous()
     if layout == cpu.LAYOUT:
         return cpu.matmul(x, blob, bias, N, K, compute)
+    x = x.detach()
     qw = plain.unpack(blob, layout, N, K, Scheme.parse(scheme))
     rows = x.shape[:-1].numel()
     return reference.matmul(x.reshape(rows, K), qw, bias, compute == "int8").view(*x.shape[:-1], N)
@@ -58,7 +58,7 @@ def _group_forward(
 ) -> list[Tensor]:
     if layout == cpu.LAYOUT:
         kept = [None if bias is None else bias.detach().contiguous() for bias in biases]
-        return cpu.matmul_group(x.detach(), blobs, kept, N, K, compute)
+        return cpu.matmul_group(x, blobs, kept, N, K, compute)
     each = zip(blobs, biases, N, schemes, strict=True)
     return [_forward(x, blob, bias, layout, n, K, scheme, compute) for blob, bias, n, scheme in each]
 
