@@ -2,10 +2,10 @@
 
     python bench/activations.py MODEL HELDOUT [--schemes w4g128 w8] [--windows 30]
 
-The first table is the error of one 4096 x 4096 product, ||y - y_float|| / ||y_float||, on Gaussian activations
-and on outlier-heavy ones (1 % of the channels 30 times as large); ``kernel`` is what `dequant_matmul` computes,
-which takes groups of 128. The second is KL(original || quantized) on held-out tokens with float activations, and
-what int8 adds to it, on the model and on its injected form. Both are Markdown, as in the README.
+The first table is the error of one 4096 x 4096 product, ||y - y_float|| / ||y_float||, on Gaussian and on
+outlier-heavy activations (1 % of the channels 30 times as large); ``kernel`` is what `dequant_matmul` does,
+in groups of 128. The second is KL(original || quantized) on held-out tokens with float activations,
+and what int8 adds to it, on the model and on its injected form. Both are Markdown, as in the README.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ A table stands in a Markdown file between two comments and is written anew, the 
     <!-- /bench -->
 
 The words name the benchmark, and any that follow what the records must have: a shape, a scheme, an order, a
-number of threads as ``threads=2``. ``--check`` writes nothing and exits with 1 if a table is not up to date.
+number of threads as ``threads=2``. ``schemes`` takes a line from the latest records of each scheme. ``--check`` writes nothing and exits with 1 if a table is not up to date.
 ``--pictures`` draws a roofline and the speed against M for each shape and scheme into bench/results; it needs
 matplotlib, which is in the extra `plot`.
 """
@@ -133,6 +133,35 @@ def case_table(records: list[Record]) -> str:
     return markdown(lines)
 
 
+def schemes_table(records: list[Record]) -> str:
+    """What qkern reaches with each scheme: milliseconds, and the larger share of the two ceilings."""
+    schemes = list(dict.fromkeys(record["scheme"] for record in records))
+    ours = [r for r in records if r["contestant"].startswith("qkern") and "seconds" in r]
+    columns = sorted({(r["contestant"], r["case"]["M"]) for r in ours})
+    lines = [["scheme", *(f"{name.removeprefix('qkern ')}, M={M}" for name, M in columns)]]
+    for scheme in schemes:
+        limits = roofline.ceilings([record for record in records if record["scheme"] == scheme])
+        found = {(r["contestant"], r["case"]["M"]): r for r in ours if r["scheme"] == scheme}
+        cells = []
+        for column in columns:
+            read, peak = shares(found[column], limits) if column in found else (0.0, 0.0)
+            share = f"{100 * read:.0f} % of read" if read >= peak else f"{100 * peak:.0f} % of peak"
+            cells.append(f"{number(1e3 * found[column]['seconds'])}, {share}" if column in found else "")
+        lines.append([scheme, *cells])
+    return markdown(lines)
+
+
+def generate_table(records: list[Record]) -> str:
+    """Tokens a second of whole models."""
+    lines = [["", "tokens a second", "milliseconds"]]
+    for record in records:
+        if "seconds" in record:
+            tokens = record["case"]["prompt"] if record["case"]["what"] == "prefill" else 1
+            rate = number(tokens / record["seconds"])
+            lines.append([record["contestant"], rate, number(1e3 * record["seconds"])])
+    return markdown(lines)
+
+
 def gptq_table(records: list[Record]) -> str:
     """Seconds of the whole and of the column phase, and the loss."""
     lines = [["", "seconds", "column phase", "loss"]]
@@ -145,12 +174,25 @@ def gptq_table(records: list[Record]) -> str:
     return markdown(lines)
 
 
-TABLES = {"dequant_matmul": product_table, "int8_matmul": product_table, "gptq": gptq_table}
+TABLES = {
+    "dequant_matmul": product_table,
+    "int8_matmul": product_table,
+    "schemes": schemes_table,
+    "generate": generate_table,
+    "gptq": gptq_table,
+}
+# Where the records of a table are, if not in a file of its name.
+SOURCES = {"schemes": "dequant_matmul"}
 
 
 def table(op: str, words: list[str], results: Path) -> str:
     """Make the table that a comment asks for."""
-    found = select(measure.load(results / f"{op}.jsonl"), words)
+    records = measure.load(results / f"{SOURCES.get(op, op)}.jsonl")
+    if op == "schemes":
+        named = dict.fromkeys(record["scheme"] for record in records)
+        found = [record for scheme in named for record in select(records, [*words, scheme])]
+    else:
+        found = select(records, words)
     if not found:
         return f"Not measured yet: `qkern bench {op}`.\n"
     return f"{TABLES.get(op, case_table)(found)}\n{caption(found)}{missing(found)}"
