@@ -8,7 +8,8 @@ A table stands in a Markdown file between two comments and is written anew, the 
     <!-- /bench -->
 
 The words name the benchmark, and any that follow what the records must have: a shape, a scheme, an order, a
-number of threads as ``threads=2``. ``schemes`` takes a line from the latest records of each scheme. ``--check`` writes nothing and exits with 1 if a table is not up to date.
+number of threads as ``threads=2``. ``schemes`` takes a line from the latest records of each scheme. ``--check``
+writes nothing and exits with 1 if a table is not up to date.
 ``--pictures`` draws a roofline and the speed against M for each shape and scheme into bench/results; it needs
 matplotlib, which is in the extra `plot`.
 """
@@ -134,7 +135,7 @@ def case_table(records: list[Record]) -> str:
 
 
 def schemes_table(records: list[Record]) -> str:
-    """What qkern reaches with each scheme: milliseconds, and the larger share of the two ceilings."""
+    """Milliseconds of qkern with each scheme, and the larger share of the two ceilings."""
     schemes = list(dict.fromkeys(record["scheme"] for record in records))
     ours = [r for r in records if r["contestant"].startswith("qkern") and "seconds" in r]
     columns = sorted({(r["contestant"], r["case"]["M"]) for r in ours})
