@@ -30,7 +30,11 @@ struct Grid {
 
 struct Range {
     float low, high;  // both include zero
-    bool finite;
+};
+
+// Grids of up to kLanes groups that follow one another, a group to a lane.
+struct Grids {
+    alignas(64) float low[kLanes], high[kLanes], scale[kLanes], zero[kLanes];
 };
 
 // Weighted squared error of a group on one grid, and its derivatives in the scale:
@@ -50,12 +54,33 @@ inline float round_scalar(float x) {
 
 inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 
-// Position of the nearest entry in the sorted codebook.
-inline Lanes nearest(const Codebook& book, const Lanes& x) {
-    Lanes position = splat(0.0f);
-    for (int i = 0; i < 15; ++i) position = count_above(position, x, splat(book.thresholds[i]));
-    return position;
+// Weights this far ahead of those that are read are fetched.
+constexpr int64_t kAhead = 4096;
+
+// Lanes [0, count) as scales are stored, and what they then are.
+inline void store_scales(void* data, DType dtype, int64_t i, int64_t count, const Lanes& a) {
+    switch (dtype) {
+        case DType::f32: return store_some<DType::f32>(data, i, count, a);
+        case DType::f16: return store_some<DType::f16>(data, i, count, a);
+        default: return store_some<DType::bf16>(data, i, count, a);
+    }
 }
+
+inline Lanes load_scales(const void* data, DType dtype, int64_t i, int64_t count) {
+    switch (dtype) {
+        case DType::f32: return load_some<DType::f32>(data, i, count);
+        case DType::f16: return load_some<DType::f16>(data, i, count);
+        default: return load_some<DType::bf16>(data, i, count);
+    }
+}
+
+inline Lanes round_scales(const Lanes& a, DType dtype) {
+    alignas(64) char stored[kLanes * 4];
+    store_scales(stored, dtype, 0, kLanes, a);
+    return load_scales(stored, dtype, 0, kLanes);
+}
+
+inline bool all_finite(const Lanes& a) { return !any_bit(sub(a, a)); }
 
 template <DType D, bool kBook>
 struct Quantizer {
@@ -66,15 +91,11 @@ struct Quantizer {
 
     Lanes weights(int64_t k, int64_t last) const { return load_some<D>(row, k, last - k); }
 
-    Range range(int64_t first, int64_t last) const {
-        Lanes low = splat(0.0f), high = splat(0.0f), bad = splat(0.0f);
-        for (int64_t k = first; k < last; k += kLanes) {
-            const Lanes w = weights(k, last);
-            low = min(w, low);
-            high = max(w, high);
-            bad = or_bits(bad, sub(w, w));  // zero bits for a finite number only
-        }
-        return {reduce_min(low), reduce_max(high), !any_bit(bad)};
+    // Calls f(weights, k) for every kLanes columns of [first, last).
+    template <class F>
+    static void each(int64_t first, int64_t last, F&& f) {
+        for (; first + kLanes <= last; first += kLanes) f(first, int64_t{kLanes});
+        if (first < last) f(first, last - first);
     }
 
     // Fits of grids whose scales differ in sign at most, so that they share the division.
@@ -92,7 +113,7 @@ struct Quantizer {
                 const Lanes zero = splat(grids[g].zero), sign = splat(grids[g].scale == grids[0].scale ? 1.0f : -1.0f);
                 const Lanes x = g == 0 ? ratio : mul(ratio, sign);
                 // What the code stands for, before the scale.
-                const Lanes c = kBook ? lookup(book.sorted, nearest(book, x)) : sub(clamp_codes(add(x, zero), top), zero);
+                const Lanes c = kBook ? lookup(book.sorted, rank(book.thresholds, x)) : sub(clamp_codes(add(x, zero), top), zero);
                 const Lanes e = sub(w, mul(c, splat(grids[g].scale)));
                 const Lanes ie = importance ? mul(i, e) : e, ic = importance ? mul(i, c) : c;
                 error[g] = add(error[g], mul(ie, e));
@@ -109,18 +130,47 @@ struct Quantizer {
         return scale == 0.0f || !is_finite(scale) ? fallback : scale;
     }
 
-    Grid min_max(Range r) const {
-        const int levels = 1 << args.bits;
-        if (args.asymmetric) {
-            const float top = static_cast<float>(levels - 1);
-            float scale = round_to((r.high - r.low) / top, args.scale_dtype);
-            if (scale == 0.0f) scale = 1.0f;
-            return {scale, clamp_zero(round_scalar(-r.low / scale), top)};
+    // Min-max grids of groups [first, first + count), count at most kLanes.
+    Status min_max(int64_t first, int64_t count, Grids& grids) const {
+        // Sixteen running maxima for each group; of the negated weights too where the range need not be symmetric.
+        Lanes up[kLanes], down[kLanes], largest = splat(0.0f);
+        for (int64_t i = 0; i < kLanes; ++i) {
+            Lanes high = splat(0.0f), drop = splat(0.0f);
+            if (i < count) {
+                const int64_t begin = (first + i) * args.group_size;
+                const int64_t end = begin + args.group_size < args.K ? begin + args.group_size : args.K;
+                if (args.asymmetric || args.search_mse) {
+                    each(begin, end, [&](int64_t k, int64_t n) {
+                        const Lanes w = load_some<D>(row, k, n);
+                        high = max_bits(high, w);
+                        drop = max_bits(drop, flip_sign(w));
+                    });
+                } else {
+                    each(begin, end, [&](int64_t k, int64_t n) {
+                        high = max_bits(high, magnitude(load_some<D>(row, k, n)));
+                    });
+                }
+            }
+            largest = max_bits(largest, max_bits(high, drop));
+            up[i] = high;
+            down[i] = drop;
         }
-        const float absmax = r.high > -r.low ? r.high : -r.low;
-        const float reach = kBook ? 1.0f : static_cast<float>(levels / 2) - 0.5f;
-        const float scale = round_to(absmax / reach, args.scale_dtype);
-        return {scale == 0.0f ? 1.0f : scale, kBook ? 0.0f : static_cast<float>(levels / 2)};
+        if (!all_finite(largest)) return Status::non_finite;
+        const int levels = 1 << args.bits;
+        const Lanes high = max_of_each(up), drop = max_of_each(down);
+        const Lanes reach = splat(args.asymmetric ? static_cast<float>(levels - 1)
+                                  : kBook         ? 1.0f
+                                                  : static_cast<float>(levels / 2) - 0.5f);
+        const Lanes span = args.asymmetric ? add(high, drop) : max(high, drop);
+        store(grids.scale, round_scales(div(span, reach), args.scale_dtype));
+        for (int i = 0; i < kLanes; ++i) grids.scale[i] = grids.scale[i] == 0.0f ? 1.0f : grids.scale[i];
+        const Lanes scale = load(grids.scale);
+        if (!all_finite(scale)) return Status::scale_overflow;
+        store(grids.low, flip_sign(drop));
+        store(grids.high, high);
+        store(grids.zero, args.asymmetric ? clamp_codes(round_even(div(drop, scale)), reach)
+                                          : splat(kBook ? 0.0f : static_cast<float>(levels / 2)));
+        return Status::ok;
     }
 
     struct Search {
@@ -188,48 +238,70 @@ struct Quantizer {
     }
 
     Status choose(int64_t n) const {
-        for (int64_t g = 0; g < args.groups; ++g) {
-            const int64_t first = g * args.group_size;
-            const int64_t last = first + args.group_size < args.K ? first + args.group_size : args.K;
-            const Range r = range(first, last);
-            if (!r.finite) return Status::non_finite;
-            Grid grid = min_max(r);
-            if (!is_finite(grid.scale)) return Status::scale_overflow;
-            if (args.search_mse) grid = least_squares(r, grid, first, last);
-            store_float(args.scales, args.scale_dtype, n * args.groups + g, grid.scale);
-            if (args.zeros) args.zeros[n * args.groups + g] = static_cast<uint8_t>(grid.zero);
+        Grids grids;
+        for (int64_t g = 0; g < args.groups; g += kLanes) {
+            const int64_t count = args.groups - g < kLanes ? args.groups - g : kLanes;
+            const Status status = min_max(g, count, grids);
+            if (status != Status::ok) return status;
+            for (int64_t i = 0; args.search_mse && i < count; ++i) {
+                const int64_t first = (g + i) * args.group_size;
+                const int64_t last = first + args.group_size < args.K ? first + args.group_size : args.K;
+                const Grid start = {grids.scale[i], grids.zero[i]};
+                const Grid best = least_squares({grids.low[i], grids.high[i]}, start, first, last);
+                grids.scale[i] = best.scale;
+                grids.zero[i] = best.zero;
+            }
+            store_scales(args.scales, args.scale_dtype, n * args.groups + g, count, load(grids.scale));
+            if (!args.zeros) continue;
+            uint8_t zeros[kLanes];
+            store_codes(zeros, load(grids.zero));
+            memcpy(args.zeros + n * args.groups + g, zeros, static_cast<size_t>(count));
         }
         return Status::ok;
     }
 
-    void encode_range(int64_t first, int64_t last, Grid grid, uint8_t* out) const {
+    Lanes code(const Lanes& w, const Lanes& scale, const Lanes& zero, const Lanes& top) const {
+        const Lanes x = div(w, scale);
+        return kBook ? lookup(book.codes, rank(book.thresholds, x)) : clamp_codes(add(round_even(x), zero), top);
+    }
+
+    // Codes of columns [k, last) of a group, rounded up to a multiple of kLanes.
+    void encode_range(int64_t k, int64_t last, Grid grid, uint8_t* out) const {
         const Lanes scale = splat(grid.scale), zero = splat(grid.zero);
         const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
-        for (int64_t k = first; k < last; k += kLanes, out += kLanes) {
-            const Lanes x = div(weights(k, last), scale);
-            if (kBook) {
-                store_codes(out, lookup(book.codes, nearest(book, x)));
-            } else {
-                store_codes(out, clamp_codes(add(round_even(x), zero), top));
-            }
+        for (; k + 4 * kLanes <= last; k += 4 * kLanes, out += 4 * kLanes) {
+            Lanes codes[4];
+            for (int i = 0; i < 4; ++i) codes[i] = code(load_lanes<D>(row, k + kLanes * i), scale, zero, top);
+            store_codes(out, codes);
         }
+        each(k, last, [&](int64_t at, int64_t n) {
+            store_codes(out + (at - k), code(load_some<D>(row, at, n), scale, zero, top));
+        });
     }
 
     void encode(int64_t n) const {
-        const int64_t grid_row = n / args.rows_per_grid;
+        const int64_t first_grid = n / args.rows_per_grid * args.groups;
         uint32_t* words = args.codes + n * args.code_words;
         // A range of 1..16 codes is stored as 16: the last one may run over.
         alignas(64) uint8_t codes[kChunk + kLanes];
+        alignas(64) float scales[kLanes], zeros[kLanes];  // of kLanes groups that follow one another
+        store(zeros, splat(kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1))));
+        int64_t g = 0, loaded = 0, group_end = 0;
         for (int64_t begin = 0; begin < args.K; begin += kChunk) {
             const int64_t end = begin + kChunk < args.K ? begin + kChunk : args.K;
             for (int64_t k = begin; k < end;) {
-                const int64_t g = k / args.group_size;
-                const int64_t group_end = (g + 1) * args.group_size;
+                if (k == group_end) {
+                    g = k / args.group_size;
+                    group_end = k + args.group_size < args.K ? k + args.group_size : args.K;
+                    if (g % kLanes == 0) {
+                        loaded = g;
+                        const int64_t count = args.groups - g < kLanes ? args.groups - g : kLanes;
+                        store(scales, load_scales(args.scales, args.scale_dtype, first_grid + g, count));
+                        if (args.zeros) load_zeros(args.zeros + first_grid + g, count, zeros);
+                    }
+                }
                 const int64_t last = group_end < end ? group_end : end;
-                const int64_t at = grid_row * args.groups + g;
-                const float middle = kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1));
-                const float zero = args.zeros ? static_cast<float>(args.zeros[at]) : middle;
-                encode_range(k, last, {load_float(args.scales, args.scale_dtype, at), zero}, codes + (k - begin));
+                encode_range(k, last, {scales[g - loaded], zeros[g - loaded]}, codes + (k - begin));
                 k = last;
             }
             uint32_t* to = words + begin * args.bits / 32;
@@ -240,6 +312,12 @@ struct Quantizer {
                 default: pack_stream<8>(codes, end - begin, to); break;
             }
         }
+    }
+
+    static void load_zeros(const uint8_t* from, int64_t count, float* zeros) {
+        uint8_t bytes[kLanes] = {};
+        memcpy(bytes, from, static_cast<size_t>(count));
+        store(zeros, load_codes(bytes));
     }
 };
 

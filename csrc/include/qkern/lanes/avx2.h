@@ -73,6 +73,22 @@ inline Lanes max(const Lanes& a, const Lanes& b) { return {_mm256_max_ps(a.lo, b
 
 inline Lanes or_bits(const Lanes& a, const Lanes& b) { return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)}; }
 
+inline Lanes magnitude(const Lanes& a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+
+inline Lanes flip_sign(const Lanes& a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_xor_ps(a.lo, sign), _mm256_xor_ps(a.hi, sign)};
+}
+
+inline __m256 max_bits_8(__m256 a, __m256 b) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+
+inline Lanes max_bits(const Lanes& a, const Lanes& b) { return {max_bits_8(a.lo, b.lo), max_bits_8(a.hi, b.hi)}; }
+
 inline bool any_bit(const Lanes& a) {
     const __m256i all = _mm256_castps_si256(_mm256_or_ps(a.lo, a.hi));
     return !_mm256_testz_si256(all, all);

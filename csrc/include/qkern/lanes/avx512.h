@@ -54,6 +54,13 @@ inline Lanes min(const Lanes& a, const Lanes& b) { return {_mm512_min_ps(a.v, b.
 inline Lanes max(const Lanes& a, const Lanes& b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Lanes or_bits(const Lanes& a, const Lanes& b) { return {_mm512_or_ps(a.v, b.v)}; }
 
+inline Lanes magnitude(const Lanes& a) { return {_mm512_abs_ps(a.v)}; }
+inline Lanes flip_sign(const Lanes& a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
+
+inline Lanes max_bits(const Lanes& a, const Lanes& b) {
+    return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+}
+
 inline bool any_bit(const Lanes& a) {
     const __m512i bits = _mm512_castps_si512(a.v);
     return _mm512_test_epi32_mask(bits, bits) != 0;
@@ -83,6 +90,55 @@ QK_LANE_REDUCE(reduce_add, add)
 QK_LANE_REDUCE(reduce_min, min)
 QK_LANE_REDUCE(reduce_max, max)
 #undef QK_LANE_REDUCE
+
+// What memory.h would otherwise write with the operations above.
+#define QK_LANES_BLOCKS
+
+inline void store_codes(uint8_t* p, const Lanes (&a)[4]) {
+    const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a[0].v), _mm512_cvtps_epi32(a[1].v));
+    const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(a[2].v), _mm512_cvtps_epi32(a[3].v));
+    // Quarters of four codes each: a0 b0 c0 d0 a1 b1 ..
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)));
+}
+
+inline __m512 halves(__m512 a, __m512 b, bool upper) {
+    return upper ? _mm512_shuffle_f32x4(a, b, 0xee) : _mm512_shuffle_f32x4(a, b, 0x44);
+}
+inline __m512 quarters(__m512 a, __m512 b, bool odd) {
+    return odd ? _mm512_shuffle_f32x4(a, b, 0xdd) : _mm512_shuffle_f32x4(a, b, 0x88);
+}
+inline __m512 singles(__m512 a, __m512 b, bool upper) {
+    return upper ? _mm512_unpackhi_ps(a, b) : _mm512_unpacklo_ps(a, b);
+}
+inline __m512 pairs(__m512 a, __m512 b, bool upper) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(upper ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+}
+
+// A tree that halves the lanes of a row with every step, and ends with row i in lane i.
+inline Lanes max_of_each(const Lanes (&rows)[kLanes]) {
+    const auto join = [](const Lanes& a, const Lanes& b, auto shuffle) {
+        return max_bits({shuffle(a.v, b.v, false)}, {shuffle(a.v, b.v, true)});
+    };
+    Lanes four[4];
+    for (int i = 0; i < 4; ++i) {
+        four[i] = join(join(rows[i], rows[i + 4], halves), join(rows[i + 8], rows[i + 12], halves), quarters);
+    }
+    return join(join(four[0], four[1], singles), join(four[2], four[3], singles), pairs);
+}
+
+// Four steps of a binary search: 8, 4, 2 and 1 thresholds further.
+inline Lanes rank(const float* thresholds, const Lanes& x) {
+    const __m512 all = _mm512_maskz_loadu_ps(0x7fff, thresholds);
+    __m512i below = _mm512_setzero_si512();
+    for (int step = 8; step > 0; step /= 2) {
+        const __m512i at = _mm512_add_epi32(below, _mm512_set1_epi32(step - 1));
+        const __mmask16 above = _mm512_cmp_ps_mask(x.v, _mm512_permutexvar_ps(at, all), _CMP_GT_OQ);
+        below = _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(step));
+    }
+    return {_mm512_cvtepi32_ps(below)};
+}
 
 }  // namespace
 

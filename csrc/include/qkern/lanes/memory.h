@@ -50,6 +50,27 @@ inline Lanes keep_first(const Lanes& a, int64_t count) {
     return load(part);
 }
 
+#ifndef QK_LANES_BLOCKS
+// Four Lanes of integers 0..255.
+inline void store_codes(uint8_t* p, const Lanes (&a)[4]) {
+    for (int i = 0; i < 4; ++i) store_codes(p + kLanes * i, a[i]);
+}
+
+// Lane i: the largest of rows[i], all of them finite and at least +0.
+inline Lanes max_of_each(const Lanes (&rows)[kLanes]) {
+    alignas(64) float largest[kLanes];
+    for (int i = 0; i < kLanes; ++i) largest[i] = reduce_max(rows[i]);
+    return load(largest);
+}
+
+// How many of fifteen ascending thresholds x is above.
+inline Lanes rank(const float* thresholds, const Lanes& x) {
+    Lanes position = splat(0.0f);
+    for (int i = 0; i < 15; ++i) position = count_above(position, x, splat(thresholds[i]));
+    return position;
+}
+#endif
+
 inline Lanes clamp_codes(const Lanes& q, const Lanes& top) { return min(max(q, splat(0.0f)), top); }
 
 }  // namespace

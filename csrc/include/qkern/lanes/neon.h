@@ -91,6 +91,26 @@ inline Lanes or_bits(const Lanes& a, const Lanes& b) {
     return r;
 }
 
+inline Lanes magnitude(const Lanes& a) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = vabsq_f32(a.v[i]);
+    return r;
+}
+
+inline Lanes flip_sign(const Lanes& a) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = vnegq_f32(a.v[i]);
+    return r;
+}
+
+inline Lanes max_bits(const Lanes& a, const Lanes& b) {
+    Lanes r;
+    QK_EACH_QUARTER {
+        r.v[i] = vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(a.v[i]), vreinterpretq_s32_f32(b.v[i])));
+    }
+    return r;
+}
+
 inline bool any_bit(const Lanes& a) {
     const float32x4_t all = or_quarter(or_quarter(a.v[0], a.v[1]), or_quarter(a.v[2], a.v[3]));
     return vmaxvq_u32(vreinterpretq_u32_f32(all)) != 0;

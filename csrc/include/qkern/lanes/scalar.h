@@ -104,6 +104,30 @@ inline Lanes or_bits(const Lanes& a, const Lanes& b) {
     return r;
 }
 
+// Without the sign bit, and with the other sign; NaN as every number.
+inline Lanes magnitude(const Lanes& a) {
+    Lanes r;
+    QK_EACH_LANE r.v[i] = float_of(bits_of(a.v[i]) & 0x7fffffffu);
+    return r;
+}
+
+inline Lanes flip_sign(const Lanes& a) {
+    Lanes r;
+    QK_EACH_LANE r.v[i] = float_of(bits_of(a.v[i]) ^ 0x80000000u);
+    return r;
+}
+
+// The larger one of the bits as signed integers: floats of at least +0 as they are, below Inf, below NaN;
+// anything with a sign is below them all.
+inline Lanes max_bits(const Lanes& a, const Lanes& b) {
+    Lanes r;
+    QK_EACH_LANE {
+        const int32_t x = static_cast<int32_t>(bits_of(a.v[i])), y = static_cast<int32_t>(bits_of(b.v[i]));
+        r.v[i] = float_of(static_cast<uint32_t>(x > y ? x : y));
+    }
+    return r;
+}
+
 inline bool any_bit(const Lanes& a) {
     uint32_t all = 0;
     QK_EACH_LANE all |= bits_of(a.v[i]);
