@@ -91,7 +91,9 @@ struct Quantizer {
 
     Lanes weights(int64_t k, int64_t last) const { return load_some<D>(row, k, last - k); }
 
-    // Calls f(weights, k) for every kLanes columns of [first, last).
+    void fetch(int64_t k) const { __builtin_prefetch(row + k * (D == DType::f32 ? 4 : 2) + kAhead); }
+
+    // Calls f(k, count) for every kLanes columns of [first, last), and the rest.
     template <class F>
     static void each(int64_t first, int64_t last, F&& f) {
         for (; first + kLanes <= last; first += kLanes) f(first, int64_t{kLanes});
@@ -141,12 +143,14 @@ struct Quantizer {
                 const int64_t end = begin + args.group_size < args.K ? begin + args.group_size : args.K;
                 if (args.asymmetric || args.search_mse) {
                     each(begin, end, [&](int64_t k, int64_t n) {
+                        fetch(k);
                         const Lanes w = load_some<D>(row, k, n);
                         high = max_bits(high, w);
                         drop = max_bits(drop, flip_sign(w));
                     });
                 } else {
                     each(begin, end, [&](int64_t k, int64_t n) {
+                        fetch(k);
                         high = max_bits(high, magnitude(load_some<D>(row, k, n)));
                     });
                 }
@@ -156,8 +160,9 @@ struct Quantizer {
             down[i] = drop;
         }
         if (!all_finite(largest)) return Status::non_finite;
+        const bool both = args.asymmetric || args.search_mse;
         const int levels = 1 << args.bits;
-        const Lanes high = max_of_each(up), drop = max_of_each(down);
+        const Lanes high = max_of_each(up), drop = both ? max_of_each(down) : splat(0.0f);
         const Lanes reach = splat(args.asymmetric ? static_cast<float>(levels - 1)
                                   : kBook         ? 1.0f
                                                   : static_cast<float>(levels / 2) - 0.5f);
@@ -260,50 +265,53 @@ struct Quantizer {
         return Status::ok;
     }
 
-    Lanes code(const Lanes& w, const Lanes& scale, const Lanes& zero, const Lanes& top) const {
-        const Lanes x = div(w, scale);
-        return kBook ? lookup(book.codes, rank(book.thresholds, x)) : clamp_codes(add(round_even(x), zero), top);
-    }
-
-    // Codes of columns [k, last) of a group, rounded up to a multiple of kLanes.
-    void encode_range(int64_t k, int64_t last, Grid grid, uint8_t* out) const {
-        const Lanes scale = splat(grid.scale), zero = splat(grid.zero);
-        const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
-        for (; k + 4 * kLanes <= last; k += 4 * kLanes, out += 4 * kLanes) {
-            Lanes codes[4];
-            for (int i = 0; i < 4; ++i) codes[i] = code(load_lanes<D>(row, k + kLanes * i), scale, zero, top);
-            store_codes(out, codes);
-        }
-        each(k, last, [&](int64_t at, int64_t n) {
-            store_codes(out + (at - k), code(load_some<D>(row, at, n), scale, zero, top));
-        });
+    Lanes code(const Lanes& w, const float* scale, const float* zero, const Lanes& top) const {
+        const Lanes x = div(w, load(scale));
+        if (!kBook) return clamp_codes(add(round_even(x), load(zero)), top);
+        const Lanes position = rank(book.thresholds, x);
+        return args.codebook == 1 ? position : lookup(book.codes, position);  // those of nf4 are in order
     }
 
     void encode(int64_t n) const {
         const int64_t first_grid = n / args.rows_per_grid * args.groups;
         uint32_t* words = args.codes + n * args.code_words;
-        // A range of 1..16 codes is stored as 16: the last one may run over.
+        // Groups are filled in by whole Lanes, and codes stored so: the last ones may run over.
         alignas(64) uint8_t codes[kChunk + kLanes];
+        alignas(64) float scale[kChunk + kLanes], zero[kChunk + kLanes];   // of each column
         alignas(64) float scales[kLanes], zeros[kLanes];  // of kLanes groups that follow one another
-        store(zeros, splat(kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1))));
-        int64_t g = 0, loaded = 0, group_end = 0;
+        const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
+        const Lanes middle = splat(kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1)));
+        for (int64_t i = 0; i < kChunk; i += kLanes) store(zero + i, middle);
+        int64_t g = -1, group_end = 0;
         for (int64_t begin = 0; begin < args.K; begin += kChunk) {
             const int64_t end = begin + kChunk < args.K ? begin + kChunk : args.K;
             for (int64_t k = begin; k < end;) {
                 if (k == group_end) {
-                    g = k / args.group_size;
-                    group_end = k + args.group_size < args.K ? k + args.group_size : args.K;
-                    if (g % kLanes == 0) {
-                        loaded = g;
+                    group_end += args.group_size;
+                    if (++g % kLanes == 0) {
                         const int64_t count = args.groups - g < kLanes ? args.groups - g : kLanes;
                         store(scales, load_scales(args.scales, args.scale_dtype, first_grid + g, count));
                         if (args.zeros) load_zeros(args.zeros + first_grid + g, count, zeros);
                     }
                 }
                 const int64_t last = group_end < end ? group_end : end;
-                encode_range(k, last, {scales[g - loaded], zeros[g - loaded]}, codes + (k - begin));
+                fill(scale, k - begin, last - begin, scales[g % kLanes]);
+                if (args.zeros) fill(zero, k - begin, last - begin, zeros[g % kLanes]);
                 k = last;
             }
+            int64_t k = begin;
+            for (; k + 4 * kLanes <= end; k += 4 * kLanes) {
+                Lanes four[4];
+                for (int i = 0; i < 4; ++i) {
+                    const int64_t at = k - begin + kLanes * i;
+                    four[i] = code(load_lanes<D>(row, k + kLanes * i), scale + at, zero + at, top);
+                }
+                store_codes(codes + (k - begin), four);
+            }
+            each(k, end, [&](int64_t j, int64_t count) {
+                const int64_t at = j - begin;
+                store_codes(codes + at, code(load_some<D>(row, j, count), scale + at, zero + at, top));
+            });
             uint32_t* to = words + begin * args.bits / 32;
             switch (args.bits) {
                 case 2: pack_stream<2>(codes, end - begin, to); break;
@@ -312,6 +320,10 @@ struct Quantizer {
                 default: pack_stream<8>(codes, end - begin, to); break;
             }
         }
+    }
+
+    static void fill(float* to, int64_t first, int64_t last, float value) {
+        for (; first < last; first += kLanes) store(to + first, splat(value));
     }
 
     static void load_zeros(const uint8_t* from, int64_t count, float* zeros) {

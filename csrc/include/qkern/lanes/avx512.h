@@ -128,15 +128,18 @@ inline Lanes max_of_each(const Lanes (&rows)[kLanes]) {
     return join(join(four[0], four[1], singles), join(four[2], four[3], singles), pairs);
 }
 
-// Four steps of a binary search: 8, 4, 2 and 1 thresholds further.
+// A binary search: the last two steps find their threshold by permutation.
 inline Lanes rank(const float* thresholds, const Lanes& x) {
     const __m512 all = _mm512_maskz_loadu_ps(0x7fff, thresholds);
-    __m512i below = _mm512_setzero_si512();
-    for (int step = 8; step > 0; step /= 2) {
-        const __m512i at = _mm512_add_epi32(below, _mm512_set1_epi32(step - 1));
-        const __mmask16 above = _mm512_cmp_ps_mask(x.v, _mm512_permutexvar_ps(at, all), _CMP_GT_OQ);
-        below = _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(step));
-    }
+    const auto above = [&x](__m512 threshold) { return _mm512_cmp_ps_mask(x.v, threshold, _CMP_GT_OQ); };
+    const __mmask16 upper = above(_mm512_set1_ps(thresholds[7]));
+    const __mmask16 odd = above(
+        _mm512_mask_blend_ps(upper, _mm512_set1_ps(thresholds[3]), _mm512_set1_ps(thresholds[11])));
+    __m512i below = _mm512_maskz_set1_epi32(upper, 8);
+    below = _mm512_mask_or_epi32(below, odd, below, _mm512_set1_epi32(4));
+    const __m512 next = _mm512_permutexvar_ps(_mm512_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0), all);
+    below = _mm512_mask_or_epi32(below, above(_mm512_permutexvar_ps(below, next)), below, _mm512_set1_epi32(2));
+    below = _mm512_mask_or_epi32(below, above(_mm512_permutexvar_ps(below, all)), below, _mm512_set1_epi32(1));
     return {_mm512_cvtepi32_ps(below)};
 }
 
