@@ -89,9 +89,9 @@ struct Quantizer {
     const char* row;
     const float* importance;
 
-    Lanes weights(int64_t k, int64_t last) const { return load_some<D>(row, k, last - k); }
+    static constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
 
-    void fetch(int64_t k) const { __builtin_prefetch(row + k * (D == DType::f32 ? 4 : 2) + kAhead); }
+    Lanes weights(int64_t k, int64_t last) const { return load_some<D>(row, k, last - k); }
 
     // Calls f(k, count) for every kLanes columns of [first, last), and the rest.
     template <class F>
@@ -132,45 +132,50 @@ struct Quantizer {
         return scale == 0.0f || !is_finite(scale) ? fallback : scale;
     }
 
-    // Min-max grids of groups [first, first + count), count at most kLanes.
-    Status min_max(int64_t first, int64_t count, Grids& grids) const {
-        // Sixteen running maxima for each group; of the negated weights too where the range need not be symmetric.
-        Lanes up[kLanes], down[kLanes], largest = splat(0.0f);
+    // Sixteen running maxima of each group from column k on: of the weights in `up` and of the negated ones in
+    // `down`, or of the magnitudes in `up`. Returns the largest of all.
+    template <bool kBoth>
+    Lanes extremes(int64_t k, int64_t count, Lanes (&up)[kLanes], Lanes (&down)[kLanes]) const {
+        Lanes largest = splat(0.0f);
         for (int64_t i = 0; i < kLanes; ++i) {
             Lanes high = splat(0.0f), drop = splat(0.0f);
             if (i < count) {
-                const int64_t begin = (first + i) * args.group_size;
-                const int64_t end = begin + args.group_size < args.K ? begin + args.group_size : args.K;
-                if (args.asymmetric || args.search_mse) {
-                    each(begin, end, [&](int64_t k, int64_t n) {
-                        fetch(k);
-                        const Lanes w = load_some<D>(row, k, n);
-                        high = max_bits(high, w);
-                        drop = max_bits(drop, flip_sign(w));
-                    });
-                } else {
-                    each(begin, end, [&](int64_t k, int64_t n) {
-                        fetch(k);
-                        high = max_bits(high, magnitude(load_some<D>(row, k, n)));
-                    });
+                const int64_t end = args.K - k < args.group_size ? args.K : k + args.group_size;
+                const auto take = [&](const Lanes& w) {
+                    high = max_bits(high, kBoth ? w : magnitude(w));
+                    if (kBoth) drop = max_bits(drop, flip_sign(w));
+                };
+                for (; k + kLanes <= end; k += kLanes) {
+                    __builtin_prefetch(row + k * kSize + kAhead);
+                    take(load_lanes<D>(row, k));
                 }
+                if (k < end) take(load_some<D>(row, k, end - k));
+                k = end;
             }
-            largest = max_bits(largest, max_bits(high, drop));
             up[i] = high;
-            down[i] = drop;
+            if (kBoth) down[i] = drop;
+            largest = max_bits(largest, kBoth ? max_bits(high, drop) : high);
         }
-        if (!all_finite(largest)) return Status::non_finite;
+        return largest;
+    }
+
+    // Min-max grids of groups [first, first + count), count at most kLanes.
+    Status min_max(int64_t first, int64_t count, Grids& grids) const {
         const bool both = args.asymmetric || args.search_mse;
+        Lanes up[kLanes], down[kLanes];
+        const int64_t k = first * args.group_size;
+        const Lanes largest = both ? extremes<true>(k, count, up, down) : extremes<false>(k, count, up, down);
+        if (!all_finite(largest)) return Status::non_finite;
         const int levels = 1 << args.bits;
         const Lanes high = max_of_each(up), drop = both ? max_of_each(down) : splat(0.0f);
         const Lanes reach = splat(args.asymmetric ? static_cast<float>(levels - 1)
                                   : kBook         ? 1.0f
                                                   : static_cast<float>(levels / 2) - 0.5f);
         const Lanes span = args.asymmetric ? add(high, drop) : max(high, drop);
-        store(grids.scale, round_scales(div(span, reach), args.scale_dtype));
-        for (int i = 0; i < kLanes; ++i) grids.scale[i] = grids.scale[i] == 0.0f ? 1.0f : grids.scale[i];
-        const Lanes scale = load(grids.scale);
+        const Lanes rounded = round_scales(div(span, reach), args.scale_dtype);
+        const Lanes scale = count_above(rounded, splat(float_of(1)), rounded);  // 1 for 0: below the smallest float
         if (!all_finite(scale)) return Status::scale_overflow;
+        store(grids.scale, scale);
         store(grids.low, flip_sign(drop));
         store(grids.high, high);
         store(grids.zero, args.asymmetric ? clamp_codes(round_even(div(drop, scale)), reach)
