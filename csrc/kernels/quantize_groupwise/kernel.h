@@ -54,9 +54,6 @@ inline float round_scalar(float x) {
 
 inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 
-// Weights this far ahead of those that are read are fetched.
-constexpr int64_t kAhead = 4096;
-
 // Lanes [0, count) as scales are stored, and what they then are.
 inline void store_scales(void* data, DType dtype, int64_t i, int64_t count, const Lanes& a) {
     switch (dtype) {
@@ -145,10 +142,7 @@ struct Quantizer {
                     high = max_bits(high, kBoth ? w : magnitude(w));
                     if (kBoth) drop = max_bits(drop, flip_sign(w));
                 };
-                for (; k + kLanes <= end; k += kLanes) {
-                    __builtin_prefetch(row + k * kSize + kAhead);
-                    take(load_lanes<D>(row, k));
-                }
+                for (; k + kLanes <= end; k += kLanes) take(load_lanes<D>(row, k));
                 if (k < end) take(load_some<D>(row, k, end - k));
                 k = end;
             }
@@ -284,6 +278,7 @@ struct Quantizer {
         alignas(64) uint8_t codes[kChunk + kLanes];
         alignas(64) float scale[kChunk + kLanes], zero[kChunk + kLanes];   // of each column
         alignas(64) float scales[kLanes], zeros[kLanes];  // of kLanes groups that follow one another
+        const char* next_row = row + args.row_stride * kSize;  // fetched while this one is divided
         const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
         const Lanes middle = splat(kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1)));
         for (int64_t i = 0; i < kChunk; i += kLanes) store(zero + i, middle);
@@ -307,6 +302,7 @@ struct Quantizer {
             int64_t k = begin;
             for (; k + 4 * kLanes <= end; k += 4 * kLanes) {
                 Lanes four[4];
+                for (int64_t i = 0; i < 4 * kLanes * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
                 for (int i = 0; i < 4; ++i) {
                     const int64_t at = k - begin + kLanes * i;
                     four[i] = code(load_lanes<D>(row, k + kLanes * i), scale + at, zero + at, top);
