@@ -20,41 +20,58 @@ inline bool out_of_range(const uint8_t* codes, int64_t count, int bits) {
 
 // Ten 3-bit codes to a word are the dense stream cut at every 30 bits instead of 32: 160 codes are 15 dense words
 // or 16 of these, and word j begins 2j bits before dense word j.
-constexpr int64_t kTensCodes = 160, kTensWords = 16;
+constexpr int64_t kTensCodes = 160, kTensWords = 16, kTensDense = 15, kTensBatch = 16;
+alignas(64) constexpr uint32_t kTensShift[kTensWords] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
 
-inline void pack_tens(const uint8_t* codes, uint32_t* words) {
-    uint32_t dense[kTensWords + 1] = {};  // from 1 on: the one before the first is zero
-    pack_blocks<3>(codes, kTensCodes / 32, dense + 1);
-    for (uint32_t j = 0; j < kTensWords; ++j) {
-        const uint64_t both = static_cast<uint64_t>(dense[j + 1]) << 32 | dense[j];
-        words[j] = static_cast<uint32_t>(both >> (32 - 2 * j)) & 0x3fffffffu;
+inline void pack_tens(const uint8_t* codes, int64_t count, uint32_t* words) {
+    uint32_t dense[1 + kTensBatch * kTensDense + 1] = {};  // with a word before and after
+    for (int64_t b = 0; b < count; b += kTensBatch) {
+        const int64_t batch = least(kTensBatch, count - b);
+        pack_blocks<3>(codes + b * kTensCodes, batch * kTensDense / 3, dense + 1);
+        for (int64_t i = 0; i < batch; ++i, words += kTensWords) {
+            const uint32_t* from = dense + i * kTensDense;
+            for (int j = 0; j < kTensWords; ++j) {
+                const uint32_t begun = from[j] >> (31 - kTensShift[j]) >> 1;
+                words[j] = (from[j + 1] << kTensShift[j] | begun) & 0x3fffffffu;
+            }
+        }
     }
 }
 
-inline void unpack_tens(const uint32_t* words, uint8_t* codes) {
-    uint32_t dense[kTensWords];
-    for (uint32_t j = 0; j + 1 < kTensWords; ++j) dense[j] = (words[j] & 0x3fffffffu) >> 2 * j | words[j + 1] << (30 - 2 * j);
-    unpack_blocks<3>(dense, kTensCodes / 32, codes);
+inline void unpack_tens(const uint32_t* words, int64_t count, uint8_t* codes) {
+    uint32_t dense[kTensBatch * kTensDense];
+    for (int64_t b = 0; b < count; b += kTensBatch) {
+        const int64_t batch = least(kTensBatch, count - b);
+        for (int64_t i = 0; i < batch; ++i, words += kTensWords) {
+            for (int j = 0; j < kTensDense; ++j) {
+                const uint32_t begun = (words[j] & 0x3fffffffu) >> kTensShift[j];
+                dense[i * kTensDense + j] = begun | words[j + 1] << (30 - kTensShift[j]);
+            }
+        }
+        unpack_blocks<3>(dense, batch * kTensDense / 3, codes + b * kTensCodes);
+    }
 }
 
 inline void pack_words(const uint8_t* codes, int64_t count, uint32_t* words) {
-    for (; count >= kTensCodes; count -= kTensCodes, codes += kTensCodes, words += kTensWords) pack_tens(codes, words);
-    if (count == 0) return;
+    const int64_t whole = count / kTensCodes, rest = count % kTensCodes;
+    pack_tens(codes, whole, words);
+    if (rest == 0) return;
     uint8_t last_codes[kTensCodes] = {};
     uint32_t last_words[kTensWords];
-    memcpy(last_codes, codes, static_cast<size_t>(count));
-    pack_tens(last_codes, last_words);
-    memcpy(words, last_words, static_cast<size_t>((count + 9) / 10) * 4);
+    memcpy(last_codes, codes + whole * kTensCodes, static_cast<size_t>(rest));
+    pack_tens(last_codes, 1, last_words);
+    memcpy(words + whole * kTensWords, last_words, static_cast<size_t>((rest + 9) / 10) * 4);
 }
 
 inline void unpack_words(const uint32_t* words, int64_t count, uint8_t* codes) {
-    for (; count >= kTensCodes; count -= kTensCodes, codes += kTensCodes, words += kTensWords) unpack_tens(words, codes);
-    if (count == 0) return;
+    const int64_t whole = count / kTensCodes, rest = count % kTensCodes;
+    unpack_tens(words, whole, codes);
+    if (rest == 0) return;
     uint8_t last_codes[kTensCodes];
     uint32_t last_words[kTensWords] = {};
-    memcpy(last_words, words, static_cast<size_t>((count + 9) / 10) * 4);
-    unpack_tens(last_words, last_codes);
-    memcpy(codes, last_codes, static_cast<size_t>(count));
+    memcpy(last_words, words + whole * kTensWords, static_cast<size_t>((rest + 9) / 10) * 4);
+    unpack_tens(last_words, 1, last_codes);
+    memcpy(codes + whole * kTensCodes, last_codes, static_cast<size_t>(rest));
 }
 
 inline void fetch_row(const uint8_t* p, int64_t bytes) {
@@ -105,8 +122,9 @@ inline void unpack_transposed(const BitsArgs& args, int64_t begin, int64_t end) 
                 transpose(from, args.N, least(kBlock, words - w), rows, &tile[0][w], stride, false);
             }
             for (int64_t r = 0; r < rows; ++r) {
-                unpack_stream<B>(tile[r], count, line);
-                copy_out(args.codes + (n + r) * args.codes_stride + k, line, count, streamed);
+                if (B != 8) unpack_stream<B>(tile[r], count, line);
+                const void* from = B == 8 ? static_cast<const void*>(tile[r]) : line;
+                copy_out(args.codes + (n + r) * args.codes_stride + k, from, count, streamed);
             }
         }
     }
