@@ -6,6 +6,7 @@
 #include "qkern/bitstream.h"
 #include "qkern/codebooks.h"
 #include "qkern/kernels.h"
+#include "qkern/lanes/columns.h"
 
 namespace {
 
@@ -19,9 +20,6 @@ struct Shrinks {
 constexpr Shrinks kShrinks2 = {49, 32, 41}, kShrinks3 = {38, 32, 30}, kShrinks4 = {35, 32, 27};
 constexpr Shrinks kShrinks8 = {259, 256, 26}, kShrinksBook = {48, 32, 36};
 constexpr int kRefinements = 3;
-
-// Columns whose codes are collected before they are squeezed to bits: a whole number of words for any bits.
-constexpr int64_t kChunk = 256;
 
 struct Grid {
     float scale;
@@ -54,27 +52,10 @@ inline float round_scalar(float x) {
 
 inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 
-// Lanes [0, count) as scales are stored, and what they then are.
-inline void store_scales(void* data, DType dtype, int64_t i, int64_t count, const Lanes& a) {
-    switch (dtype) {
-        case DType::f32: return store_some<DType::f32>(data, i, count, a);
-        case DType::f16: return store_some<DType::f16>(data, i, count, a);
-        default: return store_some<DType::bf16>(data, i, count, a);
-    }
-}
-
-inline Lanes load_scales(const void* data, DType dtype, int64_t i, int64_t count) {
-    switch (dtype) {
-        case DType::f32: return load_some<DType::f32>(data, i, count);
-        case DType::f16: return load_some<DType::f16>(data, i, count);
-        default: return load_some<DType::bf16>(data, i, count);
-    }
-}
-
 inline Lanes round_scales(const Lanes& a, DType dtype) {
     alignas(64) char stored[kLanes * 4];
-    store_scales(stored, dtype, 0, kLanes, a);
-    return load_scales(stored, dtype, 0, kLanes);
+    store_floats(stored, dtype, 0, kLanes, a);
+    return load_floats(stored, dtype, 0, kLanes);
 }
 
 inline bool all_finite(const Lanes& a) { return !any_bit(sub(a, a)); }
@@ -255,7 +236,7 @@ struct Quantizer {
                 grids.scale[i] = best.scale;
                 grids.zero[i] = best.zero;
             }
-            store_scales(args.scales, args.scale_dtype, n * args.groups + g, count, load(grids.scale));
+            store_floats(args.scales, args.scale_dtype, n * args.groups + g, count, load(grids.scale));
             if (!args.zeros) continue;
             uint8_t zeros[kLanes];
             store_codes(zeros, load(grids.zero));
@@ -272,46 +253,32 @@ struct Quantizer {
     }
 
     void encode(int64_t n) const {
-        const int64_t first_grid = n / args.rows_per_grid * args.groups;
+        const int64_t grid = n / args.rows_per_grid * args.groups;
+        const char* scales = static_cast<const char*>(args.scales) + grid * dtype_size(args.scale_dtype);
+        Groups groups{scales, args.scale_dtype, args.zeros ? args.zeros + grid : nullptr, nullptr, args.groups,
+                      args.group_size};
+        Columns of;
+        Groups::fill(of.zero, 0, kChunk, kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1)));
         uint32_t* words = args.codes + n * args.code_words;
-        // Groups are filled in by whole Lanes, and codes stored so: the last ones may run over.
-        alignas(64) uint8_t codes[kChunk + kLanes];
-        alignas(64) float scale[kChunk + kLanes], zero[kChunk + kLanes];   // of each column
-        alignas(64) float scales[kLanes], zeros[kLanes];  // of kLanes groups that follow one another
+        alignas(64) uint8_t codes[kChunk + kLanes];  // stored by whole Lanes, the last ones may run over
         const char* next_row = row + args.row_stride * kSize;  // fetched while this one is divided
         const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
-        const Lanes middle = splat(kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1)));
-        for (int64_t i = 0; i < kChunk; i += kLanes) store(zero + i, middle);
-        int64_t g = -1, group_end = 0;
         for (int64_t begin = 0; begin < args.K; begin += kChunk) {
             const int64_t end = begin + kChunk < args.K ? begin + kChunk : args.K;
-            for (int64_t k = begin; k < end;) {
-                if (k == group_end) {
-                    group_end += args.group_size;
-                    if (++g % kLanes == 0) {
-                        const int64_t count = args.groups - g < kLanes ? args.groups - g : kLanes;
-                        store(scales, load_scales(args.scales, args.scale_dtype, first_grid + g, count));
-                        if (args.zeros) load_zeros(args.zeros + first_grid + g, count, zeros);
-                    }
-                }
-                const int64_t last = group_end < end ? group_end : end;
-                fill(scale, k - begin, last - begin, scales[g % kLanes]);
-                if (args.zeros) fill(zero, k - begin, last - begin, zeros[g % kLanes]);
-                k = last;
-            }
+            groups.expand(begin, end, of);
             int64_t k = begin;
             for (; k + 4 * kLanes <= end; k += 4 * kLanes) {
                 Lanes four[4];
                 for (int64_t i = 0; i < 4 * kLanes * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
                 for (int i = 0; i < 4; ++i) {
                     const int64_t at = k - begin + kLanes * i;
-                    four[i] = code(load_lanes<D>(row, k + kLanes * i), scale + at, zero + at, top);
+                    four[i] = code(load_lanes<D>(row, k + kLanes * i), of.scale + at, of.zero + at, top);
                 }
                 store_codes(codes + (k - begin), four);
             }
             each(k, end, [&](int64_t j, int64_t count) {
                 const int64_t at = j - begin;
-                store_codes(codes + at, code(load_some<D>(row, j, count), scale + at, zero + at, top));
+                store_codes(codes + at, code(load_some<D>(row, j, count), of.scale + at, of.zero + at, top));
             });
             uint32_t* to = words + begin * args.bits / 32;
             switch (args.bits) {
@@ -321,16 +288,6 @@ struct Quantizer {
                 default: pack_stream<8>(codes, end - begin, to); break;
             }
         }
-    }
-
-    static void fill(float* to, int64_t first, int64_t last, float value) {
-        for (; first < last; first += kLanes) store(to + first, splat(value));
-    }
-
-    static void load_zeros(const uint8_t* from, int64_t count, float* zeros) {
-        uint8_t bytes[kLanes] = {};
-        memcpy(bytes, from, static_cast<size_t>(count));
-        store(zeros, load_codes(bytes));
     }
 };
 

@@ -41,6 +41,23 @@ inline void store_some(void* data, int64_t i, int64_t count, const Lanes& a) {
     memcpy(static_cast<char*>(data) + i * size, part, static_cast<size_t>(count * size));
 }
 
+// Scales: the dtype is known at run time only.
+inline Lanes load_floats(const void* data, qk::DType dtype, int64_t i, int64_t count) {
+    switch (dtype) {
+        case qk::DType::f32: return load_some<qk::DType::f32>(data, i, count);
+        case qk::DType::f16: return load_some<qk::DType::f16>(data, i, count);
+        default: return load_some<qk::DType::bf16>(data, i, count);
+    }
+}
+
+inline void store_floats(void* data, qk::DType dtype, int64_t i, int64_t count, const Lanes& a) {
+    switch (dtype) {
+        case qk::DType::f32: return store_some<qk::DType::f32>(data, i, count, a);
+        case qk::DType::f16: return store_some<qk::DType::f16>(data, i, count, a);
+        default: return store_some<qk::DType::bf16>(data, i, count, a);
+    }
+}
+
 // Lanes at or beyond `count` become zero.
 inline Lanes keep_first(const Lanes& a, int64_t count) {
     if (count >= kLanes) return a;
