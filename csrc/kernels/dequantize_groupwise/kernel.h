@@ -43,9 +43,9 @@ void dequantize_rows(const DequantizeArgs& args, int64_t begin, int64_t end) {
     const float* table = args.codebook == 1 ? kNf4.values : kFp4.values;
     const int64_t scale_size = dtype_size(args.scale_dtype);
     Columns of = {};
-    if (args.codebook == 0 && !args.offsets) Groups::fill(of.zero, 0, kChunk, static_cast<float>(1 << (args.bits - 1)));
-    alignas(64) uint8_t codes[kChunk + kLanes] = {};
-    alignas(64) char weights[(kChunk + kLanes) * size];  // whole Lanes: the last ones may run over
+    if (args.codebook == 0 && !args.offsets) Groups::fill(of.zero, 0, kColumns, static_cast<float>(1 << (args.bits - 1)));
+    alignas(64) uint8_t codes[kColumns + kLanes] = {};
+    alignas(64) char weights[(kColumns + kLanes) * size];  // whole Lanes: the last ones may run over
     for (int64_t n = begin; n < end; ++n) {
         const int64_t scale_row = n / args.rows_per_scale * args.groups;
         Groups groups{static_cast<const char*>(args.scales) + scale_row * scale_size, args.scale_dtype,
@@ -54,10 +54,10 @@ void dequantize_rows(const DequantizeArgs& args, int64_t begin, int64_t end) {
                       args.groups, args.group_size};
         const uint32_t* words = args.codes + n * args.code_words;
         char* out = static_cast<char*>(args.out) + (n - args.first_row) * args.out_stride * size;
-        for (int64_t k = 0; k < args.K; k += kChunk) {
-            const int64_t last = k + kChunk < args.K ? k + kChunk : args.K;
+        for (int64_t k = 0; k < args.K; k += kColumns) {
+            const int64_t last = k + kColumns < args.K ? k + kColumns : args.K;
             const uint32_t* from = words + k * args.bits / 32;
-            for (int64_t i = 0; i < kChunk * args.bits / 8; i += 64) {
+            for (int64_t i = 0; i < kColumns * args.bits / 8; i += 64) {
                 __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead + i);
             }
             unpack_chunk(args.bits, from, last - k, codes);

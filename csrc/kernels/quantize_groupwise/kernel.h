@@ -58,8 +58,6 @@ inline Lanes round_scales(const Lanes& a, DType dtype) {
     return load_floats(stored, dtype, 0, kLanes);
 }
 
-inline bool all_finite(const Lanes& a) { return !any_bit(sub(a, a)); }
-
 template <DType D, bool kBook>
 struct Quantizer {
     const QuantizeArgs& args;
@@ -110,36 +108,13 @@ struct Quantizer {
         return scale == 0.0f || !is_finite(scale) ? fallback : scale;
     }
 
-    // Sixteen running maxima of each group from column k on: of the weights in `up` and of the negated ones in
-    // `down`, or of the magnitudes in `up`. Returns the largest of all.
-    template <bool kBoth>
-    Lanes extremes(int64_t k, int64_t count, Lanes (&up)[kLanes], Lanes (&down)[kLanes]) const {
-        Lanes largest = splat(0.0f);
-        for (int64_t i = 0; i < kLanes; ++i) {
-            Lanes high = splat(0.0f), drop = splat(0.0f);
-            if (i < count) {
-                const int64_t end = args.K - k < args.group_size ? args.K : k + args.group_size;
-                const auto take = [&](const Lanes& w) {
-                    high = max_bits(high, kBoth ? w : magnitude(w));
-                    if (kBoth) drop = max_bits(drop, flip_sign(w));
-                };
-                for (; k + kLanes <= end; k += kLanes) take(load_lanes<D>(row, k));
-                if (k < end) take(load_some<D>(row, k, end - k));
-                k = end;
-            }
-            up[i] = high;
-            if (kBoth) down[i] = drop;
-            largest = max_bits(largest, kBoth ? max_bits(high, drop) : high);
-        }
-        return largest;
-    }
-
     // Min-max grids of groups [first, first + count), count at most kLanes.
     Status min_max(int64_t first, int64_t count, Grids& grids) const {
         const bool both = args.asymmetric || args.search_mse;
         Lanes up[kLanes], down[kLanes];
         const int64_t k = first * args.group_size;
-        const Lanes largest = both ? extremes<true>(k, count, up, down) : extremes<false>(k, count, up, down);
+        const Lanes largest = both ? extremes<D, true>(row, k, args.K, args.group_size, count, up, down)
+                                   : extremes<D, false>(row, k, args.K, args.group_size, count, up, down);
         if (!all_finite(largest)) return Status::non_finite;
         const int levels = 1 << args.bits;
         const Lanes high = max_of_each(up), drop = both ? max_of_each(down) : splat(0.0f);
@@ -147,8 +122,7 @@ struct Quantizer {
                                   : kBook         ? 1.0f
                                                   : static_cast<float>(levels / 2) - 0.5f);
         const Lanes span = args.asymmetric ? add(high, drop) : max(high, drop);
-        const Lanes rounded = round_scales(div(span, reach), args.scale_dtype);
-        const Lanes scale = count_above(rounded, splat(float_of(1)), rounded);  // 1 for 0: below the smallest float
+        const Lanes scale = one_for_zero(round_scales(div(span, reach), args.scale_dtype));
         if (!all_finite(scale)) return Status::scale_overflow;
         store(grids.scale, scale);
         store(grids.low, flip_sign(drop));
@@ -258,13 +232,13 @@ struct Quantizer {
         Groups groups{scales, args.scale_dtype, args.zeros ? args.zeros + grid : nullptr, nullptr, args.groups,
                       args.group_size};
         Columns of;
-        Groups::fill(of.zero, 0, kChunk, kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1)));
+        Groups::fill(of.zero, 0, kColumns, kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1)));
         uint32_t* words = args.codes + n * args.code_words;
-        alignas(64) uint8_t codes[kChunk + kLanes];  // stored by whole Lanes, the last ones may run over
+        alignas(64) uint8_t codes[kColumns + kLanes];  // stored by whole Lanes, the last ones may run over
         const char* next_row = row + args.row_stride * kSize;  // fetched while this one is divided
         const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
-        for (int64_t begin = 0; begin < args.K; begin += kChunk) {
-            const int64_t end = begin + kChunk < args.K ? begin + kChunk : args.K;
+        for (int64_t begin = 0; begin < args.K; begin += kColumns) {
+            const int64_t end = begin + kColumns < args.K ? begin + kColumns : args.K;
             groups.expand(begin, end, of);
             int64_t k = begin;
             for (; k + 4 * kLanes <= end; k += 4 * kLanes) {
