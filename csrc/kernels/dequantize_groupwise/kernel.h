@@ -37,15 +37,48 @@ inline void expand(const uint8_t* codes, int64_t count, void* out, const Value& 
     for (int64_t i = 0; i < count; i += kLanes) store_lanes<D>(out, i, value(load_codes(codes + i), i));
 }
 
+// One chunk at a time, of codes of at most four bits: a table of what each of sixteen codes is worth in the group.
+template <DType D>
+inline void look_up(const DequantizeArgs& args, const float* entries, const uint8_t* codes, int64_t first, int64_t last,
+                    Groups& groups, uint16_t* table, uint16_t* out) {
+    for (int64_t k = first; k < last;) {
+        if (k == groups.end) {
+            groups.next_group();
+            const int64_t g = groups.g % kLanes;
+            Lanes worth = load(entries);
+            if (args.zeros) worth = sub(worth, splat(groups.zero[g]));
+            worth = mul(worth, splat(groups.scale[g]));
+            store_lanes<D>(table, 0, args.offsets ? add(worth, splat(groups.offset[g])) : worth);
+        }
+        const int64_t to = groups.end < last ? groups.end : last;
+        for (; k < to; k += 32) look_up_halves(table, codes + (k - first), out + (k - first));
+        k = to;
+    }
+}
+
+// What a code is worth before the zero point that a group gives, the scale and the offset.
+inline Lanes worth_of_codes(const DequantizeArgs& args) {
+    if (args.codebook != 0) return load(args.codebook == 1 ? kNf4.values : kFp4.values);
+    uint8_t codes[kLanes];
+    for (int i = 0; i < kLanes; ++i) codes[i] = static_cast<uint8_t>(i);
+    const bool middle = !args.zeros && !args.offsets;
+    return sub(load_codes(codes), splat(middle ? static_cast<float>(1 << (args.bits - 1)) : 0.0f));
+}
+
 template <DType D>
 void dequantize_rows(const DequantizeArgs& args, int64_t begin, int64_t end) {
     constexpr int64_t size = D == DType::f32 ? 4 : 2;
-    const float* table = args.codebook == 1 ? kNf4.values : kFp4.values;
+    const float* values = args.codebook == 1 ? kNf4.values : kFp4.values;
     const int64_t scale_size = dtype_size(args.scale_dtype);
+    const bool by_table = D != DType::f32 && args.bits <= 4 && args.group_size >= kLanes && !args.group_index;
     Columns of = {};
     if (args.codebook == 0 && !args.offsets) Groups::fill(of.zero, 0, kColumns, static_cast<float>(1 << (args.bits - 1)));
-    alignas(64) uint8_t codes[kColumns + kLanes] = {};
-    alignas(64) char weights[(kColumns + kLanes) * size];  // whole Lanes: the last ones may run over
+    alignas(64) float entries[kLanes];
+    store(entries, worth_of_codes(args));
+    alignas(64) uint16_t table[kLanes] = {};
+    // Both are written by 16 or 32 elements: the last ones may run over.
+    alignas(64) uint8_t codes[kColumns + 32] = {};
+    alignas(64) char weights[(kColumns + 32) * size];
     for (int64_t n = begin; n < end; ++n) {
         const int64_t scale_row = n / args.rows_per_scale * args.groups;
         Groups groups{static_cast<const char*>(args.scales) + scale_row * scale_size, args.scale_dtype,
@@ -61,10 +94,15 @@ void dequantize_rows(const DequantizeArgs& args, int64_t begin, int64_t end) {
                 __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead + i);
             }
             unpack_chunk(args.bits, from, last - k, codes);
+            if (by_table) {
+                look_up<D>(args, entries, codes, k, last, groups, table, reinterpret_cast<uint16_t*>(weights));
+                copy_out(out + k * size, weights, (last - k) * size, args.streamed);
+                continue;
+            }
             args.group_index ? pick(args, scale_row, k, last, of) : groups.expand(k, last, of);
             if (args.codebook != 0) {
                 expand<D>(codes, last - k, weights, [&](const Lanes& q, int64_t i) {
-                    return mul(lookup(table, q), load(of.scale + i));
+                    return mul(lookup(values, q), load(of.scale + i));
                 });
             } else if (args.offsets) {
                 expand<D>(codes, last - k, weights, [&](const Lanes& q, int64_t i) {

@@ -120,6 +120,20 @@ inline Lanes lookup(const float* table, const Lanes& index) {
     return {lookup_8(lo, hi, index.lo), lookup_8(lo, hi, index.hi)};
 }
 
+// Byte tables of the lower and the upper halves.
+inline void look_up_halves(const uint16_t* table, const uint8_t* codes, uint16_t* out) {
+    const __m128i low_bytes = _mm_set1_epi16(0xff), first = load_128(table), second = load_128(table + 8);
+    const __m256i low = _mm256_broadcastsi128_si256(
+        _mm_packus_epi16(_mm_and_si128(first, low_bytes), _mm_and_si128(second, low_bytes)));
+    const __m256i high =
+        _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8)));
+    // Quarters 0, 2, 1, 3: the two interleaved registers are then in order.
+    const __m256i at = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), 0xd8);
+    const __m256i x = _mm256_shuffle_epi8(low, at), y = _mm256_shuffle_epi8(high, at);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi8(x, y));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpackhi_epi8(x, y));
+}
+
 #define QK_LANE_REDUCE(name, op)                                                                        \
     inline float name(const Lanes& a) {                                                                 \
         const __m256 eight = _mm256_##op##_ps(a.lo, a.hi);                                              \

@@ -91,6 +91,11 @@ QK_LANE_REDUCE(reduce_min, min)
 QK_LANE_REDUCE(reduce_max, max)
 #undef QK_LANE_REDUCE
 
+inline void look_up_halves(const uint16_t* table, const uint8_t* codes, uint16_t* out) {
+    const __m512i all = _mm512_castsi256_si512(load_256(table));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(load_256(codes)), all));
+}
+
 // What memory.h would otherwise write with the operations above.
 #define QK_LANES_BLOCKS
 

@@ -98,6 +98,11 @@ inline Lanes lookup(const float* table, const Lanes& index) {
     return r;
 }
 
+// 32 entries of a table of sixteen, by codes of 0..15.
+inline void look_up_halves(const uint16_t* table, const uint8_t* codes, uint16_t* out) {
+    for (int i = 0; i < 32; ++i) out[i] = table[codes[i] & 15];
+}
+
 inline Lanes or_bits(const Lanes& a, const Lanes& b) {
     Lanes r;
     QK_EACH_LANE r.v[i] = float_of(bits_of(a.v[i]) | bits_of(b.v[i]));
