@@ -3,6 +3,7 @@
 #include "qkern/cpu.h"
 #include "qkern/kernels.h"
 #include "qkern/parallel.h"
+#include "qkern/stream.h"
 
 namespace py = pybind11;
 
@@ -30,6 +31,7 @@ void bind_dequantize_groupwise(py::module_& module) {
             args.out = reinterpret_cast<void*>(out);
             args.out_stride = out_stride;
             args.first_row = begin;
+            args.streamed = (end - begin) * K * (args.out_dtype == qk::DType::f32 ? 4 : 2) >= kStreamedBytes;
             const auto kernel = qk::kernels().dequantize_groupwise;
             py::gil_scoped_release release;
             qk::parallel_for(end - begin, 1, K, threads,

@@ -11,7 +11,7 @@ namespace py = pybind11;
 namespace {
 
 // One tile of the transposing layouts.
-int64_t tile_rows(qk::BitLayout layout) { return layout == qk::BitLayout::awq ? 128 : 16; }
+int64_t tile_rows(qk::BitLayout layout) { return layout == qk::BitLayout::awq ? 128 : 64; }
 
 qk::BitsArgs pack_args(uintptr_t codes, int64_t codes_stride, int64_t N, int64_t K, int bits, int layout,
                        uintptr_t packed) {

@@ -198,3 +198,12 @@ def test_dequantize_groupwise_offsets_beyond_two_to_the_31() -> None:
     dequantize_rows(qw, N - 2, N, out)
     assert (out[0] == -2).all()
     assert torch.equal(out[1], torch.tensor([1.0, 0.0, -1.0, -2.0]).repeat(K // 4))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_dequantize_groupwise_past_the_caches_equals_reference(cpu_tier: str, dtype: torch.dtype) -> None:
+    # Results of 4 MiB and more are streamed in whole lines: rows that begin at a line, and rows that do not.
+    for K in (4096, 4104):
+        qw, _ = random_weight((520, K), "w4g32z")
+        found = dequantize_groupwise(qw, dtype, backend="cpu")
+        assert torch.equal(found, dequantize_groupwise(qw, dtype, backend="reference"))

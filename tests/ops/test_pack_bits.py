@@ -150,3 +150,13 @@ def test_pack_bits_offsets_beyond_two_to_the_31() -> None:
     packed = pack_bits(codes, 2, backend="cpu")
     assert torch.equal(packed[-1:], pack_bits(codes[-1:], 2, backend="reference"))
     assert torch.equal(unpack_bits(packed, 2, (N, K), backend="cpu")[-1], codes[-1])
+
+
+@pytest.mark.parametrize(("bits", "layout"), [(8, "gptq"), (3, "gptq"), (4, "awq"), (3, "words")])
+def test_pack_bits_past_the_caches_equals_reference(cpu_tier: str, bits: int, layout: str) -> None:
+    # Results of 4 MiB and more are streamed in whole lines, where all of them are whole.
+    for N in (2048, 2056):
+        codes = random_codes(N, 5700, bits)
+        packed = pack_bits(codes, bits, layout=layout, backend="cpu")
+        assert torch.equal(packed, pack_bits(codes, bits, layout=layout, backend="reference"))
+        assert torch.equal(unpack_bits(packed, bits, (N, 5700), layout=layout, backend="cpu"), codes)

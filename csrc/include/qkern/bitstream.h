@@ -36,7 +36,8 @@ inline uint64_t load_u64(const uint8_t* p) {
 template <int B>
 inline void pack_blocks(const uint8_t* codes, int64_t blocks, uint32_t* words) {
     if (B == 8) {
-        memcpy(words, codes, static_cast<size_t>(blocks) * 32);
+        // By constant sizes: a copy of unknown size becomes a string instruction, slow where it is short.
+        for (int64_t i = 0; i < blocks; ++i) memcpy(words + 8 * i, codes + 32 * i, 32);
     } else if (B == 4) {
         for (int64_t i = 0; i < blocks * 4; ++i) words[i] = static_cast<uint32_t>(squeeze<4>(load_u64(codes + 8 * i)));
     } else if (B == 2) {
@@ -59,7 +60,7 @@ template <int B>
 inline void unpack_blocks(const uint32_t* words, int64_t blocks, uint8_t* codes) {
     const auto put = [codes](int64_t i, uint64_t x) { memcpy(codes + 8 * i, &x, 8); };
     if (B == 8) {
-        memcpy(codes, words, static_cast<size_t>(blocks) * 32);
+        for (int64_t i = 0; i < blocks; ++i) memcpy(codes + 32 * i, words + 8 * i, 32);
     } else if (B == 4) {
         for (int64_t i = 0; i < blocks * 4; ++i) put(i, spread<4>(words[i]));
     } else if (B == 2) {

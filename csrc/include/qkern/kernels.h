@@ -56,6 +56,7 @@ struct DequantizeArgs {
     void* out;                    // row `first_row` of the result
     int64_t out_stride;           // elements between rows
     int64_t first_row;
+    bool streamed;                // past the caches: the result does not fit in them
 };
 // Writes rows [begin, end) to out + (row - first_row) * out_stride.
 using DequantizeGroupwiseFn = void (*)(const DequantizeArgs& args, int64_t begin, int64_t end);

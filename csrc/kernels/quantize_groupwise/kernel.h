@@ -6,6 +6,7 @@
 #include "qkern/bitstream.h"
 #include "qkern/codebooks.h"
 #include "qkern/kernels.h"
+#include "qkern/lanes/columns.h"
 
 namespace {
 
@@ -20,9 +21,6 @@ constexpr Shrinks kShrinks2 = {49, 32, 41}, kShrinks3 = {38, 32, 30}, kShrinks4 
 constexpr Shrinks kShrinks8 = {259, 256, 26}, kShrinksBook = {48, 32, 36};
 constexpr int kRefinements = 3;
 
-// Columns whose codes are collected before they are squeezed to bits: a whole number of words for any bits.
-constexpr int64_t kChunk = 256;
-
 struct Grid {
     float scale;
     float zero;
@@ -30,7 +28,11 @@ struct Grid {
 
 struct Range {
     float low, high;  // both include zero
-    bool finite;
+};
+
+// Grids of up to kLanes groups that follow one another, a group to a lane.
+struct Grids {
+    alignas(64) float low[kLanes], high[kLanes], scale[kLanes], zero[kLanes];
 };
 
 // Weighted squared error of a group on one grid, and its derivatives in the scale:
@@ -50,11 +52,10 @@ inline float round_scalar(float x) {
 
 inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 
-// Position of the nearest entry in the sorted codebook.
-inline Lanes nearest(const Codebook& book, const Lanes& x) {
-    Lanes position = splat(0.0f);
-    for (int i = 0; i < 15; ++i) position = count_above(position, x, splat(book.thresholds[i]));
-    return position;
+inline Lanes round_scales(const Lanes& a, DType dtype) {
+    alignas(64) char stored[kLanes * 4];
+    store_floats(stored, dtype, 0, kLanes, a);
+    return load_floats(stored, dtype, 0, kLanes);
 }
 
 template <DType D, bool kBook>
@@ -64,17 +65,15 @@ struct Quantizer {
     const char* row;
     const float* importance;
 
+    static constexpr int64_t kSize = D == DType::f32 ? 4 : 2;
+
     Lanes weights(int64_t k, int64_t last) const { return load_some<D>(row, k, last - k); }
 
-    Range range(int64_t first, int64_t last) const {
-        Lanes low = splat(0.0f), high = splat(0.0f), bad = splat(0.0f);
-        for (int64_t k = first; k < last; k += kLanes) {
-            const Lanes w = weights(k, last);
-            low = min(w, low);
-            high = max(w, high);
-            bad = or_bits(bad, sub(w, w));  // zero bits for a finite number only
-        }
-        return {reduce_min(low), reduce_max(high), !any_bit(bad)};
+    // Calls f(k, count) for every kLanes columns of [first, last), and the rest.
+    template <class F>
+    static void each(int64_t first, int64_t last, F&& f) {
+        for (; first + kLanes <= last; first += kLanes) f(first, int64_t{kLanes});
+        if (first < last) f(first, last - first);
     }
 
     // Fits of grids whose scales differ in sign at most, so that they share the division.
@@ -92,7 +91,7 @@ struct Quantizer {
                 const Lanes zero = splat(grids[g].zero), sign = splat(grids[g].scale == grids[0].scale ? 1.0f : -1.0f);
                 const Lanes x = g == 0 ? ratio : mul(ratio, sign);
                 // What the code stands for, before the scale.
-                const Lanes c = kBook ? lookup(book.sorted, nearest(book, x)) : sub(clamp_codes(add(x, zero), top), zero);
+                const Lanes c = kBook ? lookup(book.sorted, rank(book.thresholds, x)) : sub(clamp_codes(add(x, zero), top), zero);
                 const Lanes e = sub(w, mul(c, splat(grids[g].scale)));
                 const Lanes ie = importance ? mul(i, e) : e, ic = importance ? mul(i, c) : c;
                 error[g] = add(error[g], mul(ie, e));
@@ -109,18 +108,28 @@ struct Quantizer {
         return scale == 0.0f || !is_finite(scale) ? fallback : scale;
     }
 
-    Grid min_max(Range r) const {
+    // Min-max grids of groups [first, first + count), count at most kLanes.
+    Status min_max(int64_t first, int64_t count, Grids& grids) const {
+        const bool both = args.asymmetric || args.search_mse;
+        Lanes up[kLanes], down[kLanes];
+        const int64_t k = first * args.group_size;
+        const Lanes largest = both ? extremes<D, true>(row, k, args.K, args.group_size, count, up, down)
+                                   : extremes<D, false>(row, k, args.K, args.group_size, count, up, down);
+        if (!all_finite(largest)) return Status::non_finite;
         const int levels = 1 << args.bits;
-        if (args.asymmetric) {
-            const float top = static_cast<float>(levels - 1);
-            float scale = round_to((r.high - r.low) / top, args.scale_dtype);
-            if (scale == 0.0f) scale = 1.0f;
-            return {scale, clamp_zero(round_scalar(-r.low / scale), top)};
-        }
-        const float absmax = r.high > -r.low ? r.high : -r.low;
-        const float reach = kBook ? 1.0f : static_cast<float>(levels / 2) - 0.5f;
-        const float scale = round_to(absmax / reach, args.scale_dtype);
-        return {scale == 0.0f ? 1.0f : scale, kBook ? 0.0f : static_cast<float>(levels / 2)};
+        const Lanes high = max_of_each(up), drop = both ? max_of_each(down) : splat(0.0f);
+        const Lanes reach = splat(args.asymmetric ? static_cast<float>(levels - 1)
+                                  : kBook         ? 1.0f
+                                                  : static_cast<float>(levels / 2) - 0.5f);
+        const Lanes span = args.asymmetric ? add(high, drop) : max(high, drop);
+        const Lanes scale = one_for_zero(round_scales(div(span, reach), args.scale_dtype));
+        if (!all_finite(scale)) return Status::scale_overflow;
+        store(grids.scale, scale);
+        store(grids.low, flip_sign(drop));
+        store(grids.high, high);
+        store(grids.zero, args.asymmetric ? clamp_codes(round_even(div(drop, scale)), reach)
+                                          : splat(kBook ? 0.0f : static_cast<float>(levels / 2)));
+        return Status::ok;
     }
 
     struct Search {
@@ -188,50 +197,63 @@ struct Quantizer {
     }
 
     Status choose(int64_t n) const {
-        for (int64_t g = 0; g < args.groups; ++g) {
-            const int64_t first = g * args.group_size;
-            const int64_t last = first + args.group_size < args.K ? first + args.group_size : args.K;
-            const Range r = range(first, last);
-            if (!r.finite) return Status::non_finite;
-            Grid grid = min_max(r);
-            if (!is_finite(grid.scale)) return Status::scale_overflow;
-            if (args.search_mse) grid = least_squares(r, grid, first, last);
-            store_float(args.scales, args.scale_dtype, n * args.groups + g, grid.scale);
-            if (args.zeros) args.zeros[n * args.groups + g] = static_cast<uint8_t>(grid.zero);
+        Grids grids;
+        for (int64_t g = 0; g < args.groups; g += kLanes) {
+            const int64_t count = args.groups - g < kLanes ? args.groups - g : kLanes;
+            const Status status = min_max(g, count, grids);
+            if (status != Status::ok) return status;
+            for (int64_t i = 0; args.search_mse && i < count; ++i) {
+                const int64_t first = (g + i) * args.group_size;
+                const int64_t last = first + args.group_size < args.K ? first + args.group_size : args.K;
+                const Grid start = {grids.scale[i], grids.zero[i]};
+                const Grid best = least_squares({grids.low[i], grids.high[i]}, start, first, last);
+                grids.scale[i] = best.scale;
+                grids.zero[i] = best.zero;
+            }
+            store_floats(args.scales, args.scale_dtype, n * args.groups + g, count, load(grids.scale));
+            if (!args.zeros) continue;
+            uint8_t zeros[kLanes];
+            store_codes(zeros, load(grids.zero));
+            memcpy(args.zeros + n * args.groups + g, zeros, static_cast<size_t>(count));
         }
         return Status::ok;
     }
 
-    void encode_range(int64_t first, int64_t last, Grid grid, uint8_t* out) const {
-        const Lanes scale = splat(grid.scale), zero = splat(grid.zero);
-        const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
-        for (int64_t k = first; k < last; k += kLanes, out += kLanes) {
-            const Lanes x = div(weights(k, last), scale);
-            if (kBook) {
-                store_codes(out, lookup(book.codes, nearest(book, x)));
-            } else {
-                store_codes(out, clamp_codes(add(round_even(x), zero), top));
-            }
-        }
+    Lanes code(const Lanes& w, const float* scale, const float* zero, const Lanes& top) const {
+        const Lanes x = div(w, load(scale));
+        if (!kBook) return clamp_codes(add(round_even(x), load(zero)), top);
+        const Lanes position = rank(book.thresholds, x);
+        return args.codebook == 1 ? position : lookup(book.codes, position);  // those of nf4 are in order
     }
 
     void encode(int64_t n) const {
-        const int64_t grid_row = n / args.rows_per_grid;
+        const int64_t grid = n / args.rows_per_grid * args.groups;
+        const char* scales = static_cast<const char*>(args.scales) + grid * dtype_size(args.scale_dtype);
+        Groups groups{scales, args.scale_dtype, args.zeros ? args.zeros + grid : nullptr, nullptr, args.groups,
+                      args.group_size};
+        Columns of;
+        Groups::fill(of.zero, 0, kColumns, kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1)));
         uint32_t* words = args.codes + n * args.code_words;
-        // A range of 1..16 codes is stored as 16: the last one may run over.
-        alignas(64) uint8_t codes[kChunk + kLanes];
-        for (int64_t begin = 0; begin < args.K; begin += kChunk) {
-            const int64_t end = begin + kChunk < args.K ? begin + kChunk : args.K;
-            for (int64_t k = begin; k < end;) {
-                const int64_t g = k / args.group_size;
-                const int64_t group_end = (g + 1) * args.group_size;
-                const int64_t last = group_end < end ? group_end : end;
-                const int64_t at = grid_row * args.groups + g;
-                const float middle = kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1));
-                const float zero = args.zeros ? static_cast<float>(args.zeros[at]) : middle;
-                encode_range(k, last, {load_float(args.scales, args.scale_dtype, at), zero}, codes + (k - begin));
-                k = last;
+        alignas(64) uint8_t codes[kColumns + kLanes];  // stored by whole Lanes, the last ones may run over
+        const char* next_row = row + args.row_stride * kSize;  // fetched while this one is divided
+        const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
+        for (int64_t begin = 0; begin < args.K; begin += kColumns) {
+            const int64_t end = begin + kColumns < args.K ? begin + kColumns : args.K;
+            groups.expand(begin, end, of);
+            int64_t k = begin;
+            for (; k + 4 * kLanes <= end; k += 4 * kLanes) {
+                Lanes four[4];
+                for (int64_t i = 0; i < 4 * kLanes * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
+                for (int i = 0; i < 4; ++i) {
+                    const int64_t at = k - begin + kLanes * i;
+                    four[i] = code(load_lanes<D>(row, k + kLanes * i), of.scale + at, of.zero + at, top);
+                }
+                store_codes(codes + (k - begin), four);
             }
+            each(k, end, [&](int64_t j, int64_t count) {
+                const int64_t at = j - begin;
+                store_codes(codes + at, code(load_some<D>(row, j, count), of.scale + at, of.zero + at, top));
+            });
             uint32_t* to = words + begin * args.bits / 32;
             switch (args.bits) {
                 case 2: pack_stream<2>(codes, end - begin, to); break;

@@ -73,6 +73,22 @@ inline Lanes max(const Lanes& a, const Lanes& b) { return {_mm256_max_ps(a.lo, b
 
 inline Lanes or_bits(const Lanes& a, const Lanes& b) { return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)}; }
 
+inline Lanes magnitude(const Lanes& a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+
+inline Lanes flip_sign(const Lanes& a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_xor_ps(a.lo, sign), _mm256_xor_ps(a.hi, sign)};
+}
+
+inline __m256 max_bits_8(__m256 a, __m256 b) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+
+inline Lanes max_bits(const Lanes& a, const Lanes& b) { return {max_bits_8(a.lo, b.lo), max_bits_8(a.hi, b.hi)}; }
+
 inline bool any_bit(const Lanes& a) {
     const __m256i all = _mm256_castps_si256(_mm256_or_ps(a.lo, a.hi));
     return !_mm256_testz_si256(all, all);
@@ -102,6 +118,20 @@ inline __m256 lookup_8(__m256 table_lo, __m256 table_hi, __m256 position) {
 inline Lanes lookup(const float* table, const Lanes& index) {
     const __m256 lo = _mm256_loadu_ps(table), hi = _mm256_loadu_ps(table + 8);
     return {lookup_8(lo, hi, index.lo), lookup_8(lo, hi, index.hi)};
+}
+
+// Byte tables of the lower and the upper halves.
+inline void look_up_halves(const uint16_t* table, const uint8_t* codes, uint16_t* out) {
+    const __m128i low_bytes = _mm_set1_epi16(0xff), first = load_128(table), second = load_128(table + 8);
+    const __m256i low = _mm256_broadcastsi128_si256(
+        _mm_packus_epi16(_mm_and_si128(first, low_bytes), _mm_and_si128(second, low_bytes)));
+    const __m256i high =
+        _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8)));
+    // Quarters 0, 2, 1, 3: the two interleaved registers are then in order.
+    const __m256i at = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), 0xd8);
+    const __m256i x = _mm256_shuffle_epi8(low, at), y = _mm256_shuffle_epi8(high, at);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi8(x, y));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpackhi_epi8(x, y));
 }
 
 #define QK_LANE_REDUCE(name, op)                                                                        \

@@ -54,6 +54,13 @@ inline Lanes min(const Lanes& a, const Lanes& b) { return {_mm512_min_ps(a.v, b.
 inline Lanes max(const Lanes& a, const Lanes& b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Lanes or_bits(const Lanes& a, const Lanes& b) { return {_mm512_or_ps(a.v, b.v)}; }
 
+inline Lanes magnitude(const Lanes& a) { return {_mm512_abs_ps(a.v)}; }
+inline Lanes flip_sign(const Lanes& a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
+
+inline Lanes max_bits(const Lanes& a, const Lanes& b) {
+    return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+}
+
 inline bool any_bit(const Lanes& a) {
     const __m512i bits = _mm512_castps_si512(a.v);
     return _mm512_test_epi32_mask(bits, bits) != 0;
@@ -83,6 +90,63 @@ QK_LANE_REDUCE(reduce_add, add)
 QK_LANE_REDUCE(reduce_min, min)
 QK_LANE_REDUCE(reduce_max, max)
 #undef QK_LANE_REDUCE
+
+inline void look_up_halves(const uint16_t* table, const uint8_t* codes, uint16_t* out) {
+    const __m512i all = _mm512_castsi256_si512(load_256(table));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(load_256(codes)), all));
+}
+
+// What memory.h would otherwise write with the operations above.
+#define QK_LANES_BLOCKS
+
+inline void store_codes(uint8_t* p, const Lanes (&a)[4]) {
+    const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a[0].v), _mm512_cvtps_epi32(a[1].v));
+    const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(a[2].v), _mm512_cvtps_epi32(a[3].v));
+    // Quarters of four codes each: a0 b0 c0 d0 a1 b1 ..
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)));
+}
+
+inline __m512 halves(__m512 a, __m512 b, bool upper) {
+    return upper ? _mm512_shuffle_f32x4(a, b, 0xee) : _mm512_shuffle_f32x4(a, b, 0x44);
+}
+inline __m512 quarters(__m512 a, __m512 b, bool odd) {
+    return odd ? _mm512_shuffle_f32x4(a, b, 0xdd) : _mm512_shuffle_f32x4(a, b, 0x88);
+}
+inline __m512 singles(__m512 a, __m512 b, bool upper) {
+    return upper ? _mm512_unpackhi_ps(a, b) : _mm512_unpacklo_ps(a, b);
+}
+inline __m512 pairs(__m512 a, __m512 b, bool upper) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(upper ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+}
+
+// A tree that halves the lanes of a row with every step, and ends with row i in lane i.
+inline Lanes max_of_each(const Lanes (&rows)[kLanes]) {
+    const auto join = [](const Lanes& a, const Lanes& b, auto shuffle) {
+        return max_bits({shuffle(a.v, b.v, false)}, {shuffle(a.v, b.v, true)});
+    };
+    Lanes four[4];
+    for (int i = 0; i < 4; ++i) {
+        four[i] = join(join(rows[i], rows[i + 4], halves), join(rows[i + 8], rows[i + 12], halves), quarters);
+    }
+    return join(join(four[0], four[1], singles), join(four[2], four[3], singles), pairs);
+}
+
+// A binary search: the last two steps find their threshold by permutation.
+inline Lanes rank(const float* thresholds, const Lanes& x) {
+    const __m512 all = _mm512_maskz_loadu_ps(0x7fff, thresholds);
+    const auto above = [&x](__m512 threshold) { return _mm512_cmp_ps_mask(x.v, threshold, _CMP_GT_OQ); };
+    const __mmask16 upper = above(_mm512_set1_ps(thresholds[7]));
+    const __mmask16 odd = above(
+        _mm512_mask_blend_ps(upper, _mm512_set1_ps(thresholds[3]), _mm512_set1_ps(thresholds[11])));
+    __m512i below = _mm512_maskz_set1_epi32(upper, 8);
+    below = _mm512_mask_or_epi32(below, odd, below, _mm512_set1_epi32(4));
+    const __m512 next = _mm512_permutexvar_ps(_mm512_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0), all);
+    below = _mm512_mask_or_epi32(below, above(_mm512_permutexvar_ps(below, next)), below, _mm512_set1_epi32(2));
+    below = _mm512_mask_or_epi32(below, above(_mm512_permutexvar_ps(below, all)), below, _mm512_set1_epi32(1));
+    return {_mm512_cvtepi32_ps(below)};
+}
 
 }  // namespace
 

@@ -41,6 +41,23 @@ inline void store_some(void* data, int64_t i, int64_t count, const Lanes& a) {
     memcpy(static_cast<char*>(data) + i * size, part, static_cast<size_t>(count * size));
 }
 
+// Scales: the dtype is known at run time only.
+inline Lanes load_floats(const void* data, qk::DType dtype, int64_t i, int64_t count) {
+    switch (dtype) {
+        case qk::DType::f32: return load_some<qk::DType::f32>(data, i, count);
+        case qk::DType::f16: return load_some<qk::DType::f16>(data, i, count);
+        default: return load_some<qk::DType::bf16>(data, i, count);
+    }
+}
+
+inline void store_floats(void* data, qk::DType dtype, int64_t i, int64_t count, const Lanes& a) {
+    switch (dtype) {
+        case qk::DType::f32: return store_some<qk::DType::f32>(data, i, count, a);
+        case qk::DType::f16: return store_some<qk::DType::f16>(data, i, count, a);
+        default: return store_some<qk::DType::bf16>(data, i, count, a);
+    }
+}
+
 // Lanes at or beyond `count` become zero.
 inline Lanes keep_first(const Lanes& a, int64_t count) {
     if (count >= kLanes) return a;
@@ -49,6 +66,27 @@ inline Lanes keep_first(const Lanes& a, int64_t count) {
     for (int64_t i = count; i < kLanes; ++i) part[i] = 0.0f;
     return load(part);
 }
+
+#ifndef QK_LANES_BLOCKS
+// Four Lanes of integers 0..255.
+inline void store_codes(uint8_t* p, const Lanes (&a)[4]) {
+    for (int i = 0; i < 4; ++i) store_codes(p + kLanes * i, a[i]);
+}
+
+// Lane i: the largest of rows[i], all of them finite and at least +0.
+inline Lanes max_of_each(const Lanes (&rows)[kLanes]) {
+    alignas(64) float largest[kLanes];
+    for (int i = 0; i < kLanes; ++i) largest[i] = reduce_max(rows[i]);
+    return load(largest);
+}
+
+// How many of fifteen ascending thresholds x is above.
+inline Lanes rank(const float* thresholds, const Lanes& x) {
+    Lanes position = splat(0.0f);
+    for (int i = 0; i < 15; ++i) position = count_above(position, x, splat(thresholds[i]));
+    return position;
+}
+#endif
 
 inline Lanes clamp_codes(const Lanes& q, const Lanes& top) { return min(max(q, splat(0.0f)), top); }
 

@@ -91,6 +91,26 @@ inline Lanes or_bits(const Lanes& a, const Lanes& b) {
     return r;
 }
 
+inline Lanes magnitude(const Lanes& a) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = vabsq_f32(a.v[i]);
+    return r;
+}
+
+inline Lanes flip_sign(const Lanes& a) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = vnegq_f32(a.v[i]);
+    return r;
+}
+
+inline Lanes max_bits(const Lanes& a, const Lanes& b) {
+    Lanes r;
+    QK_EACH_QUARTER {
+        r.v[i] = vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(a.v[i]), vreinterpretq_s32_f32(b.v[i])));
+    }
+    return r;
+}
+
 inline bool any_bit(const Lanes& a) {
     const float32x4_t all = or_quarter(or_quarter(a.v[0], a.v[1]), or_quarter(a.v[2], a.v[3]));
     return vmaxvq_u32(vreinterpretq_u32_f32(all)) != 0;
@@ -123,6 +143,19 @@ inline Lanes lookup(const float* table, const Lanes& index) {
         r.v[i] = vreinterpretq_f32_u8(vqtbl4q_u8(whole, where));
     }
     return r;
+}
+
+// Byte tables of the lower and the upper halves.
+inline void look_up_halves(const uint16_t* table, const uint8_t* codes, uint16_t* out) {
+    const uint16x8_t first = vld1q_u16(table), second = vld1q_u16(table + 8);
+    const uint8x16_t low = vcombine_u8(vmovn_u16(first), vmovn_u16(second));
+    const uint8x16_t high = vcombine_u8(vshrn_n_u16(first, 8), vshrn_n_u16(second, 8));
+    for (int i = 0; i < 32; i += 16) {
+        const uint8x16_t at = vld1q_u8(codes + i);
+        const uint8x16_t x = vqtbl1q_u8(low, at), y = vqtbl1q_u8(high, at);
+        vst1q_u16(out + i, vreinterpretq_u16_u8(vzip1q_u8(x, y)));
+        vst1q_u16(out + i + 8, vreinterpretq_u16_u8(vzip2q_u8(x, y)));
+    }
 }
 
 #define QK_LANE_REDUCE(name, quarter, half)                                                   \

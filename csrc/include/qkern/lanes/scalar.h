@@ -98,9 +98,38 @@ inline Lanes lookup(const float* table, const Lanes& index) {
     return r;
 }
 
+// 32 entries of a table of sixteen, by codes of 0..15.
+inline void look_up_halves(const uint16_t* table, const uint8_t* codes, uint16_t* out) {
+    for (int i = 0; i < 32; ++i) out[i] = table[codes[i] & 15];
+}
+
 inline Lanes or_bits(const Lanes& a, const Lanes& b) {
     Lanes r;
     QK_EACH_LANE r.v[i] = float_of(bits_of(a.v[i]) | bits_of(b.v[i]));
+    return r;
+}
+
+// Without the sign bit, and with the other sign; NaN as every number.
+inline Lanes magnitude(const Lanes& a) {
+    Lanes r;
+    QK_EACH_LANE r.v[i] = float_of(bits_of(a.v[i]) & 0x7fffffffu);
+    return r;
+}
+
+inline Lanes flip_sign(const Lanes& a) {
+    Lanes r;
+    QK_EACH_LANE r.v[i] = float_of(bits_of(a.v[i]) ^ 0x80000000u);
+    return r;
+}
+
+// The larger one of the bits as signed integers: floats of at least +0 as they are, below Inf, below NaN;
+// anything with a sign is below them all.
+inline Lanes max_bits(const Lanes& a, const Lanes& b) {
+    Lanes r;
+    QK_EACH_LANE {
+        const int32_t x = static_cast<int32_t>(bits_of(a.v[i])), y = static_cast<int32_t>(bits_of(b.v[i]));
+        r.v[i] = float_of(static_cast<uint32_t>(x > y ? x : y));
+    }
     return r;
 }
 

@@ -1,0 +1,87 @@
+// Groups of columns: the extremes of each, and what its grid means for every column of a chunk, so that loops over
+// columns know no groups.
+// Included after a lanes/<isa>.h.
+#pragma once
+
+namespace {
+
+constexpr int64_t kColumns = 256;  // columns: a whole number of words for any bits
+
+// Sixteen running maxima of each of `count` groups from column k of a row on: of the numbers in `up` and of the
+// negated ones in `down`, or of the magnitudes in `up`. Returns the largest of all; a NaN is above every number.
+template <qk::DType D, bool kBoth>
+inline Lanes extremes(const void* row, int64_t k, int64_t K, int64_t group_size, int64_t count, Lanes (&up)[kLanes],
+                      Lanes (&down)[kLanes]) {
+    Lanes largest = splat(0.0f);
+    for (int64_t i = 0; i < kLanes; ++i) {
+        Lanes high = splat(0.0f), drop = splat(0.0f);
+        if (i < count) {
+            const int64_t end = K - k < group_size ? K : k + group_size;
+            const auto take = [&](const Lanes& w) {
+                high = max_bits(high, kBoth ? w : magnitude(w));
+                if (kBoth) drop = max_bits(drop, flip_sign(w));
+            };
+            for (; k + kLanes <= end; k += kLanes) take(load_lanes<D>(row, k));
+            if (k < end) take(load_some<D>(row, k, end - k));
+            k = end;
+        }
+        up[i] = high;
+        if (kBoth) down[i] = drop;
+        largest = max_bits(largest, kBoth ? max_bits(high, drop) : high);
+    }
+    return largest;
+}
+
+inline bool all_finite(const Lanes& a) { return !any_bit(sub(a, a)); }
+
+// 1 for 0, of numbers that are at least 0: only 0 is below the smallest float.
+inline Lanes one_for_zero(const Lanes& a) { return count_above(a, splat(float_of(1)), a); }
+
+// Filled in by whole Lanes: the last ones may run over.
+struct Columns {
+    alignas(64) float scale[kColumns + kLanes], zero[kColumns + kLanes], offset[kColumns + kLanes];
+};
+
+// The groups of a row, from its first column on.
+struct Groups {
+    const void* scales;  // of the first group
+    qk::DType dtype;
+    const uint8_t* zeros;  // or null: columns keep the zero point they have
+    const void* offsets;   // of the scales' dtype, or null
+    int64_t count;
+    int64_t size;
+
+    int64_t g = -1, end = 0;  // the group of the column before, and the column after it
+    alignas(64) float scale[kLanes] = {}, zero[kLanes] = {}, offset[kLanes] = {};  // of kLanes groups, g among them
+
+    static void fill(float* to, int64_t first, int64_t last, float value) {
+        for (; first < last; first += kLanes) store(to + first, splat(value));
+    }
+
+    void next_group() {
+        end += size;
+        if (++g % kLanes != 0) return;
+        const int64_t n = count - g < kLanes ? count - g : kLanes;
+        store(scale, load_floats(scales, dtype, g, n));
+        if (zeros) {
+            uint8_t bytes[kLanes] = {};
+            memcpy(bytes, zeros + g, static_cast<size_t>(n));
+            store(zero, load_codes(bytes));
+        }
+        if (offsets) store(offset, load_floats(offsets, dtype, g, n));
+    }
+
+    // Columns [first, last), at most a chunk of them; calls follow one another along the row.
+    void expand(int64_t first, int64_t last, Columns& columns) {
+        for (int64_t k = first; k < last;) {
+            if (k == end) next_group();
+            const int64_t from = k - first, to = (end < last ? end : last) - first;
+            fill(columns.scale, from, to, scale[g % kLanes]);
+            if (zeros) fill(columns.zero, from, to, zero[g % kLanes]);
+            if (offsets) fill(columns.offset, from, to, offset[g % kLanes]);
+            k = first + to;
+        }
+    }
+};
+
+}  // namespace
