@@ -8,8 +8,8 @@ A table stands in a Markdown file between two comments and is written anew, the 
     <!-- /bench -->
 
 The words name the benchmark, and any that follow what the records must have: a shape, a scheme, an order, a
-number of threads as ``threads=2``. ``schemes`` has a line for each scheme, from its latest records. ``--check``
-writes nothing and exits with 1 if a table is not up to date.
+number of threads as ``threads=2``. ``schemes`` has a line for each scheme, from its latest records.
+``--check`` writes nothing and exits with 1 if a table is not up to date.
 ``--pictures`` draws a roofline and the speed against M for each shape and scheme into bench/results; it needs
 matplotlib, which is in the extra `plot`.
 """
