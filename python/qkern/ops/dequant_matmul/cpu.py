@@ -307,28 +307,9 @@ class LinearHandle:
         """
         if self._blob.data_ptr() != self._address:  # moved, as torch does to share memory with a process
             self._attach(self._blob, self.N, self.K)
-        shape, K, N = x.shape, self.K, self.N
-        dtype, row_stride = DTYPE_CODES.get(x.dtype, -1), K
-        if not _is_simple(x, dtype, K, compute):
-            x, row_stride = _rows_of(x, K, compute, self._blob.device)
-        bias_pointer, bias_dtype = (0, 0) if bias is None else _bias(bias, N, dtype)
-        out = x.new_empty(*shape[:-1], N)
-        M = out.numel() // N if N else 0
-        if compute == "float" and M and slab_rows(x.dtype) <= M:
-            self._by_slabs(x.reshape(M, K), bias, out.view(M, N))
-        elif M:
-            self._native(
-                x.data_ptr(),
-                dtype,
-                M,
-                row_stride,
-                out.data_ptr(),
-                bias_pointer,
-                bias_dtype,
-                compute == "int8",
-                torch.get_num_threads(),
-            )
-        return out
+        if compute == "float" and slab_rows(x.dtype) * self.K <= x.numel() > 0:
+            return self._by_slabs(x, bias)
+        return _call(self._native, x, bias, self.N, self.K, compute)
 
     def _slabs(self, dtype: torch.dtype) -> list[tuple[int, int]]:
         step = max(_SLAB_BYTES // (max(self.K, 1) * dtype.itemsize) // _PANEL, 1) * _PANEL
@@ -344,15 +325,20 @@ class LinearHandle:
         self._native.decode(slab.data_ptr(), DTYPE_CODES[dtype], stride, first, rows, torch.get_num_threads())
         return slab[:, :rows]
 
-    def _by_slabs(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def _by_slabs(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        check_input(x, self.K, self._blob.device)
+        if bias is not None:
+            _bias(bias, self.N, DTYPE_CODES[x.dtype])
         # torch's fp16 matmul on a CPU is slow and sums in fp16 on some machines.
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
         values = x.detach().to(dtype)
+        out = x.new_empty(*x.shape[:-1], self.N)
         for first, last in self._slabs(dtype):
             part = values @ self._decode(first, last, dtype)
             if bias is not None:
                 part = part + bias[first:last]
-            out[:, first:last] = part
+            out[..., first:last] = part
+        return out
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """``grad [M, N] @ W`` in grad's dtype, summed in fp32."""
@@ -404,9 +390,31 @@ class LinearGroup:
                 self._attach()
                 break
         K = handles[0].K
-        if compute == "float" and slab_rows(x.dtype) <= x.numel() // max(K, 1):
+        if compute == "float" and slab_rows(x.dtype) * K <= x.numel() > 0:
             return tuple([handle(x, bias, compute) for handle, bias in zip(handles, biases, strict=True)])
         return tuple(_call_group(self._native, x, biases, self._N, K, compute))
+
+
+def _call(native: Any, x: Tensor, bias: Tensor | None, N: int, K: int, compute: str) -> Tensor:
+    lead, dtype, row_stride = x.shape[:-1], DTYPE_CODES.get(x.dtype, -1), K
+    if not _is_simple(x, dtype, K, compute):
+        x, row_stride = _rows_of(x, K, compute, torch.device("cpu"))
+    bias_pointer, bias_dtype = (0, 0) if bias is None else _bias(bias, N, dtype)
+    out = x.new_empty(*lead, N)
+    M = lead.numel()
+    if M and N:
+        native(
+            x.data_ptr(),
+            dtype,
+            M,
+            row_stride,
+            out.data_ptr(),
+            bias_pointer,
+            bias_dtype,
+            compute == "int8",
+            torch.get_num_threads(),
+        )
+    return out
 
 
 def _call_group(
@@ -443,7 +451,9 @@ def _native_group(natives: tuple[Any, ...]) -> Any:
 
 def matmul(x: Tensor, blob: Tensor, bias: Tensor | None, N: int, K: int, compute: str) -> Tensor:
     """``x [..., K] @ W.T + bias``; arguments are validated by the caller."""
-    return LinearHandle._of(blob, N, K)(x, bias, compute)
+    if compute == "float" and slab_rows(x.dtype) * K <= x.numel() > 0:
+        return LinearHandle._of(blob, N, K)._by_slabs(x, bias)
+    return _call(_validated(blob, N, K)[1], x, bias, N, K, compute)
 
 
 def matmul_group(
