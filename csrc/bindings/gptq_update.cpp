@@ -7,6 +7,15 @@
 
 namespace py = pybind11;
 
+namespace {
+
+template <class T>
+void gather_row(const T* row, const int64_t* columns, int64_t K, T* out) {
+    for (int64_t k = 0; k < K; ++k) out[k] = row[columns[k]];
+}
+
+}  // namespace
+
 void bind_gptq_update(py::module_& module) {
     module.attr("GPTQ_MAX_COLUMNS") = qk::kGptqMaxColumns;
     module.def(
@@ -83,4 +92,29 @@ void bind_gptq_update(py::module_& module) {
         py::arg("b_column_stride"), py::arg("columns"), py::arg("base"), py::arg("base_stride"), py::arg("out"),
         py::arg("out_stride"), py::arg("threads"),
         "out = base + a @ b in fp32; false, and nothing is done, if the active tier leaves products to torch.");
+    module.def(
+        "gptq_gather",
+        [](uintptr_t matrix, int64_t row_bytes, int item_bytes, uintptr_t rows, int64_t N, uintptr_t columns, int64_t K,
+           uintptr_t out, int threads) {
+            const auto* from = reinterpret_cast<const char*>(matrix);
+            const auto* row_index = reinterpret_cast<const int64_t*>(rows);
+            const auto* column_index = reinterpret_cast<const int64_t*>(columns);
+            auto* to = reinterpret_cast<char*>(out);
+            py::gil_scoped_release release;
+            qk::parallel_for(N, 1, 2 * K, threads, [&](int64_t begin, int64_t end) {
+                for (int64_t n = begin; n < end; ++n) {
+                    const char* row = from + (row_index ? row_index[n] : n) * row_bytes;
+                    if (item_bytes == 4) {
+                        gather_row(reinterpret_cast<const uint32_t*>(row), column_index, K,
+                                   reinterpret_cast<uint32_t*>(to) + n * K);
+                    } else {
+                        gather_row(reinterpret_cast<const uint8_t*>(row), column_index, K,
+                                   reinterpret_cast<uint8_t*>(to) + n * K);
+                    }
+                }
+            });
+        },
+        py::arg("matrix"), py::arg("row_bytes"), py::arg("item_bytes"), py::arg("rows"), py::arg("N"),
+        py::arg("columns"), py::arg("K"), py::arg("out"), py::arg("threads"),
+        "out[n, k] = matrix[rows[n], columns[k]] for items of 1 or 4 bytes; rows 0: all in their order.");
 }

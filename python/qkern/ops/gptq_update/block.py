@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qkern.schemes import Scheme
 
-__all__ = ["Block", "improve", "product", "quantize", "search"]
+__all__ = ["Block", "gather", "improve", "product", "quantize", "search"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,6 +79,27 @@ def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
         ):
             return out
     return a @ b if base is None else torch.addmm(base, a, b)
+
+
+def gather(matrix: Tensor, columns: Tensor, rows: Tensor | None = None) -> Tensor:
+    """``matrix[rows][:, columns]`` of an fp32 or uint8 matrix in one pass."""
+    if not _on_cpu(matrix):
+        return (matrix if rows is None else matrix[rows]).index_select(1, columns)
+    matrix, stride = _native.rows_of(matrix)
+    N = matrix.shape[0] if rows is None else rows.numel()
+    out = _native.empty(N, columns.numel(), dtype=matrix.dtype)
+    _native.core().gptq_gather(
+        matrix=_native.pointer(matrix),
+        row_bytes=stride * matrix.itemsize,
+        item_bytes=matrix.itemsize,
+        rows=_native.pointer(rows),
+        N=N,
+        columns=_native.pointer(columns),
+        K=columns.numel(),
+        out=_native.pointer(out),
+        threads=_native.threads(),
+    )
+    return out
 
 
 def quantize(block: Block, target: Tensor, hinv: Tensor) -> Tensor:
