@@ -174,44 +174,54 @@ def quantize_gptq(
     config = config or GPTQConfig()
     _check(weight, hessian, scheme)
     order, groups = _column_order(hessian.diagonal(), scheme, config)
-    permuted = block.gather(hessian.to(torch.float32), order, order)
-    added = torch.zeros_like(permuted.diagonal())  # to the diagonal, beyond what was measured
+    hessian = hessian.to(torch.float32)
     notes: list[str] = []
-    dead = permuted.diagonal() == 0
+    diagonal = hessian.diagonal()[order]
+    dead = diagonal == 0
+    added = torch.zeros_like(diagonal)  # to the diagonal, beyond what was measured
+    coupled = hessian
     if bool(dead.any()):
         # A column without activations couples to no other: it is rounded to nearest by itself.
         notes.append(f"{int(dead.sum())} of {dead.numel()} input columns saw no activation")
-        permuted[dead] = 0
-        permuted[:, dead] = 0
-        added[dead] = 1.0 if bool(dead.all()) else permuted.diagonal()[~dead].mean()
-        permuted.diagonal().add_(added)
-    factor = factorize(permuted, config.damp)
+        added[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
+        coupled = hessian.clone()
+        coupled[order[dead]] = 0
+        coupled[:, order[dead]] = 0
+        coupled.diagonal()[order] += added
+    factor = factorize(coupled, config.damp, order)
     if factor is None:
         return _fall_back(weight, hessian, scheme, config)
-    added += factor.shift
     if factor.damp > config.damp:
         notes.append(f"damping raised from {config.damp:g} to {factor.damp:g}")
     full = weight.to(torch.float32)
-    run = _Run(block.gather(full, order), permuted, factor, groups, scheme, config)
-    del permuted
+    run = _Run(block.gather(full, order), coupled, order, factor, groups, scheme, config)
     run.quantize()
     # |D R|^2 is the loss under the damped Hessian; what damping added to it comes off again.
-    lost = run.loss - _total(torch.linalg.vector_norm(run.difference, dim=0).square() * added)
+    lost = run.loss - factor.shift * _total(torch.linalg.vector_norm(run.difference, dim=1).square())
+    lost -= _total(run.difference[:, dead].square().sum(0) * added[dead])
     error = _ratio(max(lost, 0.0), _energy(full, hessian))
-    return LayerResult(weight=run.result(order), error=error, notes=tuple(notes))
+    return LayerResult(weight=run.result(), error=error, notes=tuple(notes))
 
 
 class _Run:
     """The state of one GPTQ run; columns are in processing order throughout.
 
-    `hessian` is what `root` is the factor of, before `shift` was added to its diagonal.
+    `hessian` (which is not) is what `root` is the factor of, before `shift` was added to its diagonal.
     """
 
     def __init__(
-        self, weight: Tensor, hessian: Tensor, factor: Factor, groups: Tensor, scheme: Scheme, config: GPTQConfig
+        self,
+        weight: Tensor,
+        hessian: Tensor,
+        order: Tensor,
+        factor: Factor,
+        groups: Tensor,
+        scheme: Scheme,
+        config: GPTQConfig,
     ) -> None:
         self.weight = weight
         self.hessian = hessian
+        self.order = order
         self.root = factor.root
         self.shift = factor.shift
         self.groups = groups
@@ -222,7 +232,9 @@ class _Run:
         self.scales = torch.ones(shape, dtype=torch.float32, device=weight.device)
         self.zeros = torch.full(shape, scheme.midpoint, dtype=torch.uint8, device=weight.device)
         self.codes = torch.zeros(N, K, dtype=torch.uint8, device=weight.device)
-        self.difference = torch.zeros_like(weight)
+        # Each column is read for the last time when its difference is known, unless sweeps come back to it.
+        self.sweeps = config.sweeps if config.search == "loss" else 0
+        self.difference = torch.empty_like(weight) if self.sweeps else weight
         self.loss = 0.0
 
     def quantize(self) -> None:
@@ -246,14 +258,13 @@ class _Run:
                     corner = self._corner(first, last)
                     target = self._target(first, last, corner)
                 self.loss += _total(block.quantize(self._block(first, last), target, corner))
-        if self.config.search == "loss":
-            for _ in range(self.config.sweeps):
-                self._sweep()
+        for _ in range(self.sweeps):
+            self._sweep()
 
-    def result(self, order: Tensor) -> QuantizedWeight:
+    def result(self) -> QuantizedWeight:
         """Return the weight with its columns back in their original order."""
         N, K = self.weight.shape
-        back = order.argsort()
+        back = self.order.argsort()
         original = self.groups[back]
         trivial = torch.equal(original, _trivial_groups(K, self.scheme, self.groups.device))
         rows = slice(0, 1) if self.scheme.per_tensor else slice(None)
@@ -352,16 +363,16 @@ class _Run:
 
     def _improve(self, start: int, stop: int, *, rescale: bool) -> None:
         """Take better codes (and, of a whole group, a better scale) in each row that has them."""
-        columns = self.hessian[:, start:stop].clone()
-        square = columns[start:stop].flip(0, 1)
+        rows = block.gather(self.hessian, self.order, self.order[start:stop])
+        square = rows[:, start:stop].flip(0, 1)
         square.diagonal().add_(self.shift)
         lower, info = torch.linalg.cholesky_ex(square)
         if int(info) != 0:
             return  # too ill-conditioned for fp32; the block is as good as the first pass left it
         local = lower.flip(0, 1)
         inverse = triangular_inverse(local)
-        columns[start:stop] = 0  # the other columns stay
-        pull = block.product(self.difference, columns)
+        rows[:, start:stop] = 0  # the other columns stay
+        pull = block.product(self.difference, rows.T)
         target = block.product(block.product(pull, inverse.T), inverse, self.weight[:, start:stop])
         fits = FITS if rescale else 0
         block_of = self._block(start, stop)
@@ -441,7 +452,8 @@ def _check(weight: Tensor, hessian: Tensor, scheme: Scheme) -> None:
             f"hessian of a weight with K={K} must be floating [{K}, {K}]: "
             f"got {hessian.dtype} {tuple(hessian.shape)}"
         )
-    if not bool(torch.isfinite(weight).all()):
+    # The extremes alone: isfinite would write a mask of the whole weight.
+    if weight.numel() and not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
         raise InputError("weight has NaN or Inf values: only finite weights are quantized; repair the tensor")
     if scheme.double_quant:
         raise UnsupportedError(f"GPTQ needs plain scales: got {scheme}; drop the d or use method rtn")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
+from qkern.ops.gptq_update.block import gather
 
 __all__ = ["Factor", "HessianAccumulator", "factorize", "triangular_inverse"]
 
@@ -121,7 +122,7 @@ class Factor:
     shift: float
 
 
-def factorize(hessian: Tensor, damp: float) -> Factor | None:
+def factorize(hessian: Tensor, damp: float, order: Tensor | None = None) -> Factor | None:
     """Factor ``H + damp * mean(diag H) * I`` into ``R Rᵀ`` with R upper triangular.
 
     With R at hand GPTQ needs no inverse of H: the upper Cholesky factor of the inverse, which textbooks
@@ -136,21 +137,26 @@ def factorize(hessian: Tensor, damp: float) -> Factor | None:
         fp32 ``[K, K]``, symmetric.
     damp : float
         Relative damping to begin with.
+    order : Tensor or None
+        int64 ``[K]``: factor ``hessian[order][:, order]``.
 
     Returns
     -------
     Factor or None
         None if the matrix has NaN or Inf, or is not positive definite even at a damping of 1.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    # The extremes alone: isfinite would write a mask of the whole matrix.
+    if not bool(torch.isfinite(torch.stack(hessian.aminmax())).all()):
         return None
     mean = float(hessian.diagonal().mean())
     # No float64 on MPS.
     dtypes = (torch.float32,) if hessian.device.type == "mps" else (torch.float32, torch.float64)
     relative = damp
+    backwards = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    backwards = backwards.flip(0)
     while True:
         for dtype in dtypes:
-            damped = hessian.flip(0, 1).to(dtype)  # flip copies
+            damped = gather(hessian, backwards, backwards).to(dtype)
             damped.diagonal().add_(relative * mean)
             lower, info = torch.linalg.cholesky_ex(damped)
             if int(info) == 0:

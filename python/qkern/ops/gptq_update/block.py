@@ -57,7 +57,7 @@ class Block:
 
 
 def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-    """``base + a @ b`` in fp32: on a CPU with FMA several times as fast as torch's where b is narrow."""
+    """Return ``base + a @ b`` in fp32; where a kernel has FMA, by it: b is narrow, and torch slow at that."""
     if _on_cpu(a):
         a, a_stride = _native.rows_of(a)
         base, base_stride = (None, 0) if base is None else _native.rows_of(base)
@@ -82,8 +82,8 @@ def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
 
 
 def gather(matrix: Tensor, columns: Tensor, rows: Tensor | None = None) -> Tensor:
-    """``matrix[rows][:, columns]`` of an fp32 or uint8 matrix in one pass."""
-    if not _on_cpu(matrix):
+    """Return ``matrix[rows][:, columns]``, of an fp32 or uint8 matrix in one pass."""
+    if not _on_cpu(matrix) or matrix.itemsize not in (1, 4):
         return (matrix if rows is None else matrix[rows]).index_select(1, columns)
     matrix, stride = _native.rows_of(matrix)
     N = matrix.shape[0] if rows is None else rows.numel()
@@ -262,4 +262,4 @@ def _squares(x: Tensor, *, backwards: bool = False) -> Tensor:
 
 
 def _sum(columns: Iterable[Tensor]) -> Tensor:
-    return sum(columns, start=torch.zeros(()))  # type: ignore[return-value]
+    return sum(columns, start=torch.zeros(()))
