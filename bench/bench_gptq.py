@@ -2,12 +2,13 @@
 
     python bench/bench_gptq.py [--shapes 3584x3584,3584x18944] [--gptqmodel-python PYTHON] [--rounds 3]
 
-The column phase is everything but the factorization of the Hessian and, in qkern, the energy of the weight
-by which it divides the error that it reports (GPTQModel reports the losses of its columns as they are); the
-whole has both. `torch alone` makes the LAPACK and BLAS calls that no GPTQ can do without, and nothing else: the
-two Cholesky factorizations and the inverse between them, and for each block of 128 columns the product that
-brings the error of those before to it. `loss` is tr((W-Q) H (W-Q)^T) over tr(W H W^T). Columns are ordered by
-importance inside their group and groups by importance (`group-aware`) in both, or as --order says.
+The column phase is everything but the factorization of the Hessian and, in qkern, the energy of the
+weight by which it divides the error that it reports (GPTQModel reports the losses of its columns as they
+are); the whole has both. `torch alone` makes the LAPACK and BLAS calls that no GPTQ can do without, and
+nothing else: the two Cholesky factorizations and the inverse between them, and for each block of 128
+columns the product that brings the error of those before to it. `loss` is tr((W-Q) H (W-Q)^T) over tr(W H
+W^T). Columns are ordered by importance inside their group and groups by importance (`group-aware`) in
+both, or as --order says.
 """
 
 from __future__ import annotations

@@ -347,8 +347,9 @@ class _Run:
 
     def _candidates(self, scales: Tensor) -> Tensor:
         """``[C, N]``: the scales themselves, then those around them, as they can be stored."""
-        ratios = torch.ones(1 + self.config.candidates, dtype=torch.float32, device=scales.device)
-        ratios[1:] = torch.linspace(1 - REACH, 1 + REACH, self.config.candidates)
+        count = self.config.candidates
+        ratios = scales.new_ones(1 + count)
+        ratios[1:] = torch.linspace(1 - REACH, 1 + REACH, count, dtype=torch.float32, device=scales.device)
         base = scales[:, 0]
         around = (ratios[:, None] * base).to(self.config.scale_dtype).to(torch.float32)
         return torch.where(around == 0, base, around)  # too small for its dtype

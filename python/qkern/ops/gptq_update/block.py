@@ -262,4 +262,8 @@ def _squares(x: Tensor, *, backwards: bool = False) -> Tensor:
 
 
 def _sum(columns: Iterable[Tensor]) -> Tensor:
-    return sum(columns, start=torch.zeros(()))
+    first, *others = columns
+    total = torch.zeros_like(first) + first
+    for column in others:
+        total = total + column
+    return total
