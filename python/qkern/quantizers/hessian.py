@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
-from qkern.ops.gptq_update.block import gather
+from qkern.ops.gptq_update.block import gather, product
 
 __all__ = ["Factor", "HessianAccumulator", "factorize", "triangular_inverse"]
 
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 MAX_DAMP = 1.0
 # First try after an undamped Hessian (damp=0) turned out not to be positive definite.
 FIRST_DAMP = 0.01
+# Columns of a Hessian that are factored at once.
+FACTOR_COLUMNS = 128
 
 
 class HessianAccumulator:
@@ -158,8 +160,8 @@ def factorize(hessian: Tensor, damp: float, order: Tensor | None = None) -> Fact
         for dtype in dtypes:
             damped = gather(hessian, backwards, backwards).to(dtype)
             damped.diagonal().add_(relative * mean)
-            lower, info = torch.linalg.cholesky_ex(damped)
-            if int(info) == 0:
+            lower = _cholesky(damped)
+            if lower is not None:
                 root = lower.to(torch.float32).flip(0, 1)
                 return Factor(root=root, damp=relative, shift=relative * mean)
         if relative >= MAX_DAMP:
@@ -171,6 +173,27 @@ def factorize(hessian: Tensor, damp: float, order: Tensor | None = None) -> Fact
             raised,
         )
         relative = raised
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """Lower Cholesky factor; None if there is none.
+
+    In fp32 by blocks of columns: LAPACK's own depends on the number of threads, and its products are torch's.
+    """
+    if matrix.dtype != torch.float32:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        return lower if int(info) == 0 else None
+    lower = torch.zeros_like(matrix)
+    for start in range(0, len(matrix), FACTOR_COLUMNS):
+        stop = min(start + FACTOR_COLUMNS, len(matrix))
+        rest = product(lower[start:, :start], -lower[start:stop, :start].T, matrix[start:, start:stop])
+        corner, info = torch.linalg.cholesky_ex(rest[: stop - start])
+        if int(info) != 0:
+            return None
+        lower[start:stop, start:stop] = corner
+        # X @ corner.T = the rest below.
+        lower[stop:, start:stop] = product(rest[stop - start :], triangular_inverse(corner.T))
+    return lower
 
 
 def triangular_inverse(upper: Tensor) -> Tensor:
