@@ -2,11 +2,13 @@
 
     python bench/bench_gptq.py [--shapes 3584x3584,3584x18944] [--gptqmodel-python PYTHON] [--rounds 3]
 
-The column phase is everything but the factorization of the Hessian. `torch alone` makes the LAPACK and BLAS
-calls that no GPTQ can do without, and nothing else: the two Cholesky factorizations and the inverse between
-them, and for each block of 128 columns the product that brings the error of those before to it. `loss` is
-tr((W-Q) H (W-Q)^T) over tr(W H W^T). Columns are ordered by importance inside their group and groups by
-importance (`group-aware`) in both, or as --order says.
+The column phase is everything but the factorization of the Hessian and, in qkern, the energy of the
+weight by which it divides the error that it reports (GPTQModel reports the losses of its columns as they
+are); the whole has both. `torch alone` makes the LAPACK and BLAS calls that no GPTQ can do without, and
+nothing else: the two Cholesky factorizations and the inverse between them, and for each block of 128
+columns the product that brings the error of those before to it. `loss` is tr((W-Q) H (W-Q)^T) over tr(W H
+W^T). Columns are ordered by importance inside their group and groups by importance (`group-aware`) in
+both, or as --order says.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def alone(weight: Any, hessian: Any) -> tuple[float, float]:
 
 
 def job(run: Callable[[], tuple[float, float]], error: float, **facts: Any) -> Job:
-    """Make a job of a function that tells the seconds of the factorization and of the whole."""
+    """Make a job of a function that tells the seconds of what is not the column phase, and of the whole."""
     columns: list[float] = []
 
     def call() -> float:
@@ -88,23 +90,30 @@ def prepare(case: dict[str, Any]) -> Job:
     if case["variant"] == "torch alone":
         return job(lambda: alone(weight, hessian), 0.0)
     config = GPTQConfig(act_order=case["order"], search=case["variant"].partition(" ")[2] or "loss")
-    if not hasattr(gptq, "factorize"):
-        raise Absent("qkern.quantizers.gptq has no factorize: say in bench_gptq.py what replaced it")
-    factorize, state = gptq.factorize, {"factor": 0.0}
+    apart = {name: getattr(gptq, name, None) for name in ("factorize", "_energy")}
+    if None in apart.values():
+        raise Absent(f"qkern.quantizers.gptq lacks one of {list(apart)}: say here what replaced it")
+    state: dict[str, Any] = {}
 
-    def timed(*arguments: Any, **options: Any) -> Any:
-        begin = time.perf_counter()
-        result = factorize(*arguments, **options)
-        state["factor"] = time.perf_counter() - begin
-        return result
+    def timed(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            begin = time.perf_counter()
+            result = function(*arguments)
+            state["apart"] += time.perf_counter() - begin
+            return result
+
+        return call
 
     def quantize() -> tuple[float, float]:
-        gptq.factorize = timed
+        state["apart"] = 0.0
+        for name, function in apart.items():
+            setattr(gptq, name, timed(function))
         begin = time.perf_counter()
         state["weight"] = gptq.quantize_gptq(weight, hessian, "w4g128", config).weight
         whole = time.perf_counter() - begin
-        gptq.factorize = factorize
-        return state["factor"], whole
+        for name, function in apart.items():
+            setattr(gptq, name, function)
+        return state["apart"], whole
 
     quantize()
     lost = layer_loss(weight, dequantize_groupwise(state["weight"]), hessian)

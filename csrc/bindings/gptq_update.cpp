@@ -1,10 +1,35 @@
 #include <pybind11/pybind11.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "qkern/cpu.h"
 #include "qkern/kernels.h"
 #include "qkern/parallel.h"
+#include "workspace.h"
 
 namespace py = pybind11;
+
+namespace {
+
+// Memory that is about to be written for the first time, in pages of megabytes: a fault for each 4 KiB costs as much
+// as the writing.
+void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t page = uintptr_t{1} << 21;
+    const auto at = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t first = (at + page - 1) / page * page, last = (at + bytes) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // no matter if refused
+#endif
+}
+
+template <class T>
+void gather_row(const T* row, const int64_t* columns, int64_t K, T* out) {
+    for (int64_t k = 0; k < K; ++k) out[k] = row[columns[k]];
+}
+
+}  // namespace
 
 void bind_gptq_update(py::module_& module) {
     module.attr("GPTQ_MAX_COLUMNS") = qk::kGptqMaxColumns;
@@ -12,28 +37,100 @@ void bind_gptq_update(py::module_& module) {
         "gptq_update",
         [](uintptr_t weight, int64_t weight_stride, int64_t N, int64_t B, uintptr_t hinv, uintptr_t scales,
            uintptr_t zeros, int64_t groups, uintptr_t group_index, int bits, int codebook, uintptr_t codes,
-           uintptr_t errors, int threads) {
+           int64_t codes_stride, uintptr_t errors, uintptr_t origin, int64_t origin_stride, uintptr_t change,
+           int64_t change_stride, uintptr_t losses, uintptr_t candidate_scales, int64_t candidates, uintptr_t local,
+           int fits, int scale_dtype, int threads) {
             qk::GptqArgs args{};
             args.weight = reinterpret_cast<const float*>(weight);
             args.weight_stride = weight_stride;
             args.B = B;
             args.hinv = reinterpret_cast<const float*>(hinv);
-            args.scales = reinterpret_cast<const float*>(scales);
+            args.scales = reinterpret_cast<float*>(scales);
             args.zeros = reinterpret_cast<const uint8_t*>(zeros);
             args.groups = groups;
             args.group_index = reinterpret_cast<const int32_t*>(group_index);
             args.bits = bits;
             args.codebook = codebook;
             args.codes = reinterpret_cast<uint8_t*>(codes);
+            args.codes_stride = codes_stride;
             args.errors = reinterpret_cast<float*>(errors);
-            const auto kernel = qk::kernels().gptq_update;
+            args.origin = reinterpret_cast<const float*>(origin);
+            args.origin_stride = origin_stride;
+            args.change = reinterpret_cast<float*>(change);
+            args.change_stride = change_stride;
+            args.losses = reinterpret_cast<float*>(losses);
+            args.candidate_scales = reinterpret_cast<const float*>(candidate_scales);
+            args.candidates = candidates;
+            args.candidate_stride = N;
+            args.local = reinterpret_cast<const float*>(local);
+            args.fits = fits;
+            args.scale_dtype = static_cast<qk::DType>(scale_dtype);
+            const qk::KernelTable& table = qk::kernels();
+            const auto kernel = local ? table.gptq_improve : candidates ? table.gptq_search : table.gptq_update;
+            // Every column corrects those behind it; the products of an improvement cost as much.
+            const int64_t runs = local ? 2 + 3 * fits : candidates + 1;
             py::gil_scoped_release release;
-            // Sixteen rows side by side; every column corrects those behind it.
-            qk::parallel_for(N, 16, (B + 1) * B / 2, threads,
+            // Two vectors of rows go together.
+            qk::parallel_for(N, 32, runs * (B + 1) * B / 2, threads,
                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
         },
         py::arg("weight"), py::arg("weight_stride"), py::arg("N"), py::arg("B"), py::arg("hinv"), py::arg("scales"),
         py::arg("zeros"), py::arg("groups"), py::arg("group_index"), py::arg("bits"), py::arg("codebook"),
-        py::arg("codes"), py::arg("errors"), py::arg("threads"),
-        "Quantize the columns of a block one by one, spreading each column's error over those behind it.");
+        py::arg("codes"), py::arg("codes_stride"), py::arg("errors"), py::arg("origin"), py::arg("origin_stride"),
+        py::arg("change"), py::arg("change_stride"), py::arg("losses"), py::arg("candidate_scales"),
+        py::arg("candidates"), py::arg("local"), py::arg("fits"), py::arg("scale_dtype"), py::arg("threads"),
+        "Quantize the columns of a block one by one, spreading each column's error over those behind it; with "
+        "candidates, at the scale that loses least; with local, where it betters the codes there are.");
+    module.def(
+        "gptq_product",
+        [](uintptr_t a, int64_t a_stride, int64_t N, int64_t K, uintptr_t b, int64_t b_row_stride,
+           int64_t b_column_stride, int64_t columns, uintptr_t base, int64_t base_stride, uintptr_t out,
+           int64_t out_stride, int threads) {
+            const qk::KernelTable& table = qk::kernels();
+            if (!table.product) return false;
+            const int64_t padded = (columns + table.product_width - 1) / table.product_width * table.product_width;
+            py::gil_scoped_release release;
+            float* panels = reinterpret_cast<float*>(qk::workspace(static_cast<size_t>(K * padded) * sizeof(float)));
+            const qk::ProductPackArgs pack{reinterpret_cast<const float*>(b), b_row_stride, b_column_stride, K, columns,
+                                           panels};
+            const int64_t slices = (K + qk::kProductDepth - 1) / qk::kProductDepth;
+            qk::parallel_for(slices, 1, qk::kProductDepth * columns, threads,
+                             [&](int64_t begin, int64_t end) { table.pack_product(pack, begin, end); });
+            const qk::ProductArgs args{reinterpret_cast<const float*>(a), a_stride, K, panels, columns,
+                                       reinterpret_cast<const float*>(base), base_stride,
+                                       reinterpret_cast<float*>(out), out_stride};
+            qk::parallel_for(N, table.product_height, K * columns / 8 + 1, threads,
+                             [&](int64_t begin, int64_t end) { table.product(args, begin, end); });
+            return true;
+        },
+        py::arg("a"), py::arg("a_stride"), py::arg("N"), py::arg("K"), py::arg("b"), py::arg("b_row_stride"),
+        py::arg("b_column_stride"), py::arg("columns"), py::arg("base"), py::arg("base_stride"), py::arg("out"),
+        py::arg("out_stride"), py::arg("threads"),
+        "out = base + a @ b in fp32; false, and nothing is done, if the active tier leaves products to torch.");
+    module.def(
+        "gptq_gather",
+        [](uintptr_t matrix, int64_t row_bytes, int item_bytes, uintptr_t rows, int64_t N, uintptr_t columns, int64_t K,
+           uintptr_t out, int threads) {
+            const auto* from = reinterpret_cast<const char*>(matrix);
+            const auto* row_index = reinterpret_cast<const int64_t*>(rows);
+            const auto* column_index = reinterpret_cast<const int64_t*>(columns);
+            auto* to = reinterpret_cast<char*>(out);
+            py::gil_scoped_release release;
+            advise_large_pages(to, static_cast<size_t>(N * K * item_bytes));
+            qk::parallel_for(N, 1, 2 * K, threads, [&](int64_t begin, int64_t end) {
+                for (int64_t n = begin; n < end; ++n) {
+                    const char* row = from + (row_index ? row_index[n] : n) * row_bytes;
+                    if (item_bytes == 4) {
+                        gather_row(reinterpret_cast<const uint32_t*>(row), column_index, K,
+                                   reinterpret_cast<uint32_t*>(to) + n * K);
+                    } else {
+                        gather_row(reinterpret_cast<const uint8_t*>(row), column_index, K,
+                                   reinterpret_cast<uint8_t*>(to) + n * K);
+                    }
+                }
+            });
+        },
+        py::arg("matrix"), py::arg("row_bytes"), py::arg("item_bytes"), py::arg("rows"), py::arg("N"),
+        py::arg("columns"), py::arg("K"), py::arg("out"), py::arg("threads"),
+        "out[n, k] = matrix[rows[n], columns[k]] for items of 1 or 4 bytes; rows 0: all in their order.");
 }

@@ -65,6 +65,32 @@ def dequantize_groupwise(
 ) -> None: ...
 def gguf_decode(type: int, raw: int, out: int, rows: int, K: int, threads: int) -> None: ...
 def gguf_encode(type: int, x: int, importance: int, out: int, rows: int, K: int, threads: int) -> bool: ...
+def gptq_gather(
+    matrix: int,
+    row_bytes: int,
+    item_bytes: int,
+    rows: int,
+    N: int,
+    columns: int,
+    K: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def gptq_product(
+    a: int,
+    a_stride: int,
+    N: int,
+    K: int,
+    b: int,
+    b_row_stride: int,
+    b_column_stride: int,
+    columns: int,
+    base: int,
+    base_stride: int,
+    out: int,
+    out_stride: int,
+    threads: int,
+) -> bool: ...
 def gptq_update(
     weight: int,
     weight_stride: int,
@@ -78,7 +104,18 @@ def gptq_update(
     bits: int,
     codebook: int,
     codes: int,
+    codes_stride: int,
     errors: int,
+    origin: int,
+    origin_stride: int,
+    change: int,
+    change_stride: int,
+    losses: int,
+    candidate_scales: int,
+    candidates: int,
+    local: int,
+    fits: int,
+    scale_dtype: int,
     threads: int,
 ) -> None: ...
 def int8_matmul(

@@ -149,16 +149,17 @@ int64_t run_gptq_update(Case& c) {
     args.weight = c.data<const float>("weight");
     args.B = args.weight_stride = c.number("B");
     args.hinv = c.data<const float>("hinv");
-    args.scales = c.data<const float>("scales");
+    args.scales = c.data<float>("scales");
     args.zeros = c.data<const uint8_t>("zeros");
     args.groups = c.number("groups");
     args.group_index = c.data<const int32_t>("group_index");
     args.bits = c.integer("bits");
     args.codebook = c.integer("codebook");
     args.codes = c.data<uint8_t>("codes");
+    args.codes_stride = args.B;
     args.errors = c.data<float>("errors");
     const auto kernel = qk::kernels().gptq_update;
-    return run_rows(c.number("N"), 16, [&](int64_t begin, int64_t end) {
+    return run_rows(c.number("N"), 32, [&](int64_t begin, int64_t end) {
         kernel(args, begin, end);
         return qk::Status::ok;
     });

@@ -457,9 +457,9 @@ def test_a_lone_name_to_skip_is_one_name(tiny):
 def test_a_hessian_beyond_saving_costs_one_layer_and_is_named(folder, tmp_path, monkeypatch, caplog):
     calls = []
 
-    def factorize(hessian, damp):
+    def factorize(hessian, damp, order):
         calls.append(damp)
-        return None if len(calls) == 1 else original(hessian, damp)
+        return None if len(calls) == 1 else original(hessian, damp, order)
 
     original = gptq.factorize
     monkeypatch.setattr(gptq, "factorize", factorize)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError, UnsupportedError
-from qkern.ops import dequantize_groupwise, unpack_bits
+from qkern.ops import _native, dequantize_groupwise, unpack_bits
 from qkern.quantizers import GPTQConfig, HessianAccumulator, output_error, quantize_gptq, quantize_rtn
 from qkern.schemes import QuantizedWeight, Scheme
 
@@ -340,3 +340,20 @@ def test_wrong_arguments_are_refused() -> None:
 def test_configurations_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         GPTQConfig(**options)
+
+
+@pytest.mark.skipif(_native.core().active_tier() == "scalar", reason="products are torch's there")
+@pytest.mark.parametrize("search", ["minmax", "mse", "loss"])
+def test_any_number_of_threads_gives_the_same_weight(search: Any) -> None:
+    weight, hessian = problem(200, 640)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(quantize_gptq(weight, hessian, "w4g128", GPTQConfig(search=search)).weight)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert torch.equal(other.codes, results[0].codes)
+        assert torch.equal(other.scales, results[0].scales)

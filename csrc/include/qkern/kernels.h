@@ -89,16 +89,59 @@ struct GptqArgs {
     int64_t weight_stride;
     int64_t B;                   // columns, at most kGptqMaxColumns
     const float* hinv;           // [B, B] upper triangular
-    const float* scales;         // [rows, groups]
+    float* scales;               // [rows, groups]; search and improve write the group that they choose a scale for
     const uint8_t* zeros;        // [rows, groups]
     int64_t groups;
     const int32_t* group_index;  // [B]
     int bits;
     int codebook;                // as in QuantizeArgs; zeros are then not read
-    uint8_t* codes;              // [rows, B]
-    float* errors;               // [rows, B]
+    uint8_t* codes;              // [rows, codes_stride]
+    int64_t codes_stride;
+    float* errors;               // [rows, B], or null
+    const float* origin;         // [rows, origin_stride], or null: the weights before any correction
+    int64_t origin_stride;
+    float* change;               // [rows, change_stride], with origin: it less what the codes stand for
+    int64_t change_stride;
+    float* losses;               // [rows]: squared sum of the errors, or null; of improve: by how much it fell
+    // search:
+    const float* candidate_scales;  // [candidates, candidate_stride]: of the one group of the block
+    int64_t candidates;
+    int64_t candidate_stride;
+    // improve:
+    const float* local;          // [B, B] upper triangular: the inverse of hinv
+    int fits;                    // 0 if the scales stay, else the block is one group
+    DType scale_dtype;
 };
+// Rows [begin, end). update runs the block once; search runs it with each candidate and keeps what loses least;
+// improve reads codes and change as well, and rewrites them in the rows that it betters.
 using GptqUpdateFn = void (*)(const GptqArgs& args, int64_t begin, int64_t end);
+
+// The products between blocks: out = base + a @ b, fp32 with FMA. b is packed first, in slices of kProductDepth
+// rows; sums run over a slice, then over the slices in order, whatever the tier and the threads.
+constexpr int64_t kProductDepth = 256;
+
+struct ProductPackArgs {
+    const float* b;  // [K, columns] at any strides
+    int64_t row_stride;
+    int64_t column_stride;
+    int64_t K;
+    int64_t columns;
+    float* panels;  // [K, columns rounded up to product_width]
+};
+using ProductPackFn = void (*)(const ProductPackArgs& args, int64_t begin, int64_t end);
+
+struct ProductArgs {
+    const float* a;  // [rows, a_stride]
+    int64_t a_stride;
+    int64_t K;
+    const float* panels;
+    int64_t columns;
+    const float* base;  // [rows, base_stride], or null
+    int64_t base_stride;
+    float* out;  // [rows, out_stride]
+    int64_t out_stride;
+};
+using ProductFn = void (*)(const ProductArgs& args, int64_t begin, int64_t end);
 
 // quantize_activations ----------------------------------------------------------------------------------
 
@@ -265,6 +308,12 @@ struct KernelTable {
     PackBitsFn pack_bits = nullptr;
     UnpackBitsFn unpack_bits = nullptr;
     GptqUpdateFn gptq_update = nullptr;
+    GptqUpdateFn gptq_search = nullptr;
+    GptqUpdateFn gptq_improve = nullptr;
+    ProductPackFn pack_product = nullptr;  // null where torch's matmul is faster
+    ProductFn product = nullptr;
+    int product_width = 0;  // columns and rows of a tile
+    int product_height = 0;
 };
 
 }  // namespace qk

@@ -1,6 +1,19 @@
 // gptq_update, avx512 tier. Formula, layout and numerics: README.md.
 #include "qkern/lanes/avx512.h"
 
-#include "kernel.h"
+namespace {
+constexpr int kSide = 2, kApply = 8;
+constexpr int kTall = 14, kWide = 2;  // 28 of 32 registers
+}  // namespace
+#include "product.h"
+#include "search.h"
 
-extern "C" void qk_enter_gptq_update_avx512(qk::KernelTable* table) { table->gptq_update = &update; }
+extern "C" void qk_enter_gptq_update_avx512(qk::KernelTable* table) {
+    table->gptq_update = &update;
+    table->gptq_search = &search;
+    table->gptq_improve = &improve;
+    table->pack_product = &pack_product;
+    table->product = &product;
+    table->product_width = static_cast<int>(kWidth);
+    table->product_height = kTall;
+}

@@ -1,6 +1,13 @@
 // gptq_update, scalar tier. Formula and blocking: README.md.
 #include "qkern/lanes/scalar.h"
 
-#include "kernel.h"
+namespace {
+constexpr int kSide = 1, kApply = 2;
+}  // namespace
+#include "search.h"
 
-extern "C" void qk_enter_gptq_update_scalar(qk::KernelTable* table) { table->gptq_update = &update; }
+extern "C" void qk_enter_gptq_update_scalar(qk::KernelTable* table) {
+    table->gptq_update = &update;
+    table->gptq_search = &search;
+    table->gptq_improve = &improve;
+}

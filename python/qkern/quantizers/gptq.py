@@ -24,15 +24,17 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError, UnsupportedError
-from qkern.ops import dequantize_groupwise, gptq_update, pack_bits, quantize_groupwise
-from qkern.ops.codebooks import codebook
-from qkern.ops.gptq_update import MAX_COLUMNS
+from qkern.ops import dequantize_groupwise, pack_bits, quantize_groupwise
+from qkern.ops.gptq_update import MAX_COLUMNS, block
+from qkern.ops.gptq_update.block import Block
 from qkern.quantizers.hessian import factorize, triangular_inverse
 from qkern.quantizers.rtn import quantize_rtn
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme, as_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from qkern.quantizers.hessian import Factor
 
 __all__ = ["ActOrder", "GPTQConfig", "LayerResult", "ScaleSearch", "output_error", "quantize_gptq"]
 
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 REACH = 0.2
 # Times that a sweep alternates between the best scale for the codes and the best codes for the scale.
 FITS = 2
+# Columns of the Hessian that the energy of a weight takes at once.
+ENERGY_COLUMNS = 256
 
 ActOrder = Literal["none", "group-aware", "desc_act"]
 ScaleSearch = Literal["minmax", "mse", "loss"]
@@ -170,40 +174,56 @@ def quantize_gptq(
     config = config or GPTQConfig()
     _check(weight, hessian, scheme)
     order, groups = _column_order(hessian.diagonal(), scheme, config)
-    permuted = hessian.to(torch.float32)[order[:, None], order]
-    added = torch.zeros_like(permuted.diagonal())  # to the diagonal, beyond what was measured
+    hessian = hessian.to(torch.float32)
     notes: list[str] = []
-    dead = permuted.diagonal() == 0
+    diagonal = hessian.diagonal()[order]
+    dead = diagonal == 0
+    added = torch.zeros_like(diagonal)  # to the diagonal, beyond what was measured
+    coupled = hessian
     if bool(dead.any()):
         # A column without activations couples to no other: it is rounded to nearest by itself.
         notes.append(f"{int(dead.sum())} of {dead.numel()} input columns saw no activation")
-        permuted[dead] = 0
-        permuted[:, dead] = 0
-        added[dead] = 1.0 if bool(dead.all()) else permuted.diagonal()[~dead].mean()
-        permuted.diagonal().add_(added)
-    factor = factorize(permuted, config.damp)
-    del permuted
+        added[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
+        coupled = hessian.clone()
+        coupled[order[dead]] = 0
+        coupled[:, order[dead]] = 0
+        coupled.diagonal()[order] += added
+    factor = factorize(coupled, config.damp, order)
     if factor is None:
         return _fall_back(weight, hessian, scheme, config)
-    added += factor.shift
     if factor.damp > config.damp:
         notes.append(f"damping raised from {config.damp:g} to {factor.damp:g}")
-    run = _Run(weight.to(torch.float32)[:, order], factor.root, groups, scheme, config)
+    full = weight.to(torch.float32)
+    run = _Run(block.gather(full, order), coupled, order, factor, groups, scheme, config)
     run.quantize()
     # |D R|^2 is the loss under the damped Hessian; what damping added to it comes off again.
-    lost = run.loss - float((run.difference.square().sum(0) * added).sum())
-    error = _ratio(max(lost, 0.0), _energy(weight.to(torch.float32), hessian))
-    return LayerResult(weight=run.result(order), error=error, notes=tuple(notes))
+    lost = run.loss - factor.shift * _total(torch.linalg.vector_norm(run.difference, dim=1).square())
+    lost -= _total(run.difference[:, dead].square().sum(0) * added[dead])
+    error = _ratio(max(lost, 0.0), _energy(full, hessian))
+    return LayerResult(weight=run.result(), error=error, notes=tuple(notes))
 
 
 class _Run:
-    """The state of one GPTQ run; columns are in processing order throughout."""
+    """The state of one GPTQ run; columns are in processing order throughout.
+
+    `hessian` (which is not) is what `root` is the factor of, before `shift` was added to its diagonal.
+    """
 
     def __init__(
-        self, weight: Tensor, root: Tensor, groups: Tensor, scheme: Scheme, config: GPTQConfig
+        self,
+        weight: Tensor,
+        hessian: Tensor,
+        order: Tensor,
+        factor: Factor,
+        groups: Tensor,
+        scheme: Scheme,
+        config: GPTQConfig,
     ) -> None:
         self.weight = weight
-        self.root = root
+        self.hessian = hessian
+        self.order = order
+        self.root = factor.root
+        self.shift = factor.shift
         self.groups = groups
         self.scheme = scheme
         self.config = config
@@ -212,37 +232,44 @@ class _Run:
         self.scales = torch.ones(shape, dtype=torch.float32, device=weight.device)
         self.zeros = torch.full(shape, scheme.midpoint, dtype=torch.uint8, device=weight.device)
         self.codes = torch.zeros(N, K, dtype=torch.uint8, device=weight.device)
-        self.difference = torch.zeros_like(weight)
+        # Each column is read for the last time when its difference is known, unless sweeps come back to it.
+        self.sweeps = config.sweeps if config.search == "loss" else 0
+        self.difference = torch.empty_like(weight) if self.sweeps else weight
         self.loss = 0.0
 
     def quantize(self) -> None:
-        """Go through all columns once."""
-        block = self.config.block_size
+        """Go through all columns once, and with ``search="loss"`` some times more."""
+        size = self.config.block_size
         if self.config.static_groups:
             self._set_static_scales()
         for start, stop in self._runs():
+            target = None
             if not self.config.static_groups:
+                corner = self._corner(start, stop)
+                target = self._target(start, stop, corner)
+                grid = self._set_scales(start, stop, target)
                 if self._searches_loss(stop - start):
-                    self._quantize_best(start, stop)
+                    losses = block.search(self._block(start, stop), target, corner, self._candidates(grid))
+                    self.loss += _total(losses)
                     continue
-                self._set_scales(start, stop)
-            for first in range(start, stop, block):
-                self._quantize_block(first, min(first + block, stop))
-        if self.config.search == "loss":
-            for _ in range(self.config.sweeps):
-                self._sweep()
+            for first in range(start, stop, size):
+                last = min(first + size, stop)
+                if target is None or (first, last) != (start, stop):
+                    corner = self._corner(first, last)
+                    target = self._target(first, last, corner)
+                self.loss += _total(block.quantize(self._block(first, last), target, corner))
+        for _ in range(self.sweeps):
+            self._sweep()
 
-    def result(self, order: Tensor) -> QuantizedWeight:
+    def result(self) -> QuantizedWeight:
         """Return the weight with its columns back in their original order."""
         N, K = self.weight.shape
-        codes = torch.empty_like(self.codes)
-        codes[:, order] = self.codes
-        original = torch.empty_like(self.groups)
-        original[order] = self.groups
+        back = self.order.argsort()
+        original = self.groups[back]
         trivial = torch.equal(original, _trivial_groups(K, self.scheme, self.groups.device))
         rows = slice(0, 1) if self.scheme.per_tensor else slice(None)
         return QuantizedWeight(
-            codes=pack_bits(codes, self.scheme.bits),
+            codes=pack_bits(block.gather(self.codes, back), self.scheme.bits),
             scales=self.scales[rows].to(self.config.scale_dtype),
             zeros=self.zeros[rows].clone() if self.scheme.zero_point else None,
             shape=(N, K),
@@ -261,15 +288,27 @@ class _Run:
         fits = length <= self.config.block_size and not self.scheme.per_tensor
         return self.config.search == "loss" and fits
 
-    def _target(self, start: int, stop: int) -> Tensor:
+    def _block(self, start: int, stop: int) -> Block:
+        return Block(
+            scheme=self.scheme,
+            origin=self.weight[:, start:stop],
+            codes=self.codes[:, start:stop],
+            change=self.difference[:, start:stop],
+            scales=self.scales,
+            zeros=self.zeros,
+            group_index=self.groups[start:stop],
+        )
+
+    def _corner(self, start: int, stop: int) -> Tensor:
+        return triangular_inverse(self.root[start:stop, start:stop])
+
+    def _target(self, start: int, stop: int, corner: Tensor) -> Tensor:
         """Where the weights of these columns should be, given the errors of all columns before."""
         weight = self.weight[:, start:stop]
         if start == 0:
             return weight
-        pull = self.difference[:, :start] @ self.root[:start, start:stop]
-        corner = self.root[start:stop, start:stop]
-        change: Tensor = torch.linalg.solve_triangular(corner, pull, upper=True, left=False)
-        return weight + change
+        pull = block.product(self.difference[:, :start], self.root[:start, start:stop])
+        return block.product(pull, corner, weight)
 
     def _grid(
         self, target: Tensor, scheme: Scheme, search: ScaleSearch, cost: Tensor
@@ -298,127 +337,48 @@ class _Run:
             self.weight[:, back], self.scheme, self.config.search, self._cost(0, K)[back]
         )
 
-    def _set_scales(self, start: int, stop: int) -> None:
+    def _set_scales(self, start: int, stop: int, target: Tensor) -> Tensor:
         group = int(self.groups[start])
-        scales, zeros = self._grid(
-            self._target(start, stop),
-            replace(self.scheme, group_size=None),
-            self.config.search,
-            self._cost(start, stop),
-        )
-        self.scales[:, group : group + 1] = scales
-        self.zeros[:, group : group + 1] = zeros
-
-    def _quantize_block(self, start: int, stop: int) -> None:
-        """Codes of a block whose scales are set."""
-        corner = triangular_inverse(self.root[start:stop, start:stop])
-        codes, errors = self._columns(
-            self._target(start, stop), corner, self.scales, self.zeros, self.groups[start:stop]
-        )
-        self._take(start, stop, codes, errors)
-
-    def _columns(
-        self, target: Tensor, corner: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        book = self.scheme.codebook
-        return gptq_update(
-            target, corner, scales, None if book else zeros, groups, bits=self.scheme.bits, codebook=book
-        )
-
-    def _quantize_best(self, start: int, stop: int) -> None:
-        """Codes and scales of a group: the grid, row by row, under which the group loses least."""
-        target = self._target(start, stop)
-        corner = triangular_inverse(self.root[start:stop, start:stop])
-        index = torch.zeros(stop - start, dtype=torch.int32, device=target.device)
         scheme = replace(self.scheme, group_size=None)
-        base, zeros = self._grid(target, scheme, "mse", self._cost(start, stop))
-        zeros = zeros.expand_as(base)
-        best: list[Tensor] = []
-        around = torch.linspace(
-            1 - REACH, 1 + REACH, self.config.candidates, dtype=torch.float32, device="cpu"
-        )
-        for ratio in (1.0, *around.tolist()):
-            scales = (base * ratio).to(self.config.scale_dtype).to(torch.float32)
-            scales = torch.where(scales == 0, base, scales)  # too small for its dtype
-            codes, errors = self._columns(target, corner, scales, zeros, index)
-            trial = [errors.square().sum(1, keepdim=True), scales, codes, errors]
-            if best:
-                wins = trial[0] < best[0]
-                best = [torch.where(wins, new, old) for new, old in zip(trial, best, strict=True)]
-            else:
-                best = trial
-        _, scales, codes, errors = best
-        group = int(self.groups[start])
+        scales, zeros = self._grid(target, scheme, self.config.search, self._cost(start, stop))
         self.scales[:, group : group + 1] = scales
         self.zeros[:, group : group + 1] = zeros
-        self._take(start, stop, codes, errors)
+        return scales
+
+    def _candidates(self, scales: Tensor) -> Tensor:
+        """``[C, N]``: the scales themselves, then those around them, as they can be stored."""
+        count = self.config.candidates
+        ratios = scales.new_ones(1 + count)
+        ratios[1:] = torch.linspace(1 - REACH, 1 + REACH, count, dtype=torch.float32, device=scales.device)
+        base = scales[:, 0]
+        around = (ratios[:, None] * base).to(self.config.scale_dtype).to(torch.float32)
+        return torch.where(around == 0, base, around)  # too small for its dtype
 
     def _sweep(self) -> None:
         """Go through all blocks again: each against the errors of all other columns, before and behind."""
-        block = self.config.block_size
-        outputs = self.difference @ self.root  # the loss is their squared sum
+        size = self.config.block_size
         for start, stop in self._runs():
             rescale = self._searches_loss(stop - start) and not self.config.static_groups
-            for first in range(start, stop, block):
-                self._improve_block(first, min(first + block, stop), outputs, rescale=rescale)
-        self.loss = float((self.difference @ self.root).square().sum())
+            for first in range(start, stop, size):
+                self._improve(first, min(first + size, stop), rescale=rescale)
 
-    def _improve_block(self, start: int, stop: int, outputs: Tensor, *, rescale: bool) -> None:
+    def _improve(self, start: int, stop: int, *, rescale: bool) -> None:
         """Take better codes (and, of a whole group, a better scale) in each row that has them."""
-        rows = self.root[start:stop]
-        lower, info = torch.linalg.cholesky_ex((rows @ rows.T).flip(0, 1))
+        rows = block.gather(self.hessian, self.order, self.order[start:stop])
+        square = rows[:, start:stop].flip(0, 1)
+        square.diagonal().add_(self.shift)
+        lower, info = torch.linalg.cholesky_ex(square)
         if int(info) != 0:
             return  # too ill-conditioned for fp32; the block is as good as the first pass left it
         local = lower.flip(0, 1)
-        # With the other columns fixed the loss of the block is |(target - value) @ local|^2 plus a constant.
-        away = torch.linalg.solve_triangular(local.T, outputs @ rows.T, upper=False, left=False)
-        step = torch.linalg.solve_triangular(local, away, upper=True, left=False)
-        target = self.weight[:, start:stop] - self.difference[:, start:stop] + step
         inverse = triangular_inverse(local)
-        index, scales, zeros = self.groups[start:stop], self.scales, self.zeros
-        group = slice(int(index[0]), int(index[0]) + 1)
-        if rescale:
-            index, scales, zeros = torch.zeros_like(index), scales[:, group], zeros[:, group]
-        best = [away.square().sum(1, keepdim=True), scales, self.codes[:, start:stop]]
-
-        def consider(scales: Tensor, codes: Tensor) -> None:
-            value = self._steps(codes, zeros, index) * scales[:, index.long()]
-            loss = ((target - value) @ local).square().sum(1, keepdim=True)
-            wins = loss < best[0]
-            best[:] = [torch.where(wins, *pair) for pair in zip((loss, scales, codes), best, strict=True)]
-
-        consider(scales, self._columns(target, inverse, scales, zeros, index)[0])
-        for _ in range(FITS if rescale else 0):
-            # For fixed codes the loss is a parabola in the scale.
-            unit = self._steps(best[2], zeros, index) @ local
-            fitted = ((target @ local) * unit).sum(1, keepdim=True) / unit.square().sum(1, keepdim=True)
-            fitted = fitted.to(self.config.scale_dtype).to(torch.float32)
-            fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, best[1])
-            consider(fitted, best[2])
-            consider(fitted, self._columns(target, inverse, fitted, zeros, index)[0])
-        _, scales, codes = best
-        if rescale:
-            self.scales[:, group] = scales
-        self.codes[:, start:stop] = codes
-        change = -self.difference[:, start:stop]
-        self._set_difference(start, stop)
-        outputs += (self.difference[:, start:stop] + change) @ rows
-
-    def _steps(self, codes: Tensor, zeros: Tensor, index: Tensor) -> Tensor:
-        """Return what codes stand for before the scale."""
-        if self.scheme.codebook is not None:
-            return codebook(self.scheme.codebook, codes.device).values[codes.long()]
-        return codes.to(torch.float32) - zeros[:, index.long()].to(torch.float32)
-
-    def _set_difference(self, start: int, stop: int) -> None:
-        index = self.groups[start:stop]
-        value = self._steps(self.codes[:, start:stop], self.zeros, index) * self.scales[:, index.long()]
-        self.difference[:, start:stop] = self.weight[:, start:stop] - value
-
-    def _take(self, start: int, stop: int, codes: Tensor, errors: Tensor) -> None:
-        self.codes[:, start:stop] = codes
-        self._set_difference(start, stop)
-        self.loss += float(errors.square().sum())
+        rows[:, start:stop] = 0  # the other columns stay
+        pull = block.product(self.difference, rows.T)
+        target = block.product(block.product(pull, inverse.T), inverse, self.weight[:, start:stop])
+        fits = FITS if rescale else 0
+        block_of = self._block(start, stop)
+        gains = block.improve(block_of, target, inverse, local, fits, self.config.scale_dtype)
+        self.loss -= _total(gains)
 
 
 def _trivial_groups(K: int, scheme: Scheme, device: torch.device) -> Tensor:
@@ -446,8 +406,18 @@ def _column_order(diagonal: Tensor, scheme: Scheme, config: GPTQConfig) -> tuple
 
 
 def _energy(matrix: Tensor, hessian: Tensor) -> float:
-    """``tr(M H Mᵀ)``."""
-    return float((matrix @ hessian.to(torch.float32)).mul_(matrix).sum())
+    """``tr(M H Mᵀ)``, from one triangle of H."""
+    total = 0.0
+    for start in range(0, len(hessian), ENERGY_COLUMNS):
+        stop = min(start + ENERGY_COLUMNS, len(hessian))
+        columns = hessian[:stop, start:stop].to(torch.float32, copy=True)
+        columns[:start] *= 2
+        total += _total(block.product(matrix[:, :stop], columns).mul_(matrix[:, start:stop]))
+    return total
+
+
+def _total(values: Tensor) -> float:
+    return float(values.sum())
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -483,7 +453,8 @@ def _check(weight: Tensor, hessian: Tensor, scheme: Scheme) -> None:
             f"hessian of a weight with K={K} must be floating [{K}, {K}]: "
             f"got {hessian.dtype} {tuple(hessian.shape)}"
         )
-    if not bool(torch.isfinite(weight).all()):
+    # The extremes alone: isfinite would write a mask of the whole weight.
+    if weight.numel() and not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
         raise InputError("weight has NaN or Inf values: only finite weights are quantized; repair the tensor")
     if scheme.double_quant:
         raise UnsupportedError(f"GPTQ needs plain scales: got {scheme}; drop the d or use method rtn")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
+from qkern.ops.gptq_update.block import gather, product
 
 __all__ = ["Factor", "HessianAccumulator", "factorize", "triangular_inverse"]
 
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 MAX_DAMP = 1.0
 # First try after an undamped Hessian (damp=0) turned out not to be positive definite.
 FIRST_DAMP = 0.01
+# Columns of a Hessian that are factored at once.
+FACTOR_COLUMNS = 128
 
 
 class HessianAccumulator:
@@ -121,7 +124,7 @@ class Factor:
     shift: float
 
 
-def factorize(hessian: Tensor, damp: float) -> Factor | None:
+def factorize(hessian: Tensor, damp: float, order: Tensor | None = None) -> Factor | None:
     """Factor ``H + damp * mean(diag H) * I`` into ``R Rᵀ`` with R upper triangular.
 
     With R at hand GPTQ needs no inverse of H: the upper Cholesky factor of the inverse, which textbooks
@@ -136,24 +139,29 @@ def factorize(hessian: Tensor, damp: float) -> Factor | None:
         fp32 ``[K, K]``, symmetric.
     damp : float
         Relative damping to begin with.
+    order : Tensor or None
+        int64 ``[K]``: factor ``hessian[order][:, order]``.
 
     Returns
     -------
     Factor or None
         None if the matrix has NaN or Inf, or is not positive definite even at a damping of 1.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    # The extremes alone: isfinite would write a mask of the whole matrix.
+    if not bool(torch.isfinite(torch.stack(hessian.aminmax())).all()):
         return None
     mean = float(hessian.diagonal().mean())
     # No float64 on MPS.
     dtypes = (torch.float32,) if hessian.device.type == "mps" else (torch.float32, torch.float64)
     relative = damp
+    backwards = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    backwards = backwards.flip(0)
     while True:
         for dtype in dtypes:
-            damped = hessian.flip(0, 1).to(dtype)  # flip copies
+            damped = gather(hessian, backwards, backwards).to(dtype)
             damped.diagonal().add_(relative * mean)
-            lower, info = torch.linalg.cholesky_ex(damped)
-            if int(info) == 0:
+            lower = _cholesky(damped)
+            if lower is not None:
                 root = lower.to(torch.float32).flip(0, 1)
                 return Factor(root=root, damp=relative, shift=relative * mean)
         if relative >= MAX_DAMP:
@@ -165,6 +173,27 @@ def factorize(hessian: Tensor, damp: float) -> Factor | None:
             raised,
         )
         relative = raised
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """Lower Cholesky factor; None if there is none.
+
+    In fp32 by blocks of columns: LAPACK's own depends on the number of threads, and its products are torch's.
+    """
+    if matrix.dtype != torch.float32:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        return lower if int(info) == 0 else None
+    lower = torch.zeros_like(matrix)
+    for start in range(0, len(matrix), FACTOR_COLUMNS):
+        stop = min(start + FACTOR_COLUMNS, len(matrix))
+        rest = product(lower[start:, :start], -lower[start:stop, :start].T, matrix[start:, start:stop])
+        corner, info = torch.linalg.cholesky_ex(rest[: stop - start])
+        if int(info) != 0:
+            return None
+        lower[start:stop, start:stop] = corner
+        # X @ corner.T = the rest below.
+        lower[stop:, start:stop] = product(rest[stop - start :], triangular_inverse(corner.T))
+    return lower
 
 
 def triangular_inverse(upper: Tensor) -> Tensor:

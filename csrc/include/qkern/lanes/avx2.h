@@ -68,6 +68,10 @@ inline Lanes add(const Lanes& a, const Lanes& b) { return {_mm256_add_ps(a.lo, b
 inline Lanes sub(const Lanes& a, const Lanes& b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline Lanes mul(const Lanes& a, const Lanes& b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 inline Lanes div(const Lanes& a, const Lanes& b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+// Rounded once: never where results are compared with lanes/scalar.h.
+inline Lanes mul_add(const Lanes& a, const Lanes& b, const Lanes& sum) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, sum.lo), _mm256_fmadd_ps(a.hi, b.hi, sum.hi)};
+}
 inline Lanes min(const Lanes& a, const Lanes& b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 inline Lanes max(const Lanes& a, const Lanes& b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 
@@ -106,6 +110,11 @@ inline __m256 one_where_above(__m256 x, __m256 threshold) {
 inline Lanes count_above(const Lanes& count, const Lanes& x, const Lanes& threshold) {
     return {_mm256_add_ps(count.lo, one_where_above(x.lo, threshold.lo)),
             _mm256_add_ps(count.hi, one_where_above(x.hi, threshold.hi))};
+}
+
+inline Lanes where_above(const Lanes& x, const Lanes& threshold, const Lanes& a, const Lanes& b) {
+    return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, threshold.lo, _CMP_GT_OQ)),
+            _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(x.hi, threshold.hi, _CMP_GT_OQ))};
 }
 
 inline __m256 lookup_8(__m256 table_lo, __m256 table_hi, __m256 position) {

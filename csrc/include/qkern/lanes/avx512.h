@@ -50,6 +50,8 @@ inline Lanes add(const Lanes& a, const Lanes& b) { return {_mm512_add_ps(a.v, b.
 inline Lanes sub(const Lanes& a, const Lanes& b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Lanes mul(const Lanes& a, const Lanes& b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Lanes div(const Lanes& a, const Lanes& b) { return {_mm512_div_ps(a.v, b.v)}; }
+// Rounded once: never where results are compared with lanes/scalar.h.
+inline Lanes mul_add(const Lanes& a, const Lanes& b, const Lanes& sum) { return {_mm512_fmadd_ps(a.v, b.v, sum.v)}; }
 inline Lanes min(const Lanes& a, const Lanes& b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Lanes max(const Lanes& a, const Lanes& b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Lanes or_bits(const Lanes& a, const Lanes& b) { return {_mm512_or_ps(a.v, b.v)}; }
@@ -73,6 +75,10 @@ inline Lanes round_even(const Lanes& a) {
 inline Lanes count_above(const Lanes& count, const Lanes& x, const Lanes& threshold) {
     const __mmask16 above = _mm512_cmp_ps_mask(x.v, threshold.v, _CMP_GT_OQ);
     return {_mm512_mask_add_ps(count.v, above, count.v, _mm512_set1_ps(1.0f))};
+}
+
+inline Lanes where_above(const Lanes& x, const Lanes& threshold, const Lanes& a, const Lanes& b) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, threshold.v, _CMP_GT_OQ), b.v, a.v)};
 }
 
 inline Lanes lookup(const float* table, const Lanes& index) {

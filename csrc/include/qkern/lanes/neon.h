@@ -81,6 +81,13 @@ QK_LANE_OP(min, vminnmq_f32)
 QK_LANE_OP(max, vmaxnmq_f32)
 #undef QK_LANE_OP
 
+// Rounded once: never where results are compared with lanes/scalar.h.
+inline Lanes mul_add(const Lanes& a, const Lanes& b, const Lanes& sum) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = vfmaq_f32(sum.v[i], a.v[i], b.v[i]);
+    return r;
+}
+
 inline float32x4_t or_quarter(float32x4_t a, float32x4_t b) {
     return vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
 }
@@ -133,6 +140,12 @@ inline Lanes count_above(const Lanes& count, const Lanes& x, const Lanes& thresh
 }
 
 // The table is 64 bytes: position p selects bytes 4p .. 4p + 3.
+inline Lanes where_above(const Lanes& x, const Lanes& threshold, const Lanes& a, const Lanes& b) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = vbslq_f32(vcgtq_f32(x.v[i], threshold.v[i]), a.v[i], b.v[i]);
+    return r;
+}
+
 inline Lanes lookup(const float* table, const Lanes& index) {
     const uint8_t* bytes = reinterpret_cast<const uint8_t*>(table);
     const uint8x16x4_t whole = {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};

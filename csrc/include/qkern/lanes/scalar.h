@@ -78,6 +78,13 @@ inline Lanes count_above(const Lanes& count, const Lanes& x, const Lanes& thresh
 }
 #undef QK_LANE_OP
 
+// `a` where `x` is above `threshold`, else `b`.
+inline Lanes where_above(const Lanes& x, const Lanes& threshold, const Lanes& a, const Lanes& b) {
+    Lanes r;
+    QK_EACH_LANE r.v[i] = x.v[i] > threshold.v[i] ? a.v[i] : b.v[i];
+    return r;
+}
+
 // To the nearest integer, ties to even.
 inline Lanes round_even(const Lanes& a) {
     Lanes r;

@@ -1,0 +1,184 @@
+"""GPTQ's block beyond gptq_update: every tier against plain torch bit for bit, products in their budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+
+from qkern.ops.codebooks import codebook
+from qkern.ops.gptq_update import block as ops
+from qkern.ops.gptq_update.block import Block
+from qkern.schemes import Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SHAPES = [(1, 1), (17, 15), (33, 33), (40, 128), (3, 150)]
+SPELLINGS = ["w4", "w2z", "w3z", "w8", "nf4g32", "fp4g32"]
+
+
+def problem(N: int, B: int, spelling: str, group_index: Tensor) -> tuple[Block, Tensor, Tensor, Tensor]:
+    """A block inside wider tensors, targets beside its weights, and R and its inverse."""
+    g = torch.Generator().manual_seed(1000 * N + B)
+    scheme, groups = Scheme.parse(spelling), 3
+    inputs = torch.randn(B, 2 * B + 1, generator=g)
+    hessian = inputs @ inputs.T / B + 0.1 * torch.eye(B)
+    local = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    wide = torch.randn(N, B + 7, generator=g)
+    valid = [c for c in range(1 << scheme.bits) if not (scheme.codebook == "fp4" and c == 8)]
+    codes = torch.tensor(valid, dtype=torch.uint8)[torch.randint(0, len(valid), (N, B + 3), generator=g)]
+    scales = (0.2 * torch.rand(N, groups, generator=g) + 0.3) * (4.0 if scheme.codebook else 1.0)
+    zeros = torch.full((N, groups), scheme.midpoint, dtype=torch.uint8)
+    if scheme.zero_point:
+        zeros = torch.randint(0, 1 << scheme.bits, (N, groups), dtype=torch.uint8, generator=g)
+    state = Block(
+        scheme=scheme,
+        origin=wide[:, 2 : 2 + B],
+        codes=codes[:, 1 : 1 + B],
+        change=torch.zeros(N, B + 5)[:, 3 : 3 + B],
+        scales=scales,
+        zeros=zeros,
+        group_index=group_index,
+    )
+    state.change.copy_(state.origin - values(state))
+    target = state.origin + 0.1 * torch.randn(N, B, generator=g)
+    return state, target, local, torch.linalg.inv(local).triu()
+
+
+def values(state: Block) -> Tensor:
+    """What the codes of a block stand for."""
+    index = state.group_index.long()
+    if state.scheme.codebook is not None:
+        levels = codebook(state.scheme.codebook).values[state.codes.long()]
+    else:
+        levels = state.codes.float() - state.zeros[:, index].float()
+    return levels * state.scales[:, index]
+
+
+def both_ways(
+    monkeypatch: pytest.MonkeyPatch, state: Block, call: Callable[[Block], Tensor]
+) -> tuple[Block, Tensor]:
+    """Run natively and in plain torch on copies: all that they write must have the same bits."""
+    results = []
+    for native in (True, False):
+        monkeypatch.setattr(ops, "_on_cpu", lambda tensor, native=native: native)
+        copy = replace(
+            state, codes=state.codes.clone(), change=state.change.clone(), scales=state.scales.clone()
+        )
+        results.append((copy, call(copy)))
+    (one, losses), (other, expected) = results
+    assert torch.equal(losses, expected)
+    for name in ("codes", "change", "scales"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert torch.equal(one.change, one.origin - values(one))
+    return one, losses
+
+
+def one_group(B: int) -> Tensor:
+    return torch.ones(B, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_quantize_gives_the_same_bits(cpu_tier: str, spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for N, B in SHAPES:
+        groups = torch.arange(B, dtype=torch.int32) // 7 % 3
+        state, target, _, hinv = problem(N, B, spelling, groups)
+        made, losses = both_ways(monkeypatch, state, lambda b, t=target, h=hinv: ops.quantize(b, t, h))
+        exact = ((target - values(made)).double() @ torch.linalg.inv(hinv.double())).square().sum(1)
+        torch.testing.assert_close(losses.double(), exact, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_search_gives_the_same_bits_and_takes_the_least_loss(
+    cpu_tier: str, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for N, B in SHAPES:
+        state, target, _, hinv = problem(N, B, spelling, one_group(B))
+        candidates = torch.stack([state.scales[:, 1] * ratio for ratio in (1.0, 0.8, 0.9, 1.1)])
+        made, losses = both_ways(
+            monkeypatch, state, lambda b, t=target, h=hinv, c=candidates: ops.search(b, t, h, c)
+        )
+        assert (made.scales[:, 1] == candidates).any(0).all()
+        for scales in candidates:
+            trial = replace(state, scales=state.scales.clone(), codes=state.codes.clone())
+            trial.scales[:, 1] = scales
+            assert (losses <= ops.quantize(trial, target, hinv)).all()
+
+
+@pytest.mark.parametrize("fits", [0, 2])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_improve_gives_the_same_bits_and_never_loses(
+    cpu_tier: str, spelling: str, fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bettered = 0
+    for N, B in SHAPES:
+        groups = one_group(B) if fits else torch.arange(B, dtype=torch.int32) // 7 % 3
+        state, target, local, hinv = problem(N, B, spelling, groups)
+
+        def run(b: Block, t: Tensor = target, h: Tensor = hinv, r: Tensor = local) -> Tensor:
+            return ops.improve(b, t, h, r, fits, torch.float16)
+
+        made, gains = both_ways(monkeypatch, state, run)
+        before, after = (
+            ((target - values(b)).double() @ local.double()).square().sum(1) for b in (state, made)
+        )
+        assert (gains >= 0).all()
+        torch.testing.assert_close(gains.double(), before - after, rtol=1e-3, atol=1e-4)
+        same = gains == 0
+        assert torch.equal(made.codes[same], state.codes[same])
+        bettered += int((~same).sum())
+        # A second turn starts from the first.
+        assert (ops.improve(made, target, hinv, local, fits, torch.float16) <= gains + 1e-5).all()
+    assert bettered > 50
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 0, 4), (0, 5, 3), (5, 256, 32), (31, 257, 33), (230, 700, 128)]
+)
+def test_product_is_as_exact_as_torch(cpu_tier: str, shape: tuple[int, int, int]) -> None:
+    N, K, columns = shape
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(N, K + 3, generator=g)[:, :K]
+    b, base = torch.randn(K, columns, generator=g), torch.randn(N, columns + 2, generator=g)[:, 1:-1]
+    for added in (None, base):
+        exact = a.double() @ b.double() + (0 if added is None else added.double())
+        plain = a @ b + (0 if added is None else added)
+        budget = 2 * (plain.double() - exact).square().mean().sqrt() + 1e-12
+        made = ops.product(a, b, added)
+        if made.numel():
+            assert (made.double() - exact).square().mean().sqrt() <= budget
+        # Other strides, and fewer rows, change no bit.
+        if cpu_tier != "scalar":
+            assert torch.equal(ops.product(a, b.T.contiguous().T, added), made)
+            half = N // 2
+            assert torch.equal(ops.product(a[half:], b, None if added is None else added[half:]), made[half:])
+
+
+def test_product_does_not_depend_on_threads(cpu_tier: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(300, 600, generator=g), torch.randn(600, 128, generator=g)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(ops.product(a, b))
+    finally:
+        torch.set_num_threads(threads)
+    if cpu_tier != "scalar":  # torch's own product there
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.float64])
+def test_gather_takes_rows_and_columns(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    matrix = (100 * torch.rand(40, 60, generator=g)).to(dtype)
+    rows, columns = torch.randperm(40, generator=g)[:33], torch.randperm(60, generator=g)
+    for source in (matrix, matrix.T.contiguous().T):
+        assert torch.equal(ops.gather(source, columns), matrix[:, columns])
+        assert torch.equal(ops.gather(source, columns, rows), matrix[rows][:, columns])
