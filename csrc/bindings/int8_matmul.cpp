@@ -93,9 +93,8 @@ void run_int8(const PackedView& view, const Int8Call& call, int threads) {
         }
         args.bias = call.bias;
         args.bias_dtype = call.bias_dtype;
-        const int64_t chunks = (rows + kMatmulRows - 1) / kMatmulRows;
-        const int64_t work = kPanelRows * std::min(rows, kMatmulRows) * K / kProductsPerElement;
-        parallel_for(view.panel_count * chunks, 1, work, threads,
+        const int64_t work = kPanelRows * matmul_chunk_rows(rows) * K / kProductsPerElement;
+        parallel_for(view.panel_count * matmul_chunks(rows), 1, work, threads,
                      [&](int64_t begin, int64_t end) { table.int8_matmul(args, begin, end); });
     }
 }

@@ -344,7 +344,7 @@ int64_t run_int8_matmul(Case& c) {
     args.out_stride = view.N;
     args.bias = c.data<const void>("bias");
     args.bias_dtype = qk::DType::f32;
-    const int64_t tiles = view.panel_count * ((M + qk::kMatmulRows - 1) / qk::kMatmulRows);
+    const int64_t tiles = view.panel_count * qk::matmul_chunks(M);
     const auto multiply = [&](int64_t begin, int64_t end) {
         kernels.int8_matmul(args, begin, end);
         return qk::Status::ok;

@@ -275,8 +275,7 @@ struct Int8MatmulArgs {
     const void* bias;  // [N] or null
     DType bias_dtype;
 };
-// Tiles [begin, end): tile t is panel t / chunks and rows (t % chunks) * kMatmulRows of x and the next ones, with
-// chunks = max(1, ceil(M / kMatmulRows)).
+// Tiles [begin, end): tile t is panel t % panels and chunk t / panels of x, as in MatmulFn.
 using Int8MatmulFn = void (*)(const Int8MatmulArgs& args, int64_t begin, int64_t end);
 
 // gguf_encode, gguf_decode ------------------------------------------------------------------------------

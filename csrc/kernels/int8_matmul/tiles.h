@@ -288,11 +288,11 @@ void multiply_tile(const qk::Int8MatmulArgs& args, int64_t panel, int64_t first_
 }
 
 void multiply_int8(const qk::Int8MatmulArgs& args, int64_t begin, int64_t end) {
-    const int64_t chunks = args.M <= qk::kMatmulRows ? 1 : (args.M + qk::kMatmulRows - 1) / qk::kMatmulRows;
+    const int64_t panels = args.view->panel_count, chunk = qk::matmul_chunk_rows(args.M);
     for (int64_t t = begin; t < end; ++t) {
-        const int64_t first_m = t % chunks * qk::kMatmulRows;
-        const int64_t M = args.M - first_m < qk::kMatmulRows ? args.M - first_m : qk::kMatmulRows;
-        multiply_tile(args, t / chunks, first_m, M);
+        const int64_t first_m = t / panels * chunk;
+        const int64_t M = args.M - first_m < chunk ? args.M - first_m : chunk;
+        multiply_tile(args, t % panels, first_m, M);
     }
 }
 
