@@ -7,6 +7,7 @@
 #include "qkern/codebooks.h"
 #include "qkern/kernels.h"
 #include "qkern/lanes/columns.h"
+#include "qkern/stream.h"
 
 namespace {
 
@@ -91,7 +92,7 @@ struct Quantizer {
                 const Lanes zero = splat(grids[g].zero), sign = splat(grids[g].scale == grids[0].scale ? 1.0f : -1.0f);
                 const Lanes x = g == 0 ? ratio : mul(ratio, sign);
                 // What the code stands for, before the scale.
-                const Lanes c = kBook ? lookup(book.sorted, rank(book.thresholds, x)) : sub(clamp_codes(add(x, zero), top), zero);
+                const Lanes c = kBook ? lookup(book.sorted, rank(book, x)) : sub(clamp_codes(add(x, zero), top), zero);
                 const Lanes e = sub(w, mul(c, splat(grids[g].scale)));
                 const Lanes ie = importance ? mul(i, e) : e, ic = importance ? mul(i, c) : c;
                 error[g] = add(error[g], mul(ie, e));
@@ -117,7 +118,7 @@ struct Quantizer {
                                    : extremes<D, false>(row, k, args.K, args.group_size, count, up, down);
         if (!all_finite(largest)) return Status::non_finite;
         const int levels = 1 << args.bits;
-        const Lanes high = max_of_each(up), drop = both ? max_of_each(down) : splat(0.0f);
+        const Lanes high = largest_of_each<D>(up), drop = both ? largest_of_each<D>(down) : splat(0.0f);
         const Lanes reach = splat(args.asymmetric ? static_cast<float>(levels - 1)
                                   : kBook         ? 1.0f
                                                   : static_cast<float>(levels / 2) - 0.5f);
@@ -219,47 +220,91 @@ struct Quantizer {
         return Status::ok;
     }
 
-    Lanes code(const Lanes& w, const float* scale, const float* zero, const Lanes& top) const {
-        const Lanes x = div(w, load(scale));
-        if (!kBook) return clamp_codes(add(round_even(x), load(zero)), top);
-        const Lanes position = rank(book.thresholds, x);
-        return args.codebook == 1 ? position : lookup(book.codes, position);  // those of nf4 are in order
+    // The 64 codes of four Lanes of weights, as 2 * B words.
+    template <int B>
+    void store_codes_of(const Lanes (&w)[4], const Lanes (&scale)[4], const Lanes (&zero)[4], uint32_t* words) const {
+        Lanes x[4];
+        for (int i = 0; i < 4; ++i) x[i] = div(w[i], scale[i]);
+        if constexpr (kBook) {
+            store_on_book(words, x, book);
+        } else {
+            store_on_grid<B>(words, x, zero);
+        }
     }
 
+    // kWhole: every group but the last one of a row is a number of whole Lanes.
+    template <int B, bool kWhole>
     void encode(int64_t n) const {
         const int64_t grid = n / args.rows_per_grid * args.groups;
         const char* scales = static_cast<const char*>(args.scales) + grid * dtype_size(args.scale_dtype);
         Groups groups{scales, args.scale_dtype, args.zeros ? args.zeros + grid : nullptr, nullptr, args.groups,
                       args.group_size};
         Columns of;
-        Groups::fill(of.zero, 0, kColumns, kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1)));
+        Groups::fill(of.zero, 0, kWhole ? kLanes : kColumns, static_cast<float>(1 << (B - 1)));
+        const float* zeros = kWhole && args.zeros ? groups.zero : of.zero;
+        int64_t left = 0;  // Lanes of the group that are still to come
         uint32_t* words = args.codes + n * args.code_words;
-        alignas(64) uint8_t codes[kColumns + kLanes];  // stored by whole Lanes, the last ones may run over
+        const bool streamed = args.streamed && whole_lines(words);
+        alignas(64) uint32_t chunk[kColumns * B / 32];
         const char* next_row = row + args.row_stride * kSize;  // fetched while this one is divided
-        const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
+        constexpr int64_t kBlock = 4 * kLanes;
         for (int64_t begin = 0; begin < args.K; begin += kColumns) {
             const int64_t end = begin + kColumns < args.K ? begin + kColumns : args.K;
-            groups.expand(begin, end, of);
-            int64_t k = begin;
-            for (; k + 4 * kLanes <= end; k += 4 * kLanes) {
-                Lanes four[4];
-                for (int64_t i = 0; i < 4 * kLanes * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
-                for (int i = 0; i < 4; ++i) {
-                    const int64_t at = k - begin + kLanes * i;
-                    four[i] = code(load_lanes<D>(row, k + kLanes * i), of.scale + at, of.zero + at, top);
+            if (!kWhole) groups.expand(begin, end, of);
+            uint32_t* const to = streamed ? chunk : words + begin * B / 32;
+            Lanes w[4], scale[4], zero[4];
+            const auto take_grid = [&](int i, int64_t k) {
+                if (kWhole) {
+                    if (left == 0) groups.next_group(), left = args.group_size / kLanes;
+                    --left;
+                    scale[i] = splat(groups.scale[groups.g % kLanes]);
+                    zero[i] = splat(zeros[groups.g % kLanes]);
+                } else {
+                    scale[i] = load(of.scale + (k - begin));
+                    zero[i] = load(of.zero + (k - begin));
                 }
-                store_codes(codes + (k - begin), four);
+            };
+            int64_t k = begin;
+            for (; k + kBlock <= end; k += kBlock) {
+                for (int64_t i = 0; i < kBlock * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
+                for (int i = 0; i < 4; ++i) {
+                    w[i] = load_lanes<D>(row, k + kLanes * i);
+                    take_grid(i, k + kLanes * i);
+                }
+                store_codes_of<B>(w, scale, zero, to + (k - begin) * B / 32);
             }
-            each(k, end, [&](int64_t j, int64_t count) {
-                const int64_t at = j - begin;
-                store_codes(codes + at, code(load_some<D>(row, j, count), of.scale + at, of.zero + at, top));
-            });
-            uint32_t* to = words + begin * args.bits / 32;
+            if (k < end) {
+                for (int i = 0; i < 4; ++i) {
+                    w[i] = zero[i] = splat(0.0f), scale[i] = splat(1.0f);
+                    const int64_t first = k + kLanes * i;
+                    if (first >= end) continue;
+                    w[i] = load_some<D>(row, first, end - first);
+                    take_grid(i, first);
+                }
+                uint32_t last[kBlock * B / 32];
+                store_codes_of<B>(w, scale, zero, last);
+                const int64_t bits = (end - k) * B, whole = (bits + 31) / 32;
+                if (bits % 32 != 0) last[whole - 1] &= (1u << (bits % 32)) - 1;
+                memcpy(to + (k - begin) * B / 32, last, static_cast<size_t>(whole) * 4);
+            }
+            if (streamed) copy_out(words + begin * B / 32, chunk, ((end - begin) * B + 31) / 32 * 4, true);
+        }
+    }
+
+    template <int B>
+    void encode_bits(int64_t n) const {
+        args.group_size % kLanes == 0 ? encode<B, true>(n) : encode<B, false>(n);
+    }
+
+    void encode_row(int64_t n) const {
+        if constexpr (kBook) {
+            encode_bits<4>(n);
+        } else {
             switch (args.bits) {
-                case 2: pack_stream<2>(codes, end - begin, to); break;
-                case 3: pack_stream<3>(codes, end - begin, to); break;
-                case 4: pack_stream<4>(codes, end - begin, to); break;
-                default: pack_stream<8>(codes, end - begin, to); break;
+                case 2: return encode_bits<2>(n);
+                case 3: return encode_bits<3>(n);
+                case 4: return encode_bits<4>(n);
+                default: return encode_bits<8>(n);
             }
         }
     }
@@ -276,8 +321,9 @@ Status quantize_rows(const QuantizeArgs& args, int64_t begin, int64_t end) {
             const Status status = quantizer.choose(n);
             if (status != Status::ok) return status;
         }
-        if (args.codes) quantizer.encode(n);
+        if (args.codes) quantizer.encode_row(n);
     }
+    end_stream();
     return Status::ok;
 }
 
