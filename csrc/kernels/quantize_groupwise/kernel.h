@@ -220,70 +220,61 @@ struct Quantizer {
         return Status::ok;
     }
 
-    // The 64 codes of four Lanes of weights, as 2 * B words.
-    template <int B>
-    void store_codes_of(const Lanes (&w)[4], const Lanes (&scale)[4], const Lanes (&zero)[4], uint32_t* words) const {
-        Lanes x[4];
-        for (int i = 0; i < 4; ++i) x[i] = div(w[i], scale[i]);
+    // Codes of columns [k, k + 4 * kLanes), whose scales and zero points stand every kStep columns.
+    template <int B, int kStep>
+    static void encode_whole(const Codebook& book, const char* row, int64_t k, const float* scale, const float* zero,
+                             uint32_t* words) {
+        const auto of = [](const float* values) { return kStep == 1 ? load(values) : splat(*values); };
+        Lanes x[4], zeros[4];
+        for (int i = 0; i < 4; ++i) {
+            x[i] = div(load_lanes<D>(row, k + kLanes * i), of(scale + kLanes / kStep * i));
+            zeros[i] = of(zero + kLanes / kStep * i);
+        }
         if constexpr (kBook) {
             store_on_book(words, x, book);
         } else {
-            store_on_grid<B>(words, x, zero);
+            store_on_grid<B>(words, x, zeros);
         }
     }
 
-    // kWhole: every group but the last one of a row is a number of whole Lanes.
-    template <int B, bool kWhole>
+    // kStep: 1, or kLanes where groups are whole Lanes.
+    template <int B, int kStep>
     void encode(int64_t n) const {
         const int64_t grid = n / args.rows_per_grid * args.groups;
         const char* scales = static_cast<const char*>(args.scales) + grid * dtype_size(args.scale_dtype);
         Groups groups{scales, args.scale_dtype, args.zeros ? args.zeros + grid : nullptr, nullptr, args.groups,
                       args.group_size};
         Columns of;
-        Groups::fill(of.zero, 0, kWhole ? kLanes : kColumns, static_cast<float>(1 << (B - 1)));
-        const float* zeros = kWhole && args.zeros ? groups.zero : of.zero;
-        int64_t left = 0;  // Lanes of the group that are still to come
+        Groups::fill(of.zero, 0, kColumns / kStep, static_cast<float>(1 << (B - 1)));
         uint32_t* words = args.codes + n * args.code_words;
         const bool streamed = args.streamed && whole_lines(words);
         alignas(64) uint32_t chunk[kColumns * B / 32];
         const char* next_row = row + args.row_stride * kSize;  // fetched while this one is divided
-        constexpr int64_t kBlock = 4 * kLanes;
+        constexpr int64_t kWhole = 4 * kLanes;
         for (int64_t begin = 0; begin < args.K; begin += kColumns) {
             const int64_t end = begin + kColumns < args.K ? begin + kColumns : args.K;
-            if (!kWhole) groups.expand(begin, end, of);
+            groups.template expand<kStep>(begin, end, of);
             uint32_t* const to = streamed ? chunk : words + begin * B / 32;
-            Lanes w[4], scale[4], zero[4];
-            const auto take_grid = [&](int i, int64_t k) {
-                if (kWhole) {
-                    if (left == 0) groups.next_group(), left = args.group_size / kLanes;
-                    --left;
-                    scale[i] = splat(groups.scale[groups.g % kLanes]);
-                    zero[i] = splat(zeros[groups.g % kLanes]);
-                } else {
-                    scale[i] = load(of.scale + (k - begin));
-                    zero[i] = load(of.zero + (k - begin));
-                }
-            };
             int64_t k = begin;
-            for (; k + kBlock <= end; k += kBlock) {
-                for (int64_t i = 0; i < kBlock * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
-                for (int i = 0; i < 4; ++i) {
-                    w[i] = load_lanes<D>(row, k + kLanes * i);
-                    take_grid(i, k + kLanes * i);
-                }
-                store_codes_of<B>(w, scale, zero, to + (k - begin) * B / 32);
+            for (; k + kWhole <= end; k += kWhole) {
+                for (int64_t i = 0; i < kWhole * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
+                const int64_t at = (k - begin) / kStep;
+                encode_whole<B, kStep>(book, row, k, of.scale + at, of.zero + at, to + (k - begin) * B / 32);
             }
             if (k < end) {
-                for (int i = 0; i < 4; ++i) {
-                    w[i] = zero[i] = splat(0.0f), scale[i] = splat(1.0f);
-                    const int64_t first = k + kLanes * i;
-                    if (first >= end) continue;
-                    w[i] = load_some<D>(row, first, end - first);
-                    take_grid(i, first);
-                }
-                uint32_t last[kBlock * B / 32];
-                store_codes_of<B>(w, scale, zero, last);
-                const int64_t bits = (end - k) * B, whole = (bits + 31) / 32;
+                // The rest among zeros, whose codes are then cleared.
+                alignas(64) char weights[kWhole * kSize] = {};
+                alignas(64) float scale[kWhole], zero[kWhole];
+                Groups::fill(scale, 0, kWhole, 1.0f);
+                Groups::fill(zero, 0, kWhole, 0.0f);
+                const int64_t count = end - k, at = (k - begin) / kStep;
+                const size_t steps = static_cast<size_t>((count + kStep - 1) / kStep);
+                memcpy(weights, row + k * kSize, static_cast<size_t>(count * kSize));
+                memcpy(scale, of.scale + at, steps * sizeof(float));
+                memcpy(zero, of.zero + at, steps * sizeof(float));
+                uint32_t last[kWhole * B / 32];
+                encode_whole<B, kStep>(book, weights, 0, scale, zero, last);
+                const int64_t bits = count * B, whole = (bits + 31) / 32;
                 if (bits % 32 != 0) last[whole - 1] &= (1u << (bits % 32)) - 1;
                 memcpy(to + (k - begin) * B / 32, last, static_cast<size_t>(whole) * 4);
             }
@@ -293,7 +284,7 @@ struct Quantizer {
 
     template <int B>
     void encode_bits(int64_t n) const {
-        args.group_size % kLanes == 0 ? encode<B, true>(n) : encode<B, false>(n);
+        args.group_size % kLanes == 0 ? encode<B, kLanes>(n) : encode<B, 1>(n);
     }
 
     void encode_row(int64_t n) const {

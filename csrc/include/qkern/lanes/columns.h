@@ -99,15 +99,18 @@ struct Groups {
         if (offsets) store(offset, load_floats(offsets, dtype, g, n));
     }
 
-    // Columns [first, last), at most a chunk of them; calls follow one another along the row.
+    // Columns [first, last), at most a chunk of them; calls follow one another along the row. One value for every
+    // kStep columns, of which a group must have a whole number.
+    template <int kStep = 1>
     void expand(int64_t first, int64_t last, Columns& columns) {
         for (int64_t k = first; k < last;) {
             if (k == end) next_group();
-            const int64_t from = k - first, to = (end < last ? end : last) - first;
+            const int64_t next = end < last ? end : last;
+            const int64_t from = (k - first) / kStep, to = (next - first + kStep - 1) / kStep;
             fill(columns.scale, from, to, scale[g % kLanes]);
             if (zeros) fill(columns.zero, from, to, zero[g % kLanes]);
             if (offsets) fill(columns.offset, from, to, offset[g % kLanes]);
-            k = first + to;
+            k = next;
         }
     }
 };
