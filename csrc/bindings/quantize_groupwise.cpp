@@ -5,6 +5,7 @@
 #include "qkern/cpu.h"
 #include "qkern/kernels.h"
 #include "qkern/parallel.h"
+#include "qkern/stream.h"
 
 namespace py = pybind11;
 
@@ -35,6 +36,7 @@ void bind_quantize_groupwise(py::module_& module) {
             args.rows_per_grid = rows_per_grid;
             args.codes = reinterpret_cast<uint32_t*>(codes);
             args.code_words = (K * bits + 31) / 32;
+            args.streamed = N * args.code_words * 4 >= kStreamedBytes;
             const auto kernel = qk::kernels().quantize_groupwise;
             // The search fits every group to about sixty-four grids.
             const int64_t row_work = search_mse && !grid_given ? 64 * K : K;

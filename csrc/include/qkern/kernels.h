@@ -31,6 +31,7 @@ struct QuantizeArgs {
     int64_t rows_per_grid;      // with grid_given: rows that share a row of scales; else 1
     uint32_t* codes;            // [rows, code_words], or null: choose the grid only
     int64_t code_words;         // ceil(K * bits / 32)
+    bool streamed;              // codes go past the caches: they do not fit in them
 };
 // Rows [begin, end). non_finite if a weight is NaN or Inf, scale_overflow if a scale does not fit
 // scale_dtype; outputs of these rows are then unspecified.

@@ -44,7 +44,7 @@ bool quantize_groups(const QuantizeActivationsArgs& args, int64_t row, int64_t f
     const int64_t end = begin + count * args.group_size < args.K ? begin + count * args.group_size : args.K;
     Lanes up[kLanes], none[kLanes];
     if (!all_finite(extremes<D, false>(x, begin, args.K, args.group_size, count, up, none))) return false;
-    const Lanes scale = div(max_of_each(up), splat(127.0f));
+    const Lanes scale = div(largest_of_each<D>(up), splat(127.0f));
     store_some<DType::f32>(scales, first, count, scale);
     // Of a group whose scale is 0 everything is smaller than 1, and rounds to 0.
     alignas(64) float divisors[kLanes];

@@ -7,6 +7,7 @@
 #include "qkern/codebooks.h"
 #include "qkern/kernels.h"
 #include "qkern/lanes/columns.h"
+#include "qkern/stream.h"
 
 namespace {
 
@@ -91,7 +92,7 @@ struct Quantizer {
                 const Lanes zero = splat(grids[g].zero), sign = splat(grids[g].scale == grids[0].scale ? 1.0f : -1.0f);
                 const Lanes x = g == 0 ? ratio : mul(ratio, sign);
                 // What the code stands for, before the scale.
-                const Lanes c = kBook ? lookup(book.sorted, rank(book.thresholds, x)) : sub(clamp_codes(add(x, zero), top), zero);
+                const Lanes c = kBook ? lookup(book.sorted, rank(book, x)) : sub(clamp_codes(add(x, zero), top), zero);
                 const Lanes e = sub(w, mul(c, splat(grids[g].scale)));
                 const Lanes ie = importance ? mul(i, e) : e, ic = importance ? mul(i, c) : c;
                 error[g] = add(error[g], mul(ie, e));
@@ -117,7 +118,7 @@ struct Quantizer {
                                    : extremes<D, false>(row, k, args.K, args.group_size, count, up, down);
         if (!all_finite(largest)) return Status::non_finite;
         const int levels = 1 << args.bits;
-        const Lanes high = max_of_each(up), drop = both ? max_of_each(down) : splat(0.0f);
+        const Lanes high = largest_of_each<D>(up), drop = both ? largest_of_each<D>(down) : splat(0.0f);
         const Lanes reach = splat(args.asymmetric ? static_cast<float>(levels - 1)
                                   : kBook         ? 1.0f
                                                   : static_cast<float>(levels / 2) - 0.5f);
@@ -219,47 +220,82 @@ struct Quantizer {
         return Status::ok;
     }
 
-    Lanes code(const Lanes& w, const float* scale, const float* zero, const Lanes& top) const {
-        const Lanes x = div(w, load(scale));
-        if (!kBook) return clamp_codes(add(round_even(x), load(zero)), top);
-        const Lanes position = rank(book.thresholds, x);
-        return args.codebook == 1 ? position : lookup(book.codes, position);  // those of nf4 are in order
+    // Codes of columns [k, k + 4 * kLanes), whose scales and zero points stand every kStep columns.
+    template <int B, int kStep>
+    static void encode_whole(const Codebook& book, const char* row, int64_t k, const float* scale, const float* zero,
+                             uint32_t* words) {
+        const auto of = [](const float* values) { return kStep == 1 ? load(values) : splat(*values); };
+        Lanes x[4], zeros[4];
+        for (int i = 0; i < 4; ++i) {
+            x[i] = div(load_lanes<D>(row, k + kLanes * i), of(scale + kLanes / kStep * i));
+            zeros[i] = of(zero + kLanes / kStep * i);
+        }
+        if constexpr (kBook) {
+            store_on_book(words, x, book);
+        } else {
+            store_on_grid<B>(words, x, zeros);
+        }
     }
 
+    // kStep: 1, or kLanes where groups are whole Lanes.
+    template <int B, int kStep>
     void encode(int64_t n) const {
         const int64_t grid = n / args.rows_per_grid * args.groups;
         const char* scales = static_cast<const char*>(args.scales) + grid * dtype_size(args.scale_dtype);
         Groups groups{scales, args.scale_dtype, args.zeros ? args.zeros + grid : nullptr, nullptr, args.groups,
                       args.group_size};
         Columns of;
-        Groups::fill(of.zero, 0, kColumns, kBook ? 0.0f : static_cast<float>(1 << (args.bits - 1)));
+        Groups::fill(of.zero, 0, kColumns / kStep, static_cast<float>(1 << (B - 1)));
         uint32_t* words = args.codes + n * args.code_words;
-        alignas(64) uint8_t codes[kColumns + kLanes];  // stored by whole Lanes, the last ones may run over
+        const bool streamed = args.streamed && whole_lines(words);
+        alignas(64) uint32_t chunk[kColumns * B / 32];
         const char* next_row = row + args.row_stride * kSize;  // fetched while this one is divided
-        const Lanes top = splat(static_cast<float>((1 << args.bits) - 1));
+        constexpr int64_t kWhole = 4 * kLanes;
         for (int64_t begin = 0; begin < args.K; begin += kColumns) {
             const int64_t end = begin + kColumns < args.K ? begin + kColumns : args.K;
-            groups.expand(begin, end, of);
+            groups.template expand<kStep>(begin, end, of);
+            uint32_t* const to = streamed ? chunk : words + begin * B / 32;
             int64_t k = begin;
-            for (; k + 4 * kLanes <= end; k += 4 * kLanes) {
-                Lanes four[4];
-                for (int64_t i = 0; i < 4 * kLanes * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
-                for (int i = 0; i < 4; ++i) {
-                    const int64_t at = k - begin + kLanes * i;
-                    four[i] = code(load_lanes<D>(row, k + kLanes * i), of.scale + at, of.zero + at, top);
-                }
-                store_codes(codes + (k - begin), four);
+            for (; k + kWhole <= end; k += kWhole) {
+                for (int64_t i = 0; i < kWhole * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
+                const int64_t at = (k - begin) / kStep;
+                encode_whole<B, kStep>(book, row, k, of.scale + at, of.zero + at, to + (k - begin) * B / 32);
             }
-            each(k, end, [&](int64_t j, int64_t count) {
-                const int64_t at = j - begin;
-                store_codes(codes + at, code(load_some<D>(row, j, count), of.scale + at, of.zero + at, top));
-            });
-            uint32_t* to = words + begin * args.bits / 32;
+            if (k < end) {
+                // The rest among zeros, whose codes are then cleared.
+                alignas(64) char weights[kWhole * kSize] = {};
+                alignas(64) float scale[kWhole], zero[kWhole];
+                Groups::fill(scale, 0, kWhole, 1.0f);
+                Groups::fill(zero, 0, kWhole, 0.0f);
+                const int64_t count = end - k, at = (k - begin) / kStep;
+                const size_t steps = static_cast<size_t>((count + kStep - 1) / kStep);
+                memcpy(weights, row + k * kSize, static_cast<size_t>(count * kSize));
+                memcpy(scale, of.scale + at, steps * sizeof(float));
+                memcpy(zero, of.zero + at, steps * sizeof(float));
+                uint32_t last[kWhole * B / 32];
+                encode_whole<B, kStep>(book, weights, 0, scale, zero, last);
+                const int64_t bits = count * B, whole = (bits + 31) / 32;
+                if (bits % 32 != 0) last[whole - 1] &= (1u << (bits % 32)) - 1;
+                memcpy(to + (k - begin) * B / 32, last, static_cast<size_t>(whole) * 4);
+            }
+            if (streamed) copy_out(words + begin * B / 32, chunk, ((end - begin) * B + 31) / 32 * 4, true);
+        }
+    }
+
+    template <int B>
+    void encode_bits(int64_t n) const {
+        args.group_size % kLanes == 0 ? encode<B, kLanes>(n) : encode<B, 1>(n);
+    }
+
+    void encode_row(int64_t n) const {
+        if constexpr (kBook) {
+            encode_bits<4>(n);
+        } else {
             switch (args.bits) {
-                case 2: pack_stream<2>(codes, end - begin, to); break;
-                case 3: pack_stream<3>(codes, end - begin, to); break;
-                case 4: pack_stream<4>(codes, end - begin, to); break;
-                default: pack_stream<8>(codes, end - begin, to); break;
+                case 2: return encode_bits<2>(n);
+                case 3: return encode_bits<3>(n);
+                case 4: return encode_bits<4>(n);
+                default: return encode_bits<8>(n);
             }
         }
     }
@@ -276,8 +312,9 @@ Status quantize_rows(const QuantizeArgs& args, int64_t begin, int64_t end) {
             const Status status = quantizer.choose(n);
             if (status != Status::ok) return status;
         }
-        if (args.codes) quantizer.encode(n);
+        if (args.codes) quantizer.encode_row(n);
     }
+    end_stream();
     return Status::ok;
 }
 

@@ -93,6 +93,32 @@ inline __m256 max_bits_8(__m256 a, __m256 b) {
 
 inline Lanes max_bits(const Lanes& a, const Lanes& b) { return {max_bits_8(a.lo, b.lo), max_bits_8(a.hi, b.hi)}; }
 
+inline Lanes magnitude_halves(const Lanes& a) {
+    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi16(0x7fff));
+    return {_mm256_and_ps(a.lo, mask), _mm256_and_ps(a.hi, mask)};
+}
+
+inline Lanes flip_sign_halves(const Lanes& a) {
+    const __m256 signs = _mm256_castsi256_ps(_mm256_set1_epi16(-0x8000));
+    return {_mm256_xor_ps(a.lo, signs), _mm256_xor_ps(a.hi, signs)};
+}
+
+inline __m256 max_halves_16(__m256 a, __m256 b) {
+    return _mm256_castsi256_ps(_mm256_max_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+
+inline Lanes max_halves(const Lanes& a, const Lanes& b) {
+    return {max_halves_16(a.lo, b.lo), max_halves_16(a.hi, b.hi)};
+}
+
+inline __m256 upper_of_pairs_8(__m256 a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i larger = _mm256_max_epi16(bits, _mm256_slli_epi32(bits, 16));
+    return _mm256_castsi256_ps(_mm256_and_si256(larger, _mm256_set1_epi32(-0x10000)));
+}
+
+inline Lanes upper_of_pairs(const Lanes& a) { return {upper_of_pairs_8(a.lo), upper_of_pairs_8(a.hi)}; }
+
 inline bool any_bit(const Lanes& a) {
     const __m256i all = _mm256_castps_si256(_mm256_or_ps(a.lo, a.hi));
     return !_mm256_testz_si256(all, all);

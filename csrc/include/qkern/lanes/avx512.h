@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "qkern/codebooks.h"
 #include "qkern/scalar_float.h"
 
 namespace {
@@ -63,6 +64,22 @@ inline Lanes max_bits(const Lanes& a, const Lanes& b) {
     return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
 }
 
+inline Lanes magnitude_halves(const Lanes& a) {
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi16(0x7fff)))};
+}
+inline Lanes flip_sign_halves(const Lanes& a) {
+    return {_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_set1_epi16(-0x8000)))};
+}
+inline Lanes max_halves(const Lanes& a, const Lanes& b) {
+    return {_mm512_castsi512_ps(_mm512_max_epi16(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+}
+
+inline Lanes upper_of_pairs(const Lanes& a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i larger = _mm512_max_epi16(bits, _mm512_slli_epi32(bits, 16));
+    return {_mm512_castsi512_ps(_mm512_and_si512(larger, _mm512_set1_epi32(-0x10000)))};
+}
+
 inline bool any_bit(const Lanes& a) {
     const __m512i bits = _mm512_castps_si512(a.v);
     return _mm512_test_epi32_mask(bits, bits) != 0;
@@ -105,14 +122,6 @@ inline void look_up_halves(const uint16_t* table, const uint8_t* codes, uint16_t
 // What memory.h would otherwise write with the operations above.
 #define QK_LANES_BLOCKS
 
-inline void store_codes(uint8_t* p, const Lanes (&a)[4]) {
-    const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a[0].v), _mm512_cvtps_epi32(a[1].v));
-    const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(a[2].v), _mm512_cvtps_epi32(a[3].v));
-    // Quarters of four codes each: a0 b0 c0 d0 a1 b1 ..
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(ab, cd)));
-}
-
 inline __m512 halves(__m512 a, __m512 b, bool upper) {
     return upper ? _mm512_shuffle_f32x4(a, b, 0xee) : _mm512_shuffle_f32x4(a, b, 0x44);
 }
@@ -139,19 +148,79 @@ inline Lanes max_of_each(const Lanes (&rows)[kLanes]) {
     return join(join(four[0], four[1], singles), join(four[2], four[3], singles), pairs);
 }
 
-// A binary search: the last two steps find their threshold by permutation.
-inline Lanes rank(const float* thresholds, const Lanes& x) {
-    const __m512 all = _mm512_maskz_loadu_ps(0x7fff, thresholds);
-    const auto above = [&x](__m512 threshold) { return _mm512_cmp_ps_mask(x.v, threshold, _CMP_GT_OQ); };
-    const __mmask16 upper = above(_mm512_set1_ps(thresholds[7]));
-    const __mmask16 odd = above(
-        _mm512_mask_blend_ps(upper, _mm512_set1_ps(thresholds[3]), _mm512_set1_ps(thresholds[11])));
-    __m512i below = _mm512_maskz_set1_epi32(upper, 8);
-    below = _mm512_mask_or_epi32(below, odd, below, _mm512_set1_epi32(4));
-    const __m512 next = _mm512_permutexvar_ps(_mm512_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0), all);
-    below = _mm512_mask_or_epi32(below, above(_mm512_permutexvar_ps(below, next)), below, _mm512_set1_epi32(2));
-    below = _mm512_mask_or_epi32(below, above(_mm512_permutexvar_ps(below, all)), below, _mm512_set1_epi32(1));
-    return {_mm512_cvtepi32_ps(below)};
+// Sixteenths are the last bits of a sum that is rounded down: they find the cell, which leaves one comparison.
+inline __m512i rank_integers(const Codebook& book, const Lanes& x) {
+    const Cells& cells = book.cells;
+    const __m512 near = _mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(-1.0f)), _mm512_set1_ps(0.96875f));
+    const __m512i cell = _mm512_castps_si512(
+        _mm512_add_round_ps(near, _mm512_set1_ps(786432.0f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+    const __m512 threshold =
+        _mm512_permutex2var_ps(_mm512_loadu_ps(cells.threshold), cell, _mm512_loadu_ps(cells.threshold + 16));
+    const __m512i below =
+        _mm512_permutex2var_epi32(_mm512_loadu_si512(cells.below), cell, _mm512_loadu_si512(cells.below + 16));
+    return _mm512_mask_add_epi32(below, _mm512_cmp_ps_mask(x.v, threshold, _CMP_GT_OQ), below, _mm512_set1_epi32(1));
+}
+
+inline Lanes rank(const Codebook& book, const Lanes& x) { return {_mm512_cvtepi32_ps(rank_integers(book, x))}; }
+
+// 64 codes, one to a byte, to 2 * B words.
+template <int B>
+inline void store_bits(uint32_t* words, __m512i codes) {
+    if constexpr (B == 8) {
+        _mm512_storeu_si512(words, codes);
+    } else {
+        // Multiply and add joins neighbours: 2 * B bits in every 16.
+        const __m512i two = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(static_cast<int16_t>(1 | 256 << B)));
+        if constexpr (B == 4) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), _mm512_cvtepi16_epi8(two));
+        } else {
+            const __m512i four = _mm512_madd_epi16(two, _mm512_set1_epi32(1 | 65536 << (2 * B)));
+            if constexpr (B == 2) {
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm512_cvtepi32_epi8(four));
+            } else {
+                // 24 bits in every 64, of which three bytes stay.
+                const __m512i eight = _mm512_or_si512(four, _mm512_srli_epi64(four, 20));
+                const __m512i three = _mm512_broadcast_i32x4(
+                    _mm_setr_epi8(0, 1, 2, 8, 9, 10, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+                const __m512i order = _mm512_castsi256_si512(
+                    _mm256_setr_epi16(0, 1, 2, 8, 9, 10, 16, 17, 18, 24, 25, 26, 0, 0, 0, 0));
+                const __m512i joined = _mm512_permutexvar_epi16(order, _mm512_shuffle_epi8(eight, three));
+                _mm256_mask_storeu_epi32(words, 0x3f, _mm512_castsi512_si256(joined));
+            }
+        }
+    }
+}
+
+// Four registers of integers, saturated to 0..255.
+inline __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d) {
+    // Quarters of four codes each: a0 b0 c0 d0 a1 b1 ..
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+}
+
+inline void store_codes(uint8_t* p, const Lanes (&a)[4]) {
+    _mm512_storeu_si512(p, bytes_of(_mm512_cvtps_epi32(a[0].v), _mm512_cvtps_epi32(a[1].v), _mm512_cvtps_epi32(a[2].v),
+                                    _mm512_cvtps_epi32(a[3].v)));
+}
+
+template <int B>
+inline void store_on_grid(uint32_t* words, const Lanes (&x)[4], const Lanes (&zero)[4]) {
+    __m512i q[4];
+    for (int i = 0; i < 4; ++i) {
+        // The conversion rounds to even; it makes NaN and what is below all integers the lowest one, and must not get
+        // what is above them. A NaN is the second operand and stays.
+        const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(1073741824.0f), x[i].v);
+        q[i] = _mm512_add_epi32(_mm512_cvtps_epi32(bounded), _mm512_cvtps_epi32(zero[i].v));
+    }
+    const __m512i top = _mm512_set1_epi8(static_cast<char>((1 << B) - 1));
+    store_bits<B>(words, _mm512_min_epu8(bytes_of(q[0], q[1], q[2], q[3]), top));
+}
+
+inline void store_on_book(uint32_t* words, const Lanes (&x)[4], const Codebook& book) {
+    const __m512i position = bytes_of(rank_integers(book, x[0]), rank_integers(book, x[1]), rank_integers(book, x[2]),
+                                      rank_integers(book, x[3]));
+    const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_loadu_ps(book.codes)));
+    store_bits<4>(words, _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), position));
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // Loads and stores of Lanes that depend on the dtype or touch fewer than 16 elements. Included at the end
 // of every lanes/<isa>.h.
 #pragma once
+#include "qkern/bitstream.h"
+#include "qkern/codebooks.h"
 
 namespace {
 
@@ -67,6 +69,8 @@ inline Lanes keep_first(const Lanes& a, int64_t count) {
     return load(part);
 }
 
+inline Lanes clamp_codes(const Lanes& q, const Lanes& top) { return min(max(q, splat(0.0f)), top); }
+
 #ifndef QK_LANES_BLOCKS
 // Four Lanes of integers 0..255.
 inline void store_codes(uint8_t* p, const Lanes (&a)[4]) {
@@ -80,14 +84,32 @@ inline Lanes max_of_each(const Lanes (&rows)[kLanes]) {
     return load(largest);
 }
 
-// How many of fifteen ascending thresholds x is above.
-inline Lanes rank(const float* thresholds, const Lanes& x) {
+// How many of a codebook's thresholds x is above.
+inline Lanes rank(const Codebook& book, const Lanes& x) {
     Lanes position = splat(0.0f);
-    for (int i = 0; i < 15; ++i) position = count_above(position, x, splat(thresholds[i]));
+    for (float threshold : book.thresholds) position = count_above(position, x, splat(threshold));
     return position;
 }
-#endif
 
-inline Lanes clamp_codes(const Lanes& q, const Lanes& top) { return min(max(q, splat(0.0f)), top); }
+// Codes of 64 quotients as 2 * B words: clamp(rint(x) + zero, 0, 2^B - 1), zero being integers 0..255.
+template <int B>
+inline void store_on_grid(uint32_t* words, const Lanes (&x)[4], const Lanes (&zero)[4]) {
+    const Lanes top = splat(static_cast<float>((1 << B) - 1));
+    Lanes q[4];
+    for (int i = 0; i < 4; ++i) q[i] = clamp_codes(add(round_even(x[i]), zero[i]), top);
+    alignas(64) uint8_t codes[4 * kLanes];
+    store_codes(codes, q);
+    pack_blocks<B>(codes, 2, words);
+}
+
+inline void store_on_book(uint32_t* words, const Lanes (&x)[4], const Codebook& book) {
+    alignas(64) uint8_t codes[4 * kLanes];
+    Lanes q[4];
+    for (int i = 0; i < 4; ++i) q[i] = rank(book, x[i]);
+    store_codes(codes, q);
+    for (uint8_t& code : codes) code = static_cast<uint8_t>(book.codes[code]);
+    pack_blocks<4>(codes, 2, words);
+}
+#endif
 
 }  // namespace

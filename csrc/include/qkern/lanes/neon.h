@@ -118,6 +118,44 @@ inline Lanes max_bits(const Lanes& a, const Lanes& b) {
     return r;
 }
 
+#define QK_HALVES_OP(name, intrinsic, type, second)                                           \
+    inline float32x4_t name(float32x4_t a, float32x4_t b) {                                   \
+        return vreinterpretq_f32_##type(intrinsic(vreinterpretq_##type##_f32(a), second));    \
+    }
+QK_HALVES_OP(and_half_words, vandq_u16, u16, vreinterpretq_u16_f32(b))
+QK_HALVES_OP(xor_half_words, veorq_u16, u16, vreinterpretq_u16_f32(b))
+QK_HALVES_OP(max_half_words, vmaxq_s16, s16, vreinterpretq_s16_f32(b))
+#undef QK_HALVES_OP
+
+inline Lanes magnitude_halves(const Lanes& a) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = and_half_words(a.v[i], vreinterpretq_f32_u16(vdupq_n_u16(0x7fff)));
+    return r;
+}
+
+inline Lanes flip_sign_halves(const Lanes& a) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = xor_half_words(a.v[i], vreinterpretq_f32_u16(vdupq_n_u16(0x8000)));
+    return r;
+}
+
+inline Lanes max_halves(const Lanes& a, const Lanes& b) {
+    Lanes r;
+    QK_EACH_QUARTER r.v[i] = max_half_words(a.v[i], b.v[i]);
+    return r;
+}
+
+inline Lanes upper_of_pairs(const Lanes& a) {
+    Lanes r;
+    QK_EACH_QUARTER {
+        const uint32x4_t bits = vreinterpretq_u32_f32(a.v[i]);
+        const float32x4_t low = vreinterpretq_f32_u32(vshlq_n_u32(bits, 16));
+        const float32x4_t larger = max_half_words(a.v[i], low);
+        r.v[i] = and_half_words(larger, vreinterpretq_f32_u32(vdupq_n_u32(0xffff0000u)));
+    }
+    return r;
+}
+
 inline bool any_bit(const Lanes& a) {
     const float32x4_t all = or_quarter(or_quarter(a.v[0], a.v[1]), or_quarter(a.v[2], a.v[3]));
     return vmaxvq_u32(vreinterpretq_u32_f32(all)) != 0;

@@ -140,6 +140,39 @@ inline Lanes max_bits(const Lanes& a, const Lanes& b) {
     return r;
 }
 
+// The register as 32 halves: without their signs, with the other signs, the larger ones as signed integers.
+inline Lanes magnitude_halves(const Lanes& a) {
+    Lanes r;
+    QK_EACH_LANE r.v[i] = float_of(bits_of(a.v[i]) & 0x7fff7fffu);
+    return r;
+}
+
+inline Lanes flip_sign_halves(const Lanes& a) {
+    Lanes r;
+    QK_EACH_LANE r.v[i] = float_of(bits_of(a.v[i]) ^ 0x80008000u);
+    return r;
+}
+
+inline Lanes max_halves(const Lanes& a, const Lanes& b) {
+    int16_t x[2 * kLanes], y[2 * kLanes];
+    memcpy(x, a.v, sizeof x);
+    memcpy(y, b.v, sizeof y);
+    for (int i = 0; i < 2 * kLanes; ++i) x[i] = x[i] > y[i] ? x[i] : y[i];
+    Lanes r;
+    memcpy(r.v, x, sizeof x);
+    return r;
+}
+
+// The larger half of every pair, as a signed integer, above a zero.
+inline Lanes upper_of_pairs(const Lanes& a) {
+    Lanes r;
+    QK_EACH_LANE {
+        const uint32_t low = bits_of(a.v[i]) << 16, high = bits_of(a.v[i]) & 0xffff0000u;
+        r.v[i] = float_of(static_cast<int32_t>(low) > static_cast<int32_t>(high) ? low : high);
+    }
+    return r;
+}
+
 inline bool any_bit(const Lanes& a) {
     uint32_t all = 0;
     QK_EACH_LANE all |= bits_of(a.v[i]);
