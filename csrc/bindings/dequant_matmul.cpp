@@ -207,6 +207,7 @@ class LinearGroup {
     explicit LinearGroup(const std::vector<const Linear*>& linears) {
         if (linears.empty() || linears.size() > kMaxProducts) throw std::invalid_argument("a group has 1 to 8 weights");
         for (const Linear* linear : linears) {
+            if (!linear) throw std::invalid_argument("a weight of a group is None");
             if (!read_alike(linears[0]->view(), linear->view())) {
                 throw std::invalid_argument("the weights of a group must share K, bits, groups and column order");
             }

@@ -116,7 +116,7 @@ def test_every_installed_contestant_gives_right_products(bench, options):
     entries = [
         entry
         for scheme in ("w4g32", "w8g32", "nf4g64")
-        for entry in product.contestants(scheme, 80, 256, [1, 5] if scheme == "w4g32" else [5], options)
+        for entry in product.contestants(scheme, 96, 256, [1, 5] if scheme == "w4g32" else [5], options)
     ]
     # Dense weights are the same for every scheme.
     entries = list(

@@ -225,8 +225,101 @@ def test_threads_at_once(tokens: torch.Tensor) -> None:
     assert wrong == []
 
 
-def test_unknown_architecture_is_left_alone() -> None:
+def test_unknown_architecture_and_bare_decoder_are_left_alone() -> None:
     assert fuse_forwards(nn.Sequential(nn.Linear(4, 4))) == 0
+    assert fuse_forwards(made("Llama").model) == 0
+
+
+def test_a_patched_class_is_obeyed(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    model = made("Llama")
+    fuse_forwards(model)
+    before = logits(model, tokens)
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 2 * plain(self, x))
+    patched = logits(model, tokens)
+    assert not torch.equal(patched, before)
+    later = made("Llama")
+    fuse_forwards(later)
+    assert torch.equal(logits(later, tokens), patched)
+
+
+def test_what_a_forward_sets_on_its_self_stays(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    plain = LlamaMLP.forward
+
+    def forward(self, x):
+        self.seen = tuple(x.shape)
+        return plain(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    model = made("Llama")
+    fuse_forwards(model)
+    logits(model, tokens)
+    logits(model, tokens)
+    assert model.model.layers[0].mlp.seen == (2, 9, 64)
+    assert set(vars(model.model.layers[0].mlp)) & {"_owner", "_done"} == set()
+
+
+def test_a_forward_that_calls_super_is_left_alone(tokens: torch.Tensor) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    class Own(LlamaMLP):
+        def forward(self, x):
+            return super().forward(x)
+
+    model = made("Llama")
+    before = logits(model, tokens)
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Own
+    assert fuse_forwards(model) == 2
+    assert torch.equal(logits(model, tokens), before)
+
+
+def test_pickles_after_compiling_a_module() -> None:
+    model = made("Llama")
+    fuse_forwards(model)
+    model.model.layers[0].mlp.compile()
+    assert copy.deepcopy(model) is not None
+    torch.save(model, io.BytesIO())
+
+
+def test_gradients_of_an_exported_module() -> None:
+    model = made("Llama")
+    fuse_forwards(model)
+    mlp = model.model.layers[0].mlp
+    for linear in quant_linears(mlp).values():
+        linear.compute = "float"
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        mlp(x)
+        exported = torch.export.export(mlp, (x,)).module()
+    gradients = []
+    for run in (mlp, exported):
+        leaf = x.clone().requires_grad_()
+        run(leaf).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_weights_that_went_are_not_kept(tokens: torch.Tensor) -> None:
+    import gc
+    import weakref
+
+    model = made("Llama")
+    fuse_forwards(model)
+    logits(model, tokens)
+    logits(model, tokens)
+    mlp = model.model.layers[0].mlp
+    blob = weakref.ref(mlp.gate_proj.blob)
+    for linear in quant_linears(mlp).values():
+        linear.unpack()
+    with torch.no_grad():
+        mlp(torch.randn(2, 64))
+    gc.collect()
+    assert blob() is None
 
 
 def test_shared_input_refuses_what_it_cannot_join() -> None:

@@ -131,6 +131,31 @@ def test_group_is_its_parts(backend_name, compute):
             assert torch.equal(out, dequant_matmul(x, one, bias, compute=compute))
 
 
+def test_group_gradients():
+    weights = [weight((n, 32), "w4g16") for n in (24, 16)]
+    packed = [pack_weight(qw, backend="cpu") for qw in weights]
+    x = activations(3, 32).requires_grad_()
+    biases = [torch.zeros(24), None]
+    outs = torch.ops.qkern.dequant_matmul_group(
+        x, [one.blob for one in packed], biases, packed[0].layout, [24, 16], 32, ["w4g16"] * 2, "float"
+    )
+    upstream = [activations(3, 24), activations(3, 16)]
+    (grad_x,) = torch.autograd.grad(outs, x, upstream)
+    expected = sum(up @ exact_weight(qw).float() for up, qw in zip(upstream, weights, strict=True))
+    torch.testing.assert_close(grad_x, expected)
+    with pytest.raises(UnsupportedError, match="no gradient for a bias"):
+        torch.ops.qkern.dequant_matmul_group(
+            x,
+            [packed[0].blob],
+            [torch.zeros(24, requires_grad=True)],
+            packed[0].layout,
+            [24],
+            32,
+            ["w4g16"],
+            "float",
+        )
+
+
 def test_a_blob_that_changed_is_read_again():
     first, second = (pack_weight(weight((24, 32), "w4g16")) for _ in range(2))
     x = activations(3, 32)

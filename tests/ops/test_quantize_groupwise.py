@@ -432,3 +432,18 @@ def test_quantize_groupwise_offsets_beyond_two_to_the_31() -> None:
     assert torch.equal(whole.codes[-1:], last.codes)
     assert torch.equal(whole.scales[-1:], last.scales)
     assert (whole.scales[:-1] == 1).all()
+
+
+def test_a_zero_group_where_denormals_count_as_zero():
+    w = torch.zeros(16, 256)
+    w[:, 128:] = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    before = quantize_groupwise(w, "w4g128", backend="cpu")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    try:
+        after = quantize_groupwise(w, "w4g128", backend="cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(before.scales, after.scales)
+    assert torch.equal(before.codes, after.codes)
+    assert (after.scales[:, 0] == 1).all()

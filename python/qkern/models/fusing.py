@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
 
 from qkern.models.architecture import architecture_for
 from qkern.nn import SharedInput
@@ -39,13 +41,19 @@ def fuse_forwards(model: nn.Module) -> int:
     if architecture is None:
         return 0
     count = 0
-    layers: Any = model.get_submodule(architecture.layers)
+    try:
+        layers: Any = model.get_submodule(architecture.layers)
+    except AttributeError:  # a bare decoder, or a wrapper that passes its model's config on
+        return 0
     for layer in layers:
         for group in architecture.fused:
             owner_name = group[0].rpartition(".")[0]
             owner = layer.get_submodule(owner_name)
             names = tuple(name.rpartition(".")[2] for name in group)
-            if issubclass(type(owner), _Fused) or not all(name in owner._modules for name in names):
+            if isinstance(owner, _Fused) or not all(name in owner._modules for name in names):
+                continue
+            # A forward that calls super() needs an instance for self, which a view is not.
+            if "__class__" in type(owner).forward.__code__.co_freevars:
                 continue
             owner.__class__ = _fused_class(type(owner), names)  # type: ignore[arg-type]
             count += 1
@@ -59,7 +67,7 @@ class _Fused:
     _fused_names: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _restore, (self._fused_base, self._fused_names), self.__dict__.copy()
+        return _restore, (self._fused_base, self._fused_names), self.__getstate__()
 
 
 def _restore(base: type[nn.Module], names: tuple[str, ...]) -> Any:
@@ -69,21 +77,26 @@ def _restore(base: type[nn.Module], names: tuple[str, ...]) -> Any:
 
 @functools.cache
 def _fused_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    plain = base.forward
-    input_name = list(inspect.signature(plain).parameters)[1]  # the first is self
+    input_name = list(inspect.signature(base.forward).parameters)[1]  # the first is self
 
-    @functools.wraps(plain)
+    @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = base.forward  # looked up now: somebody may have patched the class
         x: Any = args[0] if args else kwargs.get(input_name)
         shared = self.__dict__.get("_shared_input")
         if shared is None:
             shared = self.__dict__["_shared_input"] = SharedInput()
-        linears = [self._modules[name] for name in names]
+        linears = [self._modules.get(name) for name in names]
         outs = shared(linears, x)
         if outs is None:
             return plain(self, *args, **kwargs)
         done = {name: _done(linear, x, out) for name, linear, out in zip(names, linears, outs, strict=True)}
-        return plain(_View(self, done), *args, **kwargs)
+        view = _View(self, done)
+        result = plain(view, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            for name in view.__dict__.keys() - _View.OWN:  # what the forward set on its self
+                setattr(self, name, view.__dict__[name])
+        return result
 
     body = {
         "forward": forward,
@@ -104,7 +117,9 @@ def _done(linear: Any, x: Tensor, out: Tensor) -> Callable[[Tensor], Any]:
 class _View:
     """What a forward sees as ``self``: its owner, but for the linears that are done."""
 
-    # No __slots__: torch.compile would look for them with __getattr__.
+    # No __slots__ and no __setattr__: torch.compile would look for them with __getattr__.
+    OWN: Final = frozenset({"_owner", "_done"})
+
     def __init__(self, owner: Any, done: dict[str, Callable[[Tensor], Any]]) -> None:
         self._owner = owner
         self._done = done

@@ -22,7 +22,7 @@ from qkern.schemes import PackedWeight, QuantizedWeight, Scheme, as_scheme
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["COMPUTE", "QuantLinear", "is_conv1d", "is_plain_call", "needs_grad"]
+__all__ = ["COMPUTE", "QuantLinear", "is_conv1d", "is_plain_call", "needs_grad", "transformed"]
 
 COMPUTE: Final = ("auto", "float", "int8")
 
@@ -454,6 +454,12 @@ def is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
         and not _profiled()
         and forward_ad._current_level < 0
     )
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
+    # Not `_transform`, whose answer torch.compile does not follow.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _moves(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules import module as _module
 
 from qkern.errors import UnsupportedError
-from qkern.nn.linear import QuantLinear, is_plain_call, needs_grad
+from qkern.nn.linear import QuantLinear, is_plain_call, needs_grad, transformed
 from qkern.ops.dequant_matmul import LinearGroup, LinearHandle, resolve_compute
 from qkern.ops.dequant_matmul.cpu import LAYOUT
 
@@ -25,11 +25,11 @@ class SharedInput:
     Keeps what it found out about the linears of the last call, never a result.
     """
 
-    __slots__ = ("_group", "_handles")
+    __slots__ = ("_known",)
 
     def __init__(self) -> None:
-        self._handles: tuple[LinearHandle, ...] = ()
-        self._group: LinearGroup | None = None
+        # One tuple, so that threads never see handles with the group of others.
+        self._known: tuple[tuple[LinearHandle, ...], LinearGroup | None] = (), None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SharedInput, ()
@@ -40,6 +40,12 @@ class SharedInput:
         That is so for linears that are no `QuantLinear` (PEFT wraps them, say), have hooks, or whose weights
         want x prepared differently, and wherever gradients are wanted or a mode of torch is active.
         """
+        outs = self._run(linears, x)
+        if outs is None and self._known[0]:
+            self._known = (), None  # weights that were replaced or unpacked must not live on here
+        return outs
+
+    def _run(self, linears: Sequence[Any], x: Tensor) -> tuple[Tensor, ...] | None:
         for linear in linears:
             if not _is_bare(linear) or linear._compute != linears[0]._compute:
                 return None
@@ -54,16 +60,17 @@ class SharedInput:
             return None
         if any(needs_grad(x, bias) for bias in biases if bias is not None):
             return None
-        if handles != self._handles:
-            self._handles = handles
+        known, group = self._known
+        if handles != known:
             try:
-                self._group = LinearGroup(handles)
+                group = LinearGroup(handles)
             except UnsupportedError:
-                self._group = None
-        if self._group is None:
+                group = None
+            self._known = handles, group
+        if group is None:
             return None
         compute = linears[0]._compute
-        return self._group(x, biases, "int8" if compute == "auto" else compute)
+        return group(x, biases, "int8" if compute == "auto" else compute)
 
 
 def _is_bare(linear: Any) -> bool:
@@ -87,7 +94,9 @@ def _has_global_hooks() -> bool:
 
 
 def _traced(linears: Sequence[QuantLinear], x: Tensor) -> tuple[Tensor, ...] | None:
-    """Record one call of the torch op, which has no gradient."""
+    """Record one call of the torch op."""
+    if transformed():
+        return None
     for linear in linears:
         linear._packed_by_now()
     biases = [linear._bias_for(x) for linear in linears]

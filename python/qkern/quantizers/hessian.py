@@ -148,7 +148,7 @@ def factorize(hessian: Tensor, damp: float, order: Tensor | None = None) -> Fact
         None if the matrix has NaN or Inf, or is not positive definite even at a damping of 1.
     """
     # The extremes alone: isfinite would write a mask of the whole matrix.
-    if not bool(torch.isfinite(torch.stack(hessian.aminmax())).all()):
+    if hessian.numel() and not bool(torch.isfinite(torch.stack(hessian.aminmax())).all()):
         return None
     mean = float(hessian.diagonal().mean())
     # No float64 on MPS.

@@ -62,8 +62,8 @@ inline Lanes largest_of_each(const Lanes (&rows)[kLanes]) {
 
 inline bool all_finite(const Lanes& a) { return !any_bit(sub(a, a)); }
 
-// 1 for 0, of numbers that are at least 0: only 0 is below the smallest float.
-inline Lanes one_for_zero(const Lanes& a) { return count_above(a, splat(float_of(1)), a); }
+// 1 for 0, of numbers that are at least 0. Also where the processor takes denormal numbers as 0.
+inline Lanes one_for_zero(const Lanes& a) { return where_above(a, splat(0.0f), a, splat(1.0f)); }
 
 // Filled in by whole Lanes: the last ones may run over.
 struct Columns {

@@ -363,7 +363,7 @@ class LinearGroup:
         activations with a scale a token.
     """
 
-    __slots__ = ("_N", "_handles", "_native", "_natives")
+    __slots__ = ("_N", "_handles", "_natives")
 
     def __init__(self, handles: Sequence[LinearHandle]) -> None:
         self._handles = tuple(handles)
@@ -371,28 +371,32 @@ class LinearGroup:
         self._attach()
 
     def _attach(self) -> None:
-        self._natives = tuple(handle._native for handle in self._handles)
-        self._native = _native_group(self._natives)
-        if self._native is None:
+        natives = tuple([handle._native for handle in self._handles])
+        group = _native_group(natives)
+        if group is None:
             raise UnsupportedError(
                 "these weights do not run as one call: they differ in K, bits, groups or order of columns"
             )
+        # In one assignment: another thread may be in the middle of a call.
+        self._natives = natives, group
 
     def __call__(
         self, x: Tensor, biases: Sequence[Tensor | None], compute: str = "int8"
     ) -> tuple[Tensor, ...]:
         """``x @ W.T + bias`` for each weight; arguments and errors are those of `LinearHandle`."""
         handles = self._handles
-        for handle, native in zip(handles, self._natives):  # noqa: B905 - of one length, and this is hot
+        natives, group = self._natives
+        for handle, native in zip(handles, natives):  # noqa: B905 - of one length, and this is hot
             if handle._blob.data_ptr() != handle._address:
                 handle._attach(handle._blob, handle.N, handle.K)
             if handle._native is not native:
                 self._attach()
+                group = self._natives[1]
                 break
         K = handles[0].K
         if compute == "float" and slab_rows(x.dtype) * K <= x.numel() > 0:
             return tuple([handle(x, bias, compute) for handle, bias in zip(handles, biases, strict=True)])
-        return tuple(_call_group(self._native, x, biases, self._N, K, compute))
+        return tuple(_call_group(group, x, biases, self._N, K, compute))
 
 
 def _call(native: Any, x: Tensor, bias: Tensor | None, N: int, K: int, compute: str) -> Tensor:

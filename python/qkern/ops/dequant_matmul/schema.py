@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from qkern.errors import UnsupportedError
 from qkern.ops.dequant_matmul import cpu, plain, reference
 from qkern.schemes import Scheme
 
@@ -21,7 +22,7 @@ _LIBRARY.define(
     " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# Several weights that read the same x, for inference: no gradient.
+# Several weights that read the same x.
 _LIBRARY.define(
     "dequant_matmul_group(Tensor x, Tensor[] blobs, Tensor?[] biases, str layout, int[] N, int K,"
     " str[] schemes, str compute) -> Tensor[]",
@@ -39,7 +40,7 @@ def _forward(
 ) -> Tensor:
     bias = None if bias is None else bias.detach().contiguous()
     if layout == cpu.LAYOUT:
-        return cpu.matmul(x, blob, bias, N, K, compute)
+        return cpu.matmul(x.detach(), blob, bias, N, K, compute)
     x = x.detach()
     qw = plain.unpack(blob, layout, N, K, Scheme.parse(scheme))
     rows = x.shape[:-1].numel()
@@ -58,7 +59,7 @@ def _group_forward(
 ) -> list[Tensor]:
     if layout == cpu.LAYOUT:
         kept = [None if bias is None else bias.detach().contiguous() for bias in biases]
-        return cpu.matmul_group(x, blobs, kept, N, K, compute)
+        return cpu.matmul_group(x.detach(), blobs, kept, N, K, compute)
     each = zip(blobs, biases, N, schemes, strict=True)
     return [_forward(x, blob, bias, layout, n, K, scheme, compute) for blob, bias, n, scheme in each]
 
@@ -112,6 +113,27 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, grad_bias, None, None, None, None, None
 
 
+def _setup_group(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, blobs, biases, ctx.layout, ctx.N, ctx.K, ctx.schemes, _ = inputs
+    if any(bias is not None and bias.requires_grad for bias in biases):
+        # torch's autograd formulas know no lists of optional tensors.
+        raise UnsupportedError(
+            "dequant_matmul_group has no gradient for a bias: call qkern::dequant_matmul for each weight"
+        )
+    ctx.save_for_backward(*blobs)
+
+
+def _differentiate_group(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    each = zip(grads, ctx.saved_tensors, ctx.N, ctx.schemes, strict=True)
+    parts = [
+        torch.ops.qkern.dequant_matmul_backward(grad, blob, ctx.layout, n, ctx.K, scheme)
+        for grad, blob, n, scheme in each
+        if ctx.needs_input_grad[0]
+    ]
+    grad_x = torch.stack([part.float() for part in parts]).sum(0).to(parts[0].dtype) if parts else None
+    return grad_x, [None] * len(grads), None, None, None, None, None, None
+
+
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, blob, *static = inputs
     ctx.save_for_backward(blob)
@@ -128,6 +150,9 @@ def _differentiate_second(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _LIBRARY.impl("dequant_matmul", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("dequant_matmul_group", _group_forward, "CompositeExplicitAutograd")
 torch.library.register_fake("qkern::dequant_matmul_group", _group_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "qkern::dequant_matmul_group", _differentiate_group, setup_context=_setup_group, lib=_LIBRARY
+)
 _LIBRARY.impl("dequant_matmul_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("qkern::dequant_matmul", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("qkern::dequant_matmul_backward", _backward_fake, lib=_LIBRARY)
