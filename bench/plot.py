@@ -138,16 +138,19 @@ def schemes_table(records: list[Record]) -> str:
     """Milliseconds of qkern with each scheme, and the larger share of the two ceilings."""
     schemes = list(dict.fromkeys(record["scheme"] for record in records))
     ours = [r for r in records if r["contestant"].startswith("qkern") and "seconds" in r]
-    columns = sorted({(r["contestant"], r["case"]["M"]) for r in ours})
+    measured = [
+        {(r["contestant"], r["case"]["M"]) for r in ours if r["scheme"] == scheme} for scheme in schemes
+    ]
+    columns = sorted(set.intersection(*measured))
     lines = [["scheme", *(f"{name.removeprefix('qkern ')}, M={M}" for name, M in columns)]]
     for scheme in schemes:
         limits = roofline.ceilings([record for record in records if record["scheme"] == scheme])
         found = {(r["contestant"], r["case"]["M"]): r for r in ours if r["scheme"] == scheme}
         cells = []
         for column in columns:
-            read, peak = shares(found[column], limits) if column in found else (0.0, 0.0)
+            read, peak = shares(found[column], limits)
             share = f"{100 * read:.0f} % of read" if read >= peak else f"{100 * peak:.0f} % of peak"
-            cells.append(f"{number(1e3 * found[column]['seconds'])}, {share}" if column in found else "")
+            cells.append(f"{number(1e3 * found[column]['seconds'])}, {share}")
         lines.append([scheme, *cells])
     return markdown(lines)
 
