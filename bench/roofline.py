@@ -121,7 +121,7 @@ def ceilings(records: list[dict[str, Any]]) -> dict[str, list[float]]:
             continue
         name, work = record["contestant"], record["bytes"] or record["operations"]
         rates = [work / seconds / 1e9 for seconds in record["rounds"]]
-        for key in {name.split()[0], name} if name.startswith("int8") else {name.split()[0]}:
+        for key in (name.split()[0], name) if name.startswith("int8") else (name.split()[0],):
             if key not in best or statistics.median(rates) > statistics.median(best[key]):
                 best[key] = rates
     return best
