@@ -12,7 +12,6 @@ Activations are fp32, as in llama.cpp. Logits are checked against a dense model 
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import tempfile
@@ -235,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
         tokens = options.prompt if record["case"]["what"] == "prefill" else 1
         rate = tokens / record["seconds"]
         print(f"{record['contestant']:26}{rate:9.1f} tokens/s  {1e3 * record['seconds']:9.2f} ms")
-    print(functools.reduce(max, (record.get("others", 0.0) for record in records)), "cores used by others")
+    print(max(record.get("others", 0.0) for record in records), "cores used by others")
     measure.save(records, options)
 
 

@@ -9,11 +9,6 @@ constexpr int kTall = 6, kWide = 1;  // 12 of 16 registers
 #include "search.h"
 
 extern "C" void qk_enter_gptq_update_avx2(qk::KernelTable* table) {
-    table->gptq_update = &update;
-    table->gptq_search = &search;
-    table->gptq_improve = &improve;
-    table->pack_product = &pack_product;
-    table->product = &product;
-    table->product_width = static_cast<int>(kWidth);
-    table->product_height = kTall;
+    enter_search(table);
+    enter_product(table);
 }

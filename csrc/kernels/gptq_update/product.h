@@ -121,4 +121,11 @@ void product(const ProductArgs& args, int64_t begin, int64_t end) {
     }
 }
 
+void enter_product(qk::KernelTable* table) {
+    table->pack_product = &pack_product;
+    table->product = &product;
+    table->product_width = static_cast<int>(kWidth);
+    table->product_height = kTall;
+}
+
 }  // namespace

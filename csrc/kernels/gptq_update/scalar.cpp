@@ -7,7 +7,5 @@ constexpr int kSide = 1, kApply = 2;
 #include "search.h"
 
 extern "C" void qk_enter_gptq_update_scalar(qk::KernelTable* table) {
-    table->gptq_update = &update;
-    table->gptq_search = &search;
-    table->gptq_improve = &improve;
+    enter_search(table);
 }

@@ -197,4 +197,10 @@ void improve(const GptqArgs& args, int64_t begin, int64_t end) {
     }
 }
 
+void enter_search(qk::KernelTable* table) {
+    table->gptq_update = &update;
+    table->gptq_search = &search;
+    table->gptq_improve = &improve;
+}
+
 }  // namespace

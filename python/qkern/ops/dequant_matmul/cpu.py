@@ -354,7 +354,7 @@ class LinearGroup:
     Parameters
     ----------
     handles : sequence of LinearHandle
-        2 to 8 of them.
+        Up to 8 of them.
 
     Raises
     ------

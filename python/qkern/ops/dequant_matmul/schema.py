@@ -38,10 +38,10 @@ _LIBRARY.define(
 def _forward(
     x: Tensor, blob: Tensor, bias: Tensor | None, layout: str, N: int, K: int, scheme: str, compute: str
 ) -> Tensor:
+    x = x.detach()
     bias = None if bias is None else bias.detach().contiguous()
     if layout == cpu.LAYOUT:
-        return cpu.matmul(x.detach(), blob, bias, N, K, compute)
-    x = x.detach()
+        return cpu.matmul(x, blob, bias, N, K, compute)
     qw = plain.unpack(blob, layout, N, K, Scheme.parse(scheme))
     rows = x.shape[:-1].numel()
     return reference.matmul(x.reshape(rows, K), qw, bias, compute == "int8").view(*x.shape[:-1], N)
