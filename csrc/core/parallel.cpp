@@ -2,8 +2,8 @@
 // the cores and the module links no OpenMP runtime.
 //
 // Both OpenMP entry points are looked up by name: GOMP_parallel (GCC's runtime, torch's Linux wheels) and
-// __kmpc_fork_call (LLVM's and Intel's). A process may hold two runtimes, so the one of torch is chosen. Work is claimed in chunks from one atomic counter, so a thread
-// that the runtime does not deliver, or that the OS preempts, is never waited for.
+// __kmpc_fork_call (LLVM's and Intel's). A process may hold two runtimes, so the one of torch is chosen.
+// Work is claimed in pieces from one atomic counter, so a thread that the runtime does not deliver is not waited for.
 #include "qkern/parallel.h"
 
 #include <algorithm>
@@ -26,17 +26,23 @@ struct Work {
     RangeFn fn;
     void* context;
     int64_t total;
-    int64_t chunk;
+    int64_t grain;
+    int64_t shares;  // a claim takes one of them of what is left
     std::atomic<int64_t> next{0};
 
     void run() {
-        for (;;) {
-            const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-            if (begin >= total) return;
-            fn(context, begin, std::min(begin + chunk, total));
+        int64_t begin = next.load(std::memory_order_relaxed);
+        while (begin < total) {
+            const int64_t left = total - begin;
+            const int64_t size = std::min(left, std::max(grain, left / shares / grain * grain));
+            if (!next.compare_exchange_weak(begin, begin + size, std::memory_order_relaxed)) continue;
+            fn(context, begin, begin + size);
+            begin = next.load(std::memory_order_relaxed);
         }
     }
 };
+
+constexpr int64_t kClaims = 3;
 
 // A thread inside parallel_for runs nested calls serially.
 thread_local bool tls_inside = false;
@@ -213,9 +219,8 @@ void parallel_for(int64_t total, int64_t unit, int64_t work_of_one, int threads,
         fn(context, 0, total);
         return;
     }
-    // Several chunks a thread, so that one late thread costs a chunk and not its whole share.
-    const int64_t chunk_grains = std::max<int64_t>(1, grains / (static_cast<int64_t>(threads) * 8));
-    Work work{fn, context, total, chunk_grains * grain, {}};
+    // Claims shrink towards the end, so that the threads end together and a late one costs little.
+    Work work{fn, context, total, grain, static_cast<int64_t>(threads) * kClaims, {}};
     if (openmp().gomp || openmp().kmp_fork) {
         run_openmp(work, threads);
     } else {

@@ -216,8 +216,8 @@ struct MatmulArgs {
 };
 // Rows of x go in equal chunks of up to kMatmulRows, or kPairRows of pairs: whole tiles of six where there are
 // several.
-constexpr int64_t kMatmulRows = 96;
-constexpr int64_t kPairRows = 132;
+constexpr int64_t kMatmulRows = 132;
+constexpr int64_t kPairRows = 264;
 constexpr int64_t matmul_chunk_rows(int64_t M, int64_t most = kMatmulRows) {
     const int64_t chunks = (M + most - 1) / most;
     return chunks <= 1 ? M : ((M + chunks - 1) / chunks + 5) / 6 * 6;

@@ -15,6 +15,7 @@ constexpr int64_t kDirectPairs = 16;
 constexpr int64_t kDirectPairs8 = 5;  // two products of each byte
 constexpr int64_t kBatch = 8;  // blocks
 constexpr int kBatchRows = 3;
+constexpr int kLinePairs = 16;  // of x in a cache line
 
 // Pairs per quad of columns: (0, 2) and (1, 3).
 constexpr int kHalves = 2;
@@ -220,16 +221,20 @@ QK_INLINE void micro_batch(const BlockPairs& b, const Batch& batch, int64_t r, i
         F sums[MT * NV];
         QK_UNROLL for (int i = 0; i < MT * NV; ++i) sums[i] = Isa::splat_f(0.0f);
         do {  // a block is never empty
-            I w[NV];
-            QK_UNROLL for (int v = 0; v < NV; ++v) {
-                w[v] = Isa::load(weights + v * 4 * Isa::kRows);
-                keep(w[v]);
-            }
-            QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
-                sums[i] = dot_pairs(sums[i], w[i % NV], Isa::splat(static_cast<int32_t>(x[i / NV * length])));
-            }
-            weights += b.line;
-        } while (++x < end);
+            QK_UNROLL for (int m = MT; m < 2 * MT; ++m) fetch_x(x + m * length);
+            const uint32_t* const line = end - x < kLinePairs ? end : x + kLinePairs;
+            do {
+                I w[NV];
+                QK_UNROLL for (int v = 0; v < NV; ++v) {
+                    w[v] = Isa::load(weights + v * 4 * Isa::kRows);
+                    keep(w[v]);
+                }
+                QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
+                    sums[i] = dot_pairs(sums[i], w[i % NV], Isa::splat(static_cast<int32_t>(x[i / NV * length])));
+                }
+                weights += b.line;
+            } while (++x < line);
+        } while (x < end);
         QK_UNROLL for (int i = 0; i < MT * NV; ++i) {
             const int64_t at = r + i % NV * Isa::kRows;
             F total = kTotals ? totals[i] : Isa::load_f(out(i));
@@ -317,7 +322,9 @@ void expand_pairs(const BlockPairs& b, int64_t R, uint8_t* out) {
     for (int64_t j = 0; j < quads; ++j) {
         for (int64_t r = 0; r < R; r += Isa::kRows) {
             I lines[3];
-            load_lines<BITS>(b.codes + j * kLines<BITS> * b.line + 4 * r, b.line, lines);
+            const uint8_t* codes = b.codes + j * kLines<BITS> * b.line + 4 * r;
+            fetch_lines<BITS>(codes, b.line);
+            load_lines<BITS>(codes, b.line, lines);
             uint8_t* at = out + kHalves * j * b.line + 4 * r;
             if constexpr (BITS == 8) {
                 I pairs[kHalves];

@@ -145,7 +145,9 @@ inline void expand_floats(const BlockFloat& b, int64_t R, float* out) {
     for (int64_t j = 0; j < quads; ++j) {
         for (int64_t r = 0; r < R; r += Isa::kRows) {
             I lines[3];
-            load_lines<BITS>(b.codes + j * kLines<BITS> * b.line + 4 * r, b.line, lines);
+            const uint8_t* codes = b.codes + j * kLines<BITS> * b.line + 4 * r;
+            fetch_lines<BITS>(codes, b.line);
+            load_lines<BITS>(codes, b.line, lines);
             expand_step<BITS, MODE, 0, 0>(lines, zero_of<MODE>(*b.head, r), Isa::load_f(b.head->scale + r), table,
                                           4 * quads * qk::kPanelRows, out + 4 * j * qk::kPanelRows + r);
         }

@@ -116,6 +116,11 @@ QK_INLINE void micro_int8(BlockInt8 b, int64_t r, int64_t m0) {
     const Ahead ahead = ahead_of(b.packed, r, Isa::kRows * NV, b.bits, b.padded / 4, m0, MT, b.M);
     // Codes that enter 128 less.
     constexpr int32_t kBias = Isa::kSignedWide && is_wide(KIND) ? 128 : 0;
+    if constexpr (MT > 4) {  // the next rows of x
+        QK_UNROLL for (int m = MT; m < 2 * MT; ++m) {
+            QK_UNROLL for (int64_t at = 0; at < qk::kBlockColumns; at += 64) fetch_x(b.x + m * b.x_stride + at);
+        }
+    }
     I sums[MT * NV];
     if (b.zero) {
         QK_UNROLL for (int v = 0; v < NV; ++v) {

@@ -61,8 +61,8 @@ struct Ahead {
 // For MT rows of x from row m0 of M, over the quads of `rows` rows of a weight from row r of a panel.
 inline Ahead ahead_of(const uint8_t* codes, int64_t r, int64_t rows, int bits, int64_t quads, int64_t m0, int MT,
                       int64_t M) {
-    const int64_t step = rows * bits / (2 * M);
-    return {codes + quads * (r * bits / 2 + m0 * step), MT * step};
+    const int64_t bytes = rows * bits / 2;  // of a quad
+    return {codes + quads * (r * bits / 2 + m0 * bytes / M), (MT * bytes + M - 1) / M};
 }
 
 // Step T after `at`. COUNT: the cache lines of a step, about.
@@ -72,6 +72,21 @@ QK_INLINE void fetch(const Ahead& ahead, int T) {
     QK_UNROLL for (int i = 0; i < COUNT; ++i) {
         __builtin_prefetch(ahead.at + kAhead + T * ahead.step + i * ahead.step / COUNT);
     }
+#endif
+}
+
+// A cache line a call, once: of x, or for what unpacks a block once for many rows of x, whose product has no step
+// to spare. Codes go to L2 (kAhead bytes ahead), since the block before them passes through L1 first.
+QK_INLINE void fetch_x(const void* at) {
+#if !defined(_MSC_VER)
+    __builtin_prefetch(at);
+#endif
+}
+
+template <int BITS>
+QK_INLINE void fetch_lines(const uint8_t* codes, int64_t line) {
+#if !defined(_MSC_VER)
+    QK_UNROLL for (int l = 0; l < (BITS == 3 ? 3 : 1); ++l) __builtin_prefetch(codes + kAhead + l * line, 0, 2);
 #endif
 }
 
