@@ -13,6 +13,7 @@ blocks on the pipe.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -81,6 +82,9 @@ def time_job(job: Job, seconds: float, clock: Callable[[], float]) -> list[float
         job.turn += 1
         return job.calls[job.turn % len(job.calls)]
 
+    # As timeit does: Python's collections would fall into some calls and not into others.
+    gc.collect()
+    gc.disable()
     if not job.own_clock:
         next_call()()
     end = time.perf_counter() + seconds
@@ -92,6 +96,7 @@ def time_job(job: Job, seconds: float, clock: Callable[[], float]) -> list[float
         times.append(own if job.own_clock else clock() - begin)
         # Or the next call would have to ask the system for new pages, which cost more than many a kernel.
         del own
+    gc.enable()
     return times
 
 

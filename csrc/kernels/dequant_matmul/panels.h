@@ -152,20 +152,19 @@ inline void store_tile(const qk::MatmulArgs& args, int64_t panel, int64_t first_
                        const float (*tile)[qk::kPanelRows]) {
     const int64_t column = panel * qk::kPanelRows;
     const int64_t N = args.view->N - column < R ? args.view->N - column : R;
-    float bias[qk::kPanelRows];
-    for (int64_t r = 0; r < R; ++r) {
-        bias[r] = args.bias && r < N ? load_float(args.bias, args.bias_dtype, column + r) : 0.0f;
-    }
+    const int64_t size = dtype_size(args.out_dtype);
+    const uint8_t* bias = static_cast<const uint8_t*>(args.bias) + (args.bias ? column * dtype_size(args.bias_dtype) : 0);
     for (int64_t m = 0; m < M; ++m) {
         const int64_t at = (first_m + m) * args.out_stride + column;
         int64_t r = 0;
         for (; r + Isa::kRows <= N; r += Isa::kRows) {
             F sum = Isa::load_f(tile[m] + r);
-            if (args.bias) sum = Isa::add(sum, Isa::load_f(bias + r));
-            Isa::store_as(static_cast<char*>(args.out) + (at + r) * dtype_size(args.out_dtype), args.out_dtype, sum);
+            if (args.bias) sum = Isa::add(sum, Isa::load_as_float(bias + r * dtype_size(args.bias_dtype), args.bias_dtype));
+            Isa::store_as(static_cast<char*>(args.out) + (at + r) * size, args.out_dtype, sum);
         }
         for (; r < N; ++r) {
-            store_float(args.out, args.out_dtype, at + r, args.bias ? tile[m][r] + bias[r] : tile[m][r]);
+            const float sum = args.bias ? tile[m][r] + load_float(bias, args.bias_dtype, r) : tile[m][r];
+            store_float(args.out, args.out_dtype, at + r, sum);
         }
     }
 }

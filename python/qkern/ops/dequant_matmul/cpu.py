@@ -116,7 +116,8 @@ def pack(qw: QuantizedWeight) -> PackedWeight:
         "extra_bytes": extra_bytes,
     }
     size = core().packed_bytes(**shape, permuted=order is not None)
-    blob = empty(size, dtype=torch.uint8)
+    with torch.inference_mode(False):  # a tensor whose version tells whether it was written to
+        blob = empty(size, dtype=torch.uint8)
     core().pack_weight(
         blob=pointer(blob),
         **shape,

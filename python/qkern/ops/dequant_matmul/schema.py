@@ -38,10 +38,10 @@ _LIBRARY.define(
 def _forward(
     x: Tensor, blob: Tensor, bias: Tensor | None, layout: str, N: int, K: int, scheme: str, compute: str
 ) -> Tensor:
-    x = x.detach()
-    bias = None if bias is None else bias.detach().contiguous()
+    bias = None if bias is None else bias.contiguous()
     if layout == cpu.LAYOUT:
         return cpu.matmul(x, blob, bias, N, K, compute)
+    x, bias = x.detach(), None if bias is None else bias.detach()
     qw = plain.unpack(blob, layout, N, K, Scheme.parse(scheme))
     rows = x.shape[:-1].numel()
     return reference.matmul(x.reshape(rows, K), qw, bias, compute == "int8").view(*x.shape[:-1], N)
@@ -58,8 +58,8 @@ def _group_forward(
     compute: str,
 ) -> list[Tensor]:
     if layout == cpu.LAYOUT:
-        kept = [None if bias is None else bias.detach().contiguous() for bias in biases]
-        return cpu.matmul_group(x.detach(), blobs, kept, N, K, compute)
+        kept = [None if bias is None else bias.contiguous() for bias in biases]
+        return cpu.matmul_group(x, blobs, kept, N, K, compute)
     each = zip(blobs, biases, N, schemes, strict=True)
     return [_forward(x, blob, bias, layout, n, K, scheme, compute) for blob, bias, n, scheme in each]
 
