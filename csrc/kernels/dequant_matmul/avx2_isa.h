@@ -7,6 +7,9 @@
 // See avx512vnni.cpp: coalescing makes GCC carry the sums of a tile through the stack.
 #pragma GCC optimize("no-tree-coalesce-vars")
 #endif
+#if !defined(QK_AVXVNNI)
+#define QK_WORDS  // see words.h
+#endif
 #include <immintrin.h>
 
 #include "prepare.h"

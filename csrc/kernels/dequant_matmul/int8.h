@@ -6,6 +6,9 @@
 // below 128 * 32768 * 127 < 2^30.
 #pragma once
 #include "stream.h"
+#if defined(QK_WORDS)
+#include "words.h"
+#endif
 
 namespace {
 
@@ -213,6 +216,9 @@ inline void product_int8(BlockInt8& b, int64_t R, int64_t M, uint8_t* scratch) {
     b.packed = b.codes;
     b.M = M;
     b.bits = stored_bits(KIND);
+#if defined(QK_WORDS)
+    if (KIND == Codes::codebook) return product_words(b, R, M, scratch);
+#endif
     if (KIND == Codes::bits8 && !Isa::kSignedWide) {
         block_int8<KIND, Isa::kTileM>(b, R, M);
     } else if (M <= Isa::kDirectRows) {
