@@ -199,6 +199,7 @@ struct Quantizer {
 
     Status choose(int64_t n) const {
         Grids grids;
+        const bool at_once = encodes_groups();
         for (int64_t g = 0; g < args.groups; g += kLanes) {
             const int64_t count = args.groups - g < kLanes ? args.groups - g : kLanes;
             const Status status = min_max(g, count, grids);
@@ -212,6 +213,7 @@ struct Quantizer {
                 grids.zero[i] = best.zero;
             }
             store_floats(args.scales, args.scale_dtype, n * args.groups + g, count, load(grids.scale));
+            if (at_once) with_bits([&](auto bits) { encode_groups<bits.value>(n, g, count, grids); });
             if (!args.zeros) continue;
             uint8_t zeros[kLanes];
             store_codes(zeros, load(grids.zero));
@@ -220,21 +222,25 @@ struct Quantizer {
         return Status::ok;
     }
 
-    // Codes of columns [k, k + 4 * kLanes), whose scales and zero points stand every kStep columns.
-    template <int B, int kStep>
-    static void encode_whole(const Codebook& book, const char* row, int64_t k, const float* scale, const float* zero,
-                             uint32_t* words) {
-        const auto of = [](const float* values) { return kStep == 1 ? load(values) : splat(*values); };
-        Lanes x[4], zeros[4];
-        for (int i = 0; i < 4; ++i) {
-            x[i] = div(load_lanes<D>(row, k + kLanes * i), of(scale + kLanes / kStep * i));
-            zeros[i] = of(zero + kLanes / kStep * i);
-        }
+    template <int B>
+    void store_codes_of(uint32_t* words, const Lanes (&x)[4], const Lanes (&zeros)[4]) const {
         if constexpr (kBook) {
             store_on_book(words, x, book);
         } else {
             store_on_grid<B>(words, x, zeros);
         }
+    }
+
+    // Codes of columns [k, k + 4 * kLanes), whose scales and zero points stand every kStep columns.
+    template <int B, int kStep>
+    void encode_whole(const char* from, int64_t k, const float* scale, const float* zero, uint32_t* words) const {
+        const auto of = [](const float* values) { return kStep == 1 ? load(values) : splat(*values); };
+        Lanes x[4], zeros[4];
+        for (int i = 0; i < 4; ++i) {
+            x[i] = div(load_lanes<D>(from, k + kLanes * i), of(scale + kLanes / kStep * i));
+            zeros[i] = of(zero + kLanes / kStep * i);
+        }
+        store_codes_of<B>(words, x, zeros);
     }
 
     // kStep: 1, or kLanes where groups are whole Lanes.
@@ -259,7 +265,7 @@ struct Quantizer {
             for (; k + kWhole <= end; k += kWhole) {
                 for (int64_t i = 0; i < kWhole * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
                 const int64_t at = (k - begin) / kStep;
-                encode_whole<B, kStep>(book, row, k, of.scale + at, of.zero + at, to + (k - begin) * B / 32);
+                encode_whole<B, kStep>(row, k, of.scale + at, of.zero + at, to + (k - begin) * B / 32);
             }
             if (k < end) {
                 // The rest among zeros, whose codes are then cleared.
@@ -273,7 +279,7 @@ struct Quantizer {
                 memcpy(scale, of.scale + at, steps * sizeof(float));
                 memcpy(zero, of.zero + at, steps * sizeof(float));
                 uint32_t last[kWhole * B / 32];
-                encode_whole<B, kStep>(book, weights, 0, scale, zero, last);
+                encode_whole<B, kStep>(weights, 0, scale, zero, last);
                 const int64_t bits = count * B, whole = (bits + 31) / 32;
                 if (bits % 32 != 0) last[whole - 1] &= (1u << (bits % 32)) - 1;
                 memcpy(to + (k - begin) * B / 32, last, static_cast<size_t>(whole) * 4);
@@ -282,22 +288,63 @@ struct Quantizer {
         }
     }
 
+    // Whether each batch of groups is encoded as soon as its grids are known: sizes that divide evenly.
+    bool encodes_groups() const {
+        return args.codes && args.group_size >= kLanes && (args.group_size & (args.group_size - 1)) == 0 &&
+               args.K % args.group_size == 0 && args.K % (4 * kLanes) == 0;
+    }
+
+    // Codes of groups [first, first + count), whose grids are at hand.
     template <int B>
-    void encode_bits(int64_t n) const {
-        args.group_size % kLanes == 0 ? encode<B, kLanes>(n) : encode<B, 1>(n);
+    void encode_groups(int64_t n, int64_t first, int64_t count, const Grids& grids) const {
+        uint32_t* const words = args.codes + n * args.code_words;
+        const bool streamed = args.streamed && whole_lines(words);
+        alignas(64) uint32_t chunk[kColumns * B / 32];
+        const char* next_row = row + args.row_stride * kSize;  // fetched while this one is divided
+        int shift = 0;
+        while (int64_t{1} << shift < args.group_size) ++shift;
+        const int64_t from = first << shift, last = (first + count) << shift;
+        constexpr int64_t kWhole = 4 * kLanes;
+        for (int64_t begin = from; begin < last; begin += kColumns) {
+            const int64_t end = begin + kColumns < last ? begin + kColumns : last;
+            uint32_t* const to = streamed ? chunk : words + begin * B / 32;
+            for (int64_t k = begin; k < end; k += kWhole) {
+                for (int64_t i = 0; i < kWhole * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
+                Lanes x[4], zeros[4];
+                for (int i = 0; i < 4; ++i) {
+                    const int64_t g = (k + i * kLanes - from) >> shift;
+                    x[i] = div(load_lanes<D>(row, k + i * kLanes), splat(grids.scale[g]));
+                    zeros[i] = splat(grids.zero[g]);
+                }
+                store_codes_of<B>(to + (k - begin) * B / 32, x, zeros);
+            }
+            if (streamed) copy_out(words + begin * B / 32, chunk, (end - begin) * B / 8, true);
+        }
+    }
+
+    template <int B>
+    struct Bits {
+        static constexpr int value = B;
+    };
+
+    template <class Action>
+    void with_bits(Action&& action) const {
+        if constexpr (kBook) {
+            action(Bits<4>{});
+        } else {
+            switch (args.bits) {
+                case 2: return action(Bits<2>{});
+                case 3: return action(Bits<3>{});
+                case 4: return action(Bits<4>{});
+                default: return action(Bits<8>{});
+            }
+        }
     }
 
     void encode_row(int64_t n) const {
-        if constexpr (kBook) {
-            encode_bits<4>(n);
-        } else {
-            switch (args.bits) {
-                case 2: return encode_bits<2>(n);
-                case 3: return encode_bits<3>(n);
-                case 4: return encode_bits<4>(n);
-                default: return encode_bits<8>(n);
-            }
-        }
+        with_bits([&](auto bits) {
+            args.group_size % kLanes == 0 ? encode<bits.value, kLanes>(n) : encode<bits.value, 1>(n);
+        });
     }
 };
 
@@ -312,7 +359,7 @@ Status quantize_rows(const QuantizeArgs& args, int64_t begin, int64_t end) {
             const Status status = quantizer.choose(n);
             if (status != Status::ok) return status;
         }
-        if (args.codes) quantizer.encode_row(n);
+        if (args.codes && (args.grid_given || !quantizer.encodes_groups())) quantizer.encode_row(n);
     }
     end_stream();
     return Status::ok;
