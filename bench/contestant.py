@@ -82,21 +82,23 @@ def time_job(job: Job, seconds: float, clock: Callable[[], float]) -> list[float
         job.turn += 1
         return job.calls[job.turn % len(job.calls)]
 
+    if not job.own_clock:
+        next_call()()
     # As timeit does: Python's collections would fall into some calls and not into others.
     gc.collect()
     gc.disable()
-    if not job.own_clock:
-        next_call()()
-    end = time.perf_counter() + seconds
     times: list[float] = []
-    while not times or time.perf_counter() < end:
-        call = next_call()
-        begin = clock()
-        own = call()
-        times.append(own if job.own_clock else clock() - begin)
-        # Or the next call would have to ask the system for new pages, which cost more than many a kernel.
-        del own
-    gc.enable()
+    try:
+        end = time.perf_counter() + seconds
+        while not times or time.perf_counter() < end:
+            call = next_call()
+            begin = clock()
+            own = call()
+            times.append(own if job.own_clock else clock() - begin)
+            # Or the next call would have to ask the system for new pages, which cost more than many a kernel.
+            del own
+    finally:
+        gc.enable()
     return times
 
 

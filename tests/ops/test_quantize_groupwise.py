@@ -130,6 +130,22 @@ def test_quantize_groupwise_equals_reference(cpu_tier: str, spelling: str, searc
         assert_same(quantize_groupwise(weight, spelling, backend="cpu", **options), expected, shape)
 
 
+@functools.cache
+def streamed_case(spelling: str, K: int) -> tuple[torch.Tensor, QuantizedWeight]:
+    # Codes of 4 MiB and more are streamed in whole lines.
+    N = -(-(4 << 20) // (4 * Scheme.parse(spelling).code_words(K)))
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return weight, quantize_groupwise(weight, spelling, backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "K"), [("w3g16", 2112), ("w4g32z", 2048), ("nf4g64", 2048), ("w8g128", 2080)]
+)
+def test_quantize_groupwise_streams_many_codes(cpu_tier: str, spelling: str, K: int) -> None:
+    weight, expected = streamed_case(spelling, K)
+    assert_same(quantize_groupwise(weight, spelling, backend="cpu"), expected, weight.shape)
+
+
 @given(
     N=st.integers(0, 6),
     K=st.integers(0, 400),
