@@ -37,9 +37,9 @@ void bind_gptq_update(py::module_& module) {
         "gptq_update",
         [](uintptr_t weight, int64_t weight_stride, int64_t N, int64_t B, uintptr_t hinv, uintptr_t scales,
            uintptr_t zeros, int64_t groups, uintptr_t group_index, int bits, int codebook, uintptr_t codes,
-           int64_t codes_stride, uintptr_t errors, uintptr_t origin, int64_t origin_stride, uintptr_t change,
-           int64_t change_stride, uintptr_t losses, uintptr_t candidate_scales, int64_t candidates, uintptr_t local,
-           int fits, int scale_dtype, int threads) {
+           int64_t codes_stride, uintptr_t errors, int threads, uintptr_t origin, int64_t origin_stride,
+           uintptr_t change, int64_t change_stride, uintptr_t losses, uintptr_t candidate_scales, int64_t candidates,
+           uintptr_t local, int fits, int scale_dtype) {
             qk::GptqArgs args{};
             args.weight = reinterpret_cast<const float*>(weight);
             args.weight_stride = weight_stride;
@@ -76,9 +76,10 @@ void bind_gptq_update(py::module_& module) {
         },
         py::arg("weight"), py::arg("weight_stride"), py::arg("N"), py::arg("B"), py::arg("hinv"), py::arg("scales"),
         py::arg("zeros"), py::arg("groups"), py::arg("group_index"), py::arg("bits"), py::arg("codebook"),
-        py::arg("codes"), py::arg("codes_stride"), py::arg("errors"), py::arg("origin"), py::arg("origin_stride"),
-        py::arg("change"), py::arg("change_stride"), py::arg("losses"), py::arg("candidate_scales"),
-        py::arg("candidates"), py::arg("local"), py::arg("fits"), py::arg("scale_dtype"), py::arg("threads"),
+        py::arg("codes"), py::arg("codes_stride"), py::arg("errors"), py::arg("threads"), py::arg("origin") = 0,
+        py::arg("origin_stride") = 0, py::arg("change") = 0, py::arg("change_stride") = 0, py::arg("losses") = 0,
+        py::arg("candidate_scales") = 0, py::arg("candidates") = 0, py::arg("local") = 0, py::arg("fits") = 0,
+        py::arg("scale_dtype") = 0,
         "Quantize the columns of a block one by one, spreading each column's error over those behind it; with "
         "candidates, at the scale that loses least; with local, where it betters the codes there are.");
     module.def(

@@ -27,7 +27,7 @@ struct Work {
     void* context;
     int64_t total;
     int64_t grain;
-    int64_t shares;  // a claim takes one of them of what is left
+    int64_t shares;  // a claim takes one of this many of what is left
     std::atomic<int64_t> next{0};
 
     void run() {
@@ -42,7 +42,8 @@ struct Work {
     }
 };
 
-constexpr int64_t kClaims = 3;
+// Shares for each thread.
+constexpr int64_t kShares = 3;
 
 // A thread inside parallel_for runs nested calls serially.
 thread_local bool tls_inside = false;
@@ -220,7 +221,7 @@ void parallel_for(int64_t total, int64_t unit, int64_t work_of_one, int threads,
         return;
     }
     // Claims shrink towards the end, so that the threads end together and a late one costs little.
-    Work work{fn, context, total, grain, static_cast<int64_t>(threads) * kClaims, {}};
+    Work work{fn, context, total, grain, static_cast<int64_t>(threads) * kShares, {}};
     if (openmp().gomp || openmp().kmp_fork) {
         run_openmp(work, threads);
     } else {

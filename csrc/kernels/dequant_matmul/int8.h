@@ -214,11 +214,7 @@ inline void expand(const BlockInt8& b, int64_t R, uint8_t* out) {
 template <Codes KIND>
 inline void product_int8(BlockInt8& b, int64_t R, int64_t M, uint8_t* scratch) {
     b.packed = b.codes;
-    b.M = M;
     b.bits = stored_bits(KIND);
-#if defined(QK_WORDS)
-    if (KIND == Codes::codebook) return product_words(b, R, M, scratch);
-#endif
     if (KIND == Codes::bits8 && !Isa::kSignedWide) {
         block_int8<KIND, Isa::kTileM>(b, R, M);
     } else if (M <= Isa::kDirectRows) {
@@ -263,6 +259,7 @@ void run_int8(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64_
     b.offset = view.zero_kind == qk::ZeroKind::offsets ? head.offset : nullptr;
     b.planes = &planes;
     b.factor = codebook ? 1.0f / 32767.0f : 1.0f;
+    b.M = M;
     b.tile = tile;
     for_each_block(view, panel, R, &head,
                    [&](int64_t block, int64_t, int64_t, int64_t padded, int64_t packed, const uint8_t* codes) {
@@ -271,7 +268,11 @@ void run_int8(const qk::MatmulArgs& args, int64_t panel, int64_t first_m, int64_
         b.x = args.codes + first_m * view.padded_K + packed;
         b.x_scale = args.scales + first_m * view.blocks + block;
         b.x_sum = args.sums + first_m * view.blocks + block;
+#if defined(QK_WORDS)
+        if (codebook) return product_words(b, R, M, scratch);
+#else
         if (codebook) return product_int8<Codes::codebook>(b, R, M, scratch);
+#endif
         switch (view.bits) {
             case 2: return product_int8<Codes::bits2>(b, R, M, scratch);
             case 3: return product_int8<Codes::bits3>(b, R, M, scratch);

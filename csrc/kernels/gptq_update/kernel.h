@@ -67,9 +67,7 @@ struct Panel {
     // A weight is held as its mark: the code, or of a codebook the position among its sorted entries.
     QK_INLINE Lanes mark(const Lanes& x, const Lanes& zero, const Lanes& top) const {
         if (!args.codebook) return clamp_codes(add(round_even(x), zero), top);
-        Lanes position = splat(0.0f);
-        for (int i = 0; i < 15; ++i) position = count_above(position, x, splat(book.thresholds[i]));
-        return position;
+        return rank(book, x);
     }
 
     QK_INLINE Lanes level(const Lanes& mark, const Lanes& zero) const {

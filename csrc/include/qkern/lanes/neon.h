@@ -177,13 +177,13 @@ inline Lanes count_above(const Lanes& count, const Lanes& x, const Lanes& thresh
     return r;
 }
 
-// The table is 64 bytes: position p selects bytes 4p .. 4p + 3.
 inline Lanes where_above(const Lanes& x, const Lanes& threshold, const Lanes& a, const Lanes& b) {
     Lanes r;
     QK_EACH_QUARTER r.v[i] = vbslq_f32(vcgtq_f32(x.v[i], threshold.v[i]), a.v[i], b.v[i]);
     return r;
 }
 
+// The table is 64 bytes: position p selects bytes 4p .. 4p + 3.
 inline Lanes lookup(const float* table, const Lanes& index) {
     const uint8_t* bytes = reinterpret_cast<const uint8_t*>(table);
     const uint8x16x4_t whole = {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};

@@ -68,6 +68,11 @@ def slab_rows(dtype: torch.dtype) -> float:
     return _SLAB_ROWS.get(core().active_tier(), math.inf)
 
 
+def _by_torch(x: Tensor, K: int) -> bool:
+    """Whether compute float leaves x ``[..., K]`` to torch's matmul."""
+    return slab_rows(x.dtype) * K <= x.numel() > 0
+
+
 def _columns_by_group(qw: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
     """Find where groups start, int32 ``[groups + 1]``, and the order of the columns (None: as they are)."""
     K, groups = qw.K, qw.scales.shape[1]
@@ -308,7 +313,7 @@ class LinearHandle:
         """
         if self._blob.data_ptr() != self._address:  # moved, as torch does to share memory with a process
             self._attach(self._blob, self.N, self.K)
-        if compute == "float" and slab_rows(x.dtype) * self.K <= x.numel() > 0:
+        if compute == "float" and _by_torch(x, self.K):
             return self._by_slabs(x, bias)
         return _call(self._native, x, bias, self.N, self.K, compute)
 
@@ -395,7 +400,7 @@ class LinearGroup:
                 group = self._natives[1]
                 break
         K = handles[0].K
-        if compute == "float" and slab_rows(x.dtype) * K <= x.numel() > 0:
+        if compute == "float" and _by_torch(x, K):
             return tuple([handle(x, bias, compute) for handle, bias in zip(handles, biases, strict=True)])
         return tuple(_call_group(group, x, biases, self._N, K, compute))
 
@@ -456,7 +461,7 @@ def _native_group(natives: tuple[Any, ...]) -> Any:
 
 def matmul(x: Tensor, blob: Tensor, bias: Tensor | None, N: int, K: int, compute: str) -> Tensor:
     """``x [..., K] @ W.T + bias``; arguments are validated by the caller."""
-    if compute == "float" and slab_rows(x.dtype) * K <= x.numel() > 0:
+    if compute == "float" and _by_torch(x, K):
         return LinearHandle._of(blob, N, K)._by_slabs(x, bias)
     return _call(_validated(blob, N, K)[1], x, bias, N, K, compute)
 
@@ -470,7 +475,7 @@ def matmul_group(
     compute: str,
 ) -> list[Tensor]:
     """``x @ W.T + bias`` for weights that share x, as one call where they allow it."""
-    if compute == "int8" or x.numel() < slab_rows(x.dtype) * K:
+    if compute == "int8" or not _by_torch(x, K):
         native = _native_group(tuple([_validated(blob, n, K)[1] for blob, n in zip(blobs, N, strict=True)]))
         if native is not None:
             return _call_group(native, x, biases, N, K, compute)

@@ -52,16 +52,6 @@ def update(
         codes=_native.pointer(codes),
         codes_stride=B,
         errors=_native.pointer(errors),
-        origin=0,
-        origin_stride=0,
-        change=0,
-        change_stride=0,
-        losses=0,
-        candidate_scales=0,
-        candidates=0,
-        local=0,
-        fits=0,
-        scale_dtype=0,
         threads=_native.threads(),
     )
     return codes, errors
