@@ -109,13 +109,23 @@ struct Quantizer {
         return scale == 0.0f || !is_finite(scale) ? fallback : scale;
     }
 
+    template <bool kBoth>
+    Lanes extremes_of(int64_t k, int64_t count, Lanes (&up)[kLanes], Lanes (&down)[kLanes]) const {
+        const int64_t size = args.K % args.group_size == 0 ? args.group_size : 0;
+        switch (size) {
+            case 32: return extremes<D, kBoth, 32>(row, k, args.K, size, count, up, down);
+            case 64: return extremes<D, kBoth, 64>(row, k, args.K, size, count, up, down);
+            case 128: return extremes<D, kBoth, 128>(row, k, args.K, size, count, up, down);
+            default: return extremes<D, kBoth>(row, k, args.K, args.group_size, count, up, down);
+        }
+    }
+
     // Min-max grids of groups [first, first + count), count at most kLanes.
     Status min_max(int64_t first, int64_t count, Grids& grids) const {
         const bool both = args.asymmetric || args.search_mse;
         Lanes up[kLanes], down[kLanes];
         const int64_t k = first * args.group_size;
-        const Lanes largest = both ? extremes<D, true>(row, k, args.K, args.group_size, count, up, down)
-                                   : extremes<D, false>(row, k, args.K, args.group_size, count, up, down);
+        const Lanes largest = both ? extremes_of<true>(k, count, up, down) : extremes_of<false>(k, count, up, down);
         if (!all_finite(largest)) return Status::non_finite;
         const int levels = 1 << args.bits;
         const Lanes high = largest_of_each<D>(up), drop = both ? largest_of_each<D>(down) : splat(0.0f);
@@ -213,7 +223,12 @@ struct Quantizer {
                 grids.zero[i] = best.zero;
             }
             store_floats(args.scales, args.scale_dtype, n * args.groups + g, count, load(grids.scale));
-            if (at_once) with_bits([&](auto bits) { encode_groups<bits.value>(n, g, count, grids); });
+            if (at_once) {
+                with_bits([&](auto bits) {
+                    args.group_size < 4 * kLanes ? encode_groups<bits.value, 2>(n, g, count, grids)
+                                                 : encode_groups<bits.value, 4>(n, g, count, grids);
+                });
+            }
             if (!args.zeros) continue;
             uint8_t zeros[kLanes];
             store_codes(zeros, load(grids.zero));
@@ -290,33 +305,35 @@ struct Quantizer {
 
     // Whether each batch of groups is encoded as soon as its grids are known: sizes that divide evenly.
     bool encodes_groups() const {
-        return args.codes && args.group_size >= kLanes && (args.group_size & (args.group_size - 1)) == 0 &&
+        return args.codes && args.group_size >= 2 * kLanes && (args.group_size & (args.group_size - 1)) == 0 &&
                args.K % args.group_size == 0 && args.K % (4 * kLanes) == 0;
     }
 
-    // Codes of groups [first, first + count), whose grids are at hand.
-    template <int B>
-    void encode_groups(int64_t n, int64_t first, int64_t count, const Grids& grids) const {
+    // Codes of groups [first, first + count), whose grids are at hand. kShared: how many Lanes in a row of four have
+    // the same grid.
+    template <int B, int kShared>
+    __attribute__((noinline)) void encode_groups(int64_t n, int64_t first, int64_t count, const Grids& grids) const {
         uint32_t* const words = args.codes + n * args.code_words;
         const bool streamed = args.streamed && whole_lines(words);
         alignas(64) uint32_t chunk[kColumns * B / 32];
-        const char* next_row = row + args.row_stride * kSize;  // fetched while this one is divided
         int shift = 0;
-        while (int64_t{1} << shift < args.group_size) ++shift;
-        const int64_t from = first << shift, last = (first + count) << shift;
+        while (kLanes << shift < args.group_size) ++shift;
+        const int64_t from = first * args.group_size, last = from + count * args.group_size;
+        const int64_t to_next = args.row_stride * kSize;  // the next row is fetched while this one is divided
         constexpr int64_t kWhole = 4 * kLanes;
         for (int64_t begin = from; begin < last; begin += kColumns) {
             const int64_t end = begin + kColumns < last ? begin + kColumns : last;
-            uint32_t* const to = streamed ? chunk : words + begin * B / 32;
-            for (int64_t k = begin; k < end; k += kWhole) {
-                for (int64_t i = 0; i < kWhole * kSize; i += 64) __builtin_prefetch(next_row + k * kSize + i);
+            uint32_t* to = streamed ? chunk : words + begin * B / 32;
+            const char* weights = row + begin * kSize;
+            for (int64_t k = begin; k < end; k += kWhole, weights += kWhole * kSize, to += kWhole * B / 32) {
+                for (int64_t i = 0; i < kWhole * kSize; i += 64) __builtin_prefetch(weights + to_next + i);
                 Lanes x[4], zeros[4];
                 for (int i = 0; i < 4; ++i) {
-                    const int64_t g = (k + i * kLanes - from) >> shift;
-                    x[i] = div(load_lanes<D>(row, k + i * kLanes), splat(grids.scale[g]));
+                    const int64_t g = ((k - from) / kLanes + i / kShared * kShared) >> shift;
+                    x[i] = div(load_lanes<D>(weights, i * kLanes), splat(grids.scale[g]));
                     zeros[i] = splat(grids.zero[g]);
                 }
-                store_codes_of<B>(to + (k - begin) * B / 32, x, zeros);
+                store_codes_of<B>(to, x, zeros);
             }
             if (streamed) copy_out(words + begin * B / 32, chunk, (end - begin) * B / 8, true);
         }

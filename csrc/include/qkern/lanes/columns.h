@@ -21,7 +21,8 @@ inline Lanes from_upper(const Lanes& a) {
 // Sixteen running maxima of each of `count` groups from column k of a row on: of the numbers in `up` and of the
 // negated ones in `down`, or of the magnitudes in `up`. Halves are ordered like what they stand for, and stay in the
 // upper 16 bits: largest_of_each makes numbers of them. Returns the largest of all; a NaN is above every number.
-template <qk::DType D, bool kBoth>
+// kSize: the columns of every group, if known.
+template <qk::DType D, bool kBoth, int kSize = 0>
 inline Lanes extremes(const void* row, int64_t k, int64_t K, int64_t group_size, int64_t count, Lanes (&up)[kLanes],
                       Lanes (&down)[kLanes]) {
     constexpr bool kHalves = D != qk::DType::f32;
@@ -30,7 +31,7 @@ inline Lanes extremes(const void* row, int64_t k, int64_t K, int64_t group_size,
     for (int64_t i = 0; i < kLanes; ++i) {
         Lanes high = splat(0.0f), drop = splat(0.0f);
         if (i < count) {
-            const int64_t end = K - k < group_size ? K : k + group_size;
+            const int64_t end = kSize ? k + kSize : K - k < group_size ? K : k + group_size;
             if (kHalves) {
                 for (; k + 2 * kLanes <= end; k += 2 * kLanes) {
                     const Lanes w = load_lanes<qk::DType::f32>(static_cast<const uint16_t*>(row) + k, 0);
