@@ -317,7 +317,7 @@ struct Quantizer {
         const bool streamed = args.streamed && whole_lines(words);
         alignas(64) uint32_t chunk[kColumns * B / 32];
         int shift = 0;
-        while (kLanes << shift < args.group_size) ++shift;
+        while (int64_t{kLanes} << shift < args.group_size) ++shift;
         const int64_t from = first * args.group_size, last = from + count * args.group_size;
         const int64_t to_next = args.row_stride * kSize;  // the next row is fetched while this one is divided
         constexpr int64_t kWhole = 4 * kLanes;
