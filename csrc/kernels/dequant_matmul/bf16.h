@@ -208,7 +208,8 @@ QK_INLINE void keep(I& value) {
 template <int MT, int NV, bool ZERO, bool OFFSET>
 QK_INLINE void micro_batch(const BlockPairs& b, const Batch& batch, int64_t r, int64_t m0) {
     constexpr bool kTotals = MT <= kBatchRows;
-    const auto out = [&](int i) { return b.tile[m0 + i / NV] + r + i % NV * Isa::kRows; };
+    float* const tile = b.tile[m0] + r;
+    const auto out = [&](int i) { return tile + i / NV * qk::kPanelRows + i % NV * Isa::kRows; };
     F totals[MT * NV];
     if constexpr (kTotals) {
         QK_UNROLL for (int i = 0; i < MT * NV; ++i) totals[i] = Isa::load_f(out(i));
