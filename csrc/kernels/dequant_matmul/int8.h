@@ -115,7 +115,7 @@ QK_INLINE void micro_int8(BlockInt8 b, int64_t r, int64_t m0) {
     b.x += m0 * b.x_stride;
     b.x_sum += m0 * b.blocks;
     b.x_scale += m0 * b.blocks;
-    b.tile += m0;
+    float* const tile = b.tile[m0] + r;
     const Ahead ahead = ahead_of(b.packed, r, Isa::kRows * NV, b.bits, b.padded / 4, m0, MT, b.M);
     // Codes that enter 128 less.
     constexpr int32_t kBias = Isa::kSignedWide && is_wide(KIND) ? 128 : 0;
@@ -153,7 +153,7 @@ QK_INLINE void micro_int8(BlockInt8 b, int64_t r, int64_t m0) {
     QK_UNROLL for (int m = 0; m < MT; ++m) {
         const F x_scale = Isa::splat_f(b.x_scale[m * b.blocks] * b.factor);
         QK_UNROLL for (int v = 0; v < NV; ++v) {
-            float* out = b.tile[m] + r + v * Isa::kRows;
+            float* out = tile + m * qk::kPanelRows + v * Isa::kRows;
             Isa::store_f(out, Isa::fma(Isa::to_float(sums[m * NV + v]), Isa::mul_f(scale[v], x_scale), Isa::load_f(out)));
         }
     }
@@ -161,7 +161,7 @@ QK_INLINE void micro_int8(BlockInt8 b, int64_t r, int64_t m0) {
         QK_UNROLL for (int m = 0; m < MT; ++m) {
             const F x_sum = Isa::splat_f(b.x_scale[m * b.blocks] * static_cast<float>(b.x_sum[m * b.blocks]));
             QK_UNROLL for (int v = 0; v < NV; ++v) {
-                float* out = b.tile[m] + r + v * Isa::kRows;
+                float* out = tile + m * qk::kPanelRows + v * Isa::kRows;
                 Isa::store_f(out, Isa::fma(Isa::load_f(b.offset + r + v * Isa::kRows), x_sum, Isa::load_f(out)));
             }
         }

@@ -61,8 +61,9 @@ struct Ahead {
 // For MT rows of x from row m0 of M, over the quads of `rows` rows of a weight from row r of a panel.
 inline Ahead ahead_of(const uint8_t* codes, int64_t r, int64_t rows, int bits, int64_t quads, int64_t m0, int MT,
                       int64_t M) {
-    const int64_t bytes = rows * bits / 2;  // of a quad
-    return {codes + quads * (r * bits / 2 + m0 * bytes / M), (MT * bytes + M - 1) / M};
+    const int bytes = static_cast<int>(rows) * bits / 2;  // of a quad
+    const int all = static_cast<int>(M);                  // a short division: this runs for every tile
+    return {codes + quads * (r * bits / 2 + static_cast<int>(m0) * bytes / all), (MT * bytes + all - 1) / all};
 }
 
 // Step T after `at`. COUNT: the cache lines of a step, about.
