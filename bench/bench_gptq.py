@@ -13,6 +13,7 @@ both, or as --order says.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ __all__ = ["VERSION", "prepare"]
 VARIANTS = ("qkern", "qkern minmax", "qkern mse", "torch alone")
 
 
+@functools.cache  # the contestants of a process share it: at K = 18944 it takes minutes and 1.7 GB
 def layer(N: int, K: int) -> tuple[Any, Any]:
     """Weight with heavy tails, and a Hessian of correlated activations with a few large channels."""
     import torch
