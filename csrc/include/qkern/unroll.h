@@ -1,6 +1,13 @@
 // Register tiles live in arrays that only exist once everything around them is inlined and unrolled.
 #pragma once
 
+// A loop that becomes one vector operation: GCC would first unroll it, and then see only scalars.
+#if defined(__GNUC__) && !defined(__clang__)
+#define QK_ROLLED _Pragma("GCC unroll 1")
+#else
+#define QK_ROLLED
+#endif
+
 #if defined(_MSC_VER)
 #define QK_INLINE __forceinline
 #define QK_UNROLL

@@ -3,6 +3,7 @@
 #pragma once
 #include "qkern/bitstream.h"
 #include "qkern/kernels.h"
+#include "qkern/unroll.h"
 #include "transpose.h"
 
 namespace {
@@ -30,7 +31,7 @@ inline void pack_tens(const uint8_t* codes, int64_t count, uint32_t* words) {
         pack_blocks<3>(codes + b * kTensCodes, batch * kTensDense / 3, dense + 1);
         for (int64_t i = 0; i < batch; ++i, words += kTensWords) {
             const uint32_t* from = dense + i * kTensDense;
-            for (int j = 0; j < kTensWords; ++j) {
+            QK_ROLLED for (int j = 0; j < kTensWords; ++j) {
                 const uint32_t begun = from[j] >> (31 - kTensShift[j]) >> 1;
                 words[j] = (from[j + 1] << kTensShift[j] | begun) & 0x3fffffffu;
             }
@@ -43,7 +44,7 @@ inline void unpack_tens(const uint32_t* words, int64_t count, uint8_t* codes) {
     for (int64_t b = 0; b < count; b += kTensBatch) {
         const int64_t batch = least(kTensBatch, count - b);
         for (int64_t i = 0; i < batch; ++i, words += kTensWords) {
-            for (int j = 0; j < kTensDense; ++j) {
+            QK_ROLLED for (int j = 0; j < kTensDense; ++j) {
                 const uint32_t begun = (words[j] & 0x3fffffffu) >> kTensShift[j];
                 dense[i * kTensDense + j] = begun | words[j + 1] << (30 - kTensShift[j]);
             }
