@@ -151,7 +151,8 @@ inline Lanes max_of_each(const Lanes (&rows)[kLanes]) {
 // Sixteenths are the last bits of a sum that is rounded down: they find the cell, which leaves one comparison.
 inline __m512i rank_integers(const Codebook& book, const Lanes& x) {
     const Cells& cells = book.cells;
-    const __m512 near = _mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(-1.0f)), _mm512_set1_ps(0.96875f));
+    // The smaller magnitude, with the sign of x: what lies outside goes to the first or last cell.
+    const __m512 near = _mm512_range_ps(x.v, _mm512_set1_ps(0.99999994f), 0b0010);
     const __m512i cell = _mm512_castps_si512(
         _mm512_add_round_ps(near, _mm512_set1_ps(786432.0f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
     const __m512 threshold =
