@@ -1,7 +1,7 @@
 """GPTQ of one linear at w4g128 beside GPTQModel, the same weight and Hessian: the whole and the column phase.
 
     python bench/bench_gptq.py [--shapes 3584x3584,3584x18944] [--gptqmodel-python PYTHON] [--rounds 3]
-        [--variants 'qkern minmax,torch alone']
+        [--variants 'qkern minmax' 'torch alone']
 
 The column phase is everything but the factorization of the Hessian and, in qkern, the energy of the
 weight by which it divides the error that it reports (GPTQModel reports the losses of its columns as they
@@ -126,13 +126,19 @@ def prepare(case: dict[str, Any]) -> Job:
 def main(arguments: list[str] | None = None) -> None:
     made = measure.parser(__doc__)
     made.add_argument("--shapes", default="3584x3584")
-    made.add_argument("--variants", default=",".join(VARIANTS), help="which of these, beside GPTQModel")
+    made.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=VARIANTS,
+        help="which of these, beside GPTQModel; the records of the others are dropped",
+    )
     made.add_argument("--order", default="group-aware", choices=("group-aware", "desc_act"))
     made.set_defaults(rounds=3, seconds=0.0)
     options = measure.parse(made, arguments)
     for shape in options.shapes.split(","):
         N, K = (int(size) for size in shape.split("x"))
-        entries = [("bench_gptq", variant) for variant in options.variants.split(",")]
+        entries = [("bench_gptq", variant) for variant in options.variants]
         entries += [] if options.no_peers else [("peers.gptqmodel_gptq", "GPTQModel")]
         results = measure.race(
             [

@@ -144,14 +144,24 @@ def test_gptq_update_reads_strided_inputs(backend: str) -> None:
         assert same_bits(errors, expected[1])
 
 
-def test_gptq_update_keeps_nan_in_its_row(backend: str) -> None:
+@pytest.mark.parametrize("codebook", [None, "nf4", "fp4"])
+def test_gptq_update_keeps_nan_in_its_row(backend: str, codebook: str | None) -> None:
     weight, hinv, scales, zeros, group_index = problem(20, 24)
-    clean = gptq_update(weight, hinv, scales, zeros, group_index, bits=4, backend=backend)
+    zeros = zeros if codebook is None else None
+
+    def update(backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return gptq_update(
+            weight, hinv, scales, zeros, group_index, bits=4, codebook=codebook, backend=backend
+        )
+
+    clean = update(backend)
     weight[3, 5], weight[18, 0] = torch.nan, torch.inf
-    codes, errors = gptq_update(weight, hinv, scales, zeros, group_index, bits=4, backend=backend)
+    codes, errors = update(backend)
+    lowest = {None: 0, "nf4": 0, "fp4": 11}[codebook]
     assert errors[3, 5:].isnan().all()
-    assert (codes[3, 5:] == 0).all()
+    assert (codes[3, 5:] == lowest).all()
     assert not errors[18].isfinite().any()
+    assert same_bits(codes, update("reference")[0])
     others = [n for n in range(20) if n not in (3, 18)]
     assert same_bits(codes[others], clean[0][others])
     assert same_bits(errors[others], clean[1][others])

@@ -67,7 +67,7 @@ struct Panel {
     // A weight is held as its mark: the code, or of a codebook the position among its sorted entries.
     QK_INLINE Lanes mark(const Lanes& x, const Lanes& zero, const Lanes& top) const {
         if (!args.codebook) return clamp_codes(add(round_even(x), zero), top);
-        return rank(book, x);
+        return rank(book, max(x, splat(-1.0f)));  // a NaN counts as the lowest value
     }
 
     QK_INLINE Lanes level(const Lanes& mark, const Lanes& zero) const {

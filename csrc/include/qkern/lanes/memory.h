@@ -84,7 +84,7 @@ inline Lanes max_of_each(const Lanes (&rows)[kLanes]) {
     return load(largest);
 }
 
-// How many of a codebook's thresholds x is above.
+// How many of a codebook's thresholds x is above; a NaN counts as anything.
 inline Lanes rank(const Codebook& book, const Lanes& x) {
     Lanes position = splat(0.0f);
     for (float threshold : book.thresholds) position = count_above(position, x, splat(threshold));
