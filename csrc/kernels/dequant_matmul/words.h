@@ -96,7 +96,8 @@ QK_INLINE void micro_words(const Block& b, const uint8_t* expanded, int64_t R, i
         const uint8_t* at = b.codes + 4 * r;
         const int8_t* const end = x + run;
         do {
-            fetch<2>(ahead, 0);
+            fetch<1>(ahead, 0);
+            fetch<1>(ahead, 1);
             ahead.at += 2 * ahead.step;
             load_quads<MT>(x, b.x_stride, quads);
             add_codes<MT, NV, 0>(at, low, high, quads, first, second);
