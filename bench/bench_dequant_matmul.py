@@ -13,6 +13,7 @@ python/qkern/ops/dequant_matmul/cpu.py.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import statistics
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from qkern.schemes import QuantizedWeight
 
 PEERS = ("torch_dense", "torch_int4pack", "onnxruntime_nbits", "ggml", "bitsandbytes_nf4")
+COMPUTES = ("int8 bf16", "float bf16", "float fp32", "int8 fp32", "int8 fp16", "float fp16")  # and dtype of x
 # Which of the machine's products a contestant uses, by how its name starts.
 PRODUCTS = {
     "qkern int8": "int8",
@@ -101,7 +103,7 @@ def prepare(case: dict[str, Any]) -> Job:
 
 def contestants(scheme: str, N: int, K: int, rows: list[int], options: Any) -> list[measure.Contestant]:
     """List qkern's variants and those of every peer that can hold such weights, for each M."""
-    entries = [("bench_dequant_matmul", f"qkern {variant}") for variant in options.computes.split(",")]
+    entries = [("bench_dequant_matmul", f"qkern {variant}") for variant in options.computes]
     for name in () if options.no_peers else PEERS:
         peer = importlib.import_module(f"peers.{name}")
         entries += [(f"peers.{name}", variant) for variant in peer.variants(scheme)]
@@ -153,8 +155,28 @@ def show(records: list[dict[str, Any]]) -> None:
             limit = f"{100 * read:.0f}% r" if read >= peak else f"{100 * peak:.0f}% p"
             line += f"{1e3 * record['seconds']:10.3f}{limit:>7}"
         print(line)
-    disturbed = statistics.median(record["others"] for record in records if "others" in record)
-    print(f"r: of the read bandwidth, p: of the product's peak; others had {disturbed:.2f} cores meanwhile")
+    others = [record["others"] for record in records if "others" in record]
+    if others:
+        print("r: of the read bandwidth, p: of the product's peak; ", end="")
+        print(f"others had {statistics.median(others):.2f} cores meanwhile")
+
+
+def schemes(text: str) -> list[str]:
+    """Type of an option that is schemes, separated by commas."""
+    from qkern.errors import QkernError
+    from qkern.schemes import Scheme
+
+    try:
+        return [str(Scheme.parse(part)) for part in text.split(",")]
+    except QkernError as why:
+        raise argparse.ArgumentTypeError(str(why)) from None
+
+
+def computes(text: str) -> list[str]:
+    """Type of an option that is some of `COMPUTES`, separated by commas."""
+    if unknown := set(chosen := text.split(",")) - set(COMPUTES):
+        raise argparse.ArgumentTypeError(f"allowed are {', '.join(COMPUTES)}: got {', '.join(unknown)}")
+    return chosen
 
 
 def compare_slabs(options: Any) -> None:
@@ -162,11 +184,11 @@ def compare_slabs(options: Any) -> None:
 
     from qkern.ops.dequant_matmul import cpu
 
-    N, K = (int(size) for size in options.shapes.split(",")[0].split("x"))
+    N, K = options.shapes[0]
     torch.set_num_threads(options.threads)
-    handle = handles(options.schemes.split(",")[0], N, K, 0)[0][0]
+    handle = handles(options.schemes[0], N, K, 0)[0][0]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for M in (int(M) for M in options.rows.split(",")):
+        for M in options.rows:
             x, medians = torch.randn(M, K).to(dtype), []
             for threshold in (1 << 60, 1):
                 cpu.slab_rows = lambda _, threshold=threshold: threshold
@@ -177,39 +199,35 @@ def compare_slabs(options: Any) -> None:
             print(f"{dtype!s:15} M {M:5}  kernel {medians[0]:8.2f} ms  slabs {medians[1]:8.2f} ms")
 
 
-def shapes_of(spelled: list[str], models: dict[str, list[str]]) -> list[tuple[int, int]]:
-    """``["18944x3584", "small"]``: shapes and names of models."""
-    flat = [shape for name in spelled for shape in models.get(name, [name])]
-    return [(int(N), int(K)) for N, K in (shape.split("x") for shape in flat)]
-
-
 def main(arguments: list[str] | None = None) -> None:
     known = tomllib.loads((measure.BENCH / "shapes.toml").read_text())
     made = measure.parser(__doc__)
     made.add_argument("--set", default="quick", choices=known["sets"], help="named in bench/shapes.toml")
-    made.add_argument("--shapes", help="NxK or names of bench/shapes.toml, separated by commas")
-    made.add_argument("--schemes")
-    made.add_argument("--rows")
-    made.add_argument("--computes", default="int8 bf16,float bf16,float fp32", help="compute and dtype of x")
-    made.add_argument("--slabs", action="store_true")
+    types = {"shapes": measure.shapes(known["models"]), "schemes": schemes, "rows": measure.numbers}
+    names = f"NxK or one of {', '.join(known['models'])}"
+    for name, what in (("shapes", names), ("schemes", "such as w4g128"), ("rows", "of x")):
+        made.add_argument(f"--{name}", type=types[name], help=f"{what}, separated by commas; else the set's")
+    made.add_argument(
+        "--computes", type=computes, default=",".join(COMPUTES[:3]), help=f"of {', '.join(COMPUTES)}"
+    )
+    made.add_argument("--slabs", action="store_true", help="compare compute float with and without slabs")
     options = measure.parse(made, arguments)
-    for name in ("shapes", "schemes", "rows"):
+    for name, convert in types.items():
         if getattr(options, name) is None:
-            setattr(options, name, ",".join(map(str, known["sets"][options.set][name])))
+            setattr(options, name, convert(",".join(map(str, known["sets"][options.set][name]))))
     if options.slabs:
         compare_slabs(options)
         return
-    rows = [int(M) for M in options.rows.split(",")]
     wrong = False
-    for N, K in shapes_of(options.shapes.split(","), known["models"]):
-        for scheme in options.schemes.split(","):
-            entries = contestants(scheme, N, K, rows, options)
+    for N, K in options.shapes:
+        for scheme in options.schemes:
+            entries = contestants(scheme, N, K, options.rows, options)
             results = measure.race([*roofline.contestants(), *entries], options)
             group = {"shape": f"{N}x{K}", "scheme": scheme, "forced": options.tier}
             records = measure.records("dequant_matmul", results, options, **group)
             show(records)
             measure.save(records, options)
-            wrong |= any(record.get("absent", "").startswith("wrong") for record in records)
+            wrong |= any(record.get("absent", "").startswith(measure.FAULTS) for record in records)
     sys.exit(1 if wrong else 0)
 
 

@@ -125,7 +125,9 @@ def prepare(case: dict[str, Any]) -> Job:
 
 def main(arguments: list[str] | None = None) -> None:
     made = measure.parser(__doc__)
-    made.add_argument("--shapes", default="3584x3584")
+    made.add_argument(
+        "--shapes", type=measure.shapes({}), default="3584x3584", help="NxK, separated by commas"
+    )
     made.add_argument(
         "--variants",
         nargs="+",
@@ -133,11 +135,13 @@ def main(arguments: list[str] | None = None) -> None:
         default=VARIANTS,
         help="which of these, beside GPTQModel; the records of the others are dropped",
     )
-    made.add_argument("--order", default="group-aware", choices=("group-aware", "desc_act"))
+    made.add_argument(
+        "--order", default="group-aware", choices=("group-aware", "desc_act"), help="of columns"
+    )
     made.set_defaults(rounds=3, seconds=0.0)
     options = measure.parse(made, arguments)
-    for shape in options.shapes.split(","):
-        N, K = (int(size) for size in shape.split("x"))
+    for N, K in options.shapes:
+        shape = f"{N}x{K}"
         entries = [("bench_gptq", variant) for variant in options.variants]
         entries += [] if options.no_peers else [("peers.gptqmodel_gptq", "GPTQModel")]
         results = measure.race(

@@ -17,7 +17,7 @@ from typing import Any
 
 import measure
 import roofline
-from bench_dequant_matmul import handles, shapes_of, show
+from bench_dequant_matmul import handles, show
 from contestant import Job, relative_error, sample_rows
 from peers import information
 from table import VERSION
@@ -68,8 +68,13 @@ def prepare(case: dict[str, Any]) -> Job:
 def main(arguments: list[str] | None = None) -> None:
     known = tomllib.loads((measure.BENCH / "shapes.toml").read_text())
     made = measure.parser(__doc__)
-    made.add_argument("--shapes", default="3584x3584", help="NxK or names of bench/shapes.toml")
-    made.add_argument("--rows", default="1,8,128,512")
+    made.add_argument(
+        "--shapes",
+        type=measure.shapes(known["models"]),
+        default="3584x3584",
+        help=f"NxK or one of {', '.join(known['models'])}, separated by commas",
+    )
+    made.add_argument("--rows", type=measure.numbers, default="1,8,128,512", help="of x, separated by commas")
     options = measure.parse(made, arguments)
     peers = () if options.no_peers else PEERS
     named = [("bench_int8_matmul", variant) for variant in VARIANTS]
@@ -78,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
             (f"peers.{name}", variant) for variant in importlib.import_module(f"peers.{name}").variants("w8")
         ]
     wrong = False
-    for N, K in shapes_of(options.shapes.split(","), known["models"]):
+    for N, K in options.shapes:
         entries = [
             measure.Contestant(
                 name=variant,
@@ -93,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
                     "rotate": options.rotate << 20,
                 },
             )
-            for M in map(int, options.rows.split(","))
+            for M in options.rows
             for module, variant in named
         ]
         results = measure.race([*roofline.contestants(), *entries], options)
@@ -101,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         records = measure.records("int8_matmul", results, options, **group)
         show(records)
         measure.save(records, options)
-        wrong |= any(record.get("absent", "").startswith("wrong") for record in records)
+        wrong |= any(record.get("absent", "").startswith(measure.FAULTS) for record in records)
     sys.exit(1 if wrong else 0)
 
 

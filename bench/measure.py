@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import random
+import re
 import select
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from contestant import PROCESSOR_TIME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
@@ -43,6 +44,8 @@ OWN = ("bench_", "roofline")
 # A run during which others had more processors than this is repeated, at most so often, unless its clock is
 # that of one thread's processor time, which they hardly disturb.
 DISTURBED, RETRIES = 0.2, 4
+# How `absent` starts when a contestant that is installed gave no result, or a wrong one.
+FAULTS = ("failed", "wrong")
 SILENCE = 900  # seconds after which a process that does not answer counts as hung
 
 
@@ -289,16 +292,61 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def at_least(least: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:
+    """Type of an option that is a number from `least` on."""
+
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if (number := kind(text)) >= least:
+                return number
+        raise argparse.ArgumentTypeError(f"must be a number of at least {least}: got {text!r}")
+
+    return convert
+
+
+def numbers(text: str) -> list[int]:
+    """Type of an option that is whole numbers from 1 on, separated by commas."""
+    return [int(at_least(1)(part)) for part in text.split(",")]
+
+
+def shape(text: str) -> tuple[int, int]:
+    """Type of an option that is the shape of a weight."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"a shape is NxK, for example 4096x3584: got {text!r}")
+    N, K = text.split("x")
+    return int(N), int(K)
+
+
+def shapes(models: dict[str, list[str]]) -> Callable[[str], list[tuple[int, int]]]:
+    """Type of an option that is shapes, or the names of `models`, separated by commas."""
+
+    def convert(text: str) -> list[tuple[int, int]]:
+        try:
+            return [shape(each) for part in text.split(",") for each in models.get(part, [part])]
+        except argparse.ArgumentTypeError as why:
+            raise argparse.ArgumentTypeError(
+                f"{why}; names are {', '.join(models)}" if models else why
+            ) from None
+
+    return convert
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Parser with the options that all benchmarks share."""
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    made.add_argument("--threads", type=at_least(1), default=cores(), help="of every contestant")
+    made.add_argument("--tier", help="CPU tier to force in qkern; `qkern info` names them")
+    made.add_argument("--rounds", type=at_least(1), default=7, help="in which all contestants take turns")
+    made.add_argument(
+        "--seconds", type=at_least(1e-3, float), default=0.1, help="about how long one run of a round takes"
     )
-    made.add_argument("--threads", type=int, default=cores())
-    made.add_argument("--tier", help="CPU tier to force in qkern")
-    made.add_argument("--rounds", type=int, default=7)
-    made.add_argument("--seconds", type=float, default=0.1, help="about how long one run of a round takes")
-    made.add_argument("--rotate", type=int, default=512, help="MB of weights that are gone round through")
+    made.add_argument(
+        "--rotate", type=at_least(0), default=512, help="MB of weights that are gone round through"
+    )
     made.add_argument("--peers-python", default=sys.executable, help="Python that has the peers")
     made.add_argument("--gptqmodel-python", help="Python that has GPTQModel, if another")
     made.add_argument("--no-peers", action="store_true", help="measure qkern and the ceilings alone")
@@ -317,6 +365,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def parse(made: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse, and note which peer has a Python of its own."""
     options = made.parse_args(arguments)
+    if options.tier is not None:
+        from qkern.ops._native import usable_tiers
+
+        if options.tier not in (usable := tuple(usable_tiers())):
+            made.error(f"--tier: this machine runs {', '.join(usable)}: got {options.tier!r}")
     if options.gptqmodel_python:
         options.pythons = {"peers.gptqmodel_gptq": options.gptqmodel_python}
     return options
@@ -401,4 +454,5 @@ def save(new: list[dict[str, Any]], options: argparse.Namespace) -> Path:
     kept = [record for record in load(path) if group(record) not in replaced]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in kept + new))
+    print(f"{len(new)} records written to {path}", file=sys.stderr)
     return path

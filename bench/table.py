@@ -61,10 +61,10 @@ def main(
     module = Path(file).stem
     op = module.removeprefix("bench_")
     made = measure.parser(description)
-    made.add_argument("--shape", default=f"{N}x{K}")
+    made.add_argument("--shape", type=measure.shape, default=f"{N}x{K}", help="NxK")
     made.add_argument("--cases", help="parts of their names, separated by commas")
     options = measure.parse(made, arguments)
-    N, K = (int(size) for size in options.shape.split("x"))
+    N, K = options.shape
     chosen = [name for name in cases if any(part in name for part in (options.cases or "").split(","))]
     modules = [module, *(() if options.no_peers else peers)]
     entries = [
@@ -94,4 +94,4 @@ def main(
         reached = f"{100 * roofline.part(record, work, limits):5.0f} % of {kind}"
         print(f"{label}{1e3 * record['seconds']:10.3f} ms{rate:9.2f} {unit}{reached}{facts}")
     measure.save(records, options)
-    sys.exit(1 if any(record.get("absent", "").startswith("wrong") for record in records) else 0)
+    sys.exit(1 if any(record.get("absent", "").startswith(measure.FAULTS) for record in records) else 0)

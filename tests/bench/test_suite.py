@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import math
+import re
 import shutil
 import sys
 import tomllib
@@ -112,7 +113,7 @@ def test_a_process_that_dies_is_a_result_that_says_so(bench, options, tmp_path, 
 
 def test_every_installed_contestant_gives_right_products(bench, options):
     product = bench("bench_dequant_matmul")
-    options.rounds, options.computes = 1, "int8 bf16,float bf16,float fp32"
+    options.rounds, options.computes = 1, ["int8 bf16", "float bf16", "float fp32"]
     entries = [
         entry
         for scheme in ("w4g32", "w8g32", "nf4g64")
@@ -280,10 +281,30 @@ def test_a_new_measurement_replaces_its_group_alone(bench, options):
 def test_sets_name_shapes_and_schemes_that_exist(bench):
     known = tomllib.loads((BENCH / "shapes.toml").read_text())
     for chosen in known["sets"].values():
-        assert bench("bench_dequant_matmul").shapes_of(chosen["shapes"], known["models"])
+        assert bench("measure").shapes(known["models"])(",".join(chosen["shapes"]))
         for scheme in chosen["schemes"]:
             assert str(Scheme.parse(scheme)) == scheme
             assert bench("peers").information(scheme, 4, 256) > 4 * 256 * Scheme.parse(scheme).bits / 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "0x512"], "a shape is NxK.*0x512"),
+        (["--shapes", "512x512x2"], "a shape is NxK.*Llama-3-8B"),
+        (["--rows", "1,0"], "at least 1: got '0'"),
+        (["--rounds", "x"], "at least 1: got 'x'"),
+        (["--threads=-1"], "at least 1: got '-1'"),
+        (["--seconds", "0"], "at least 0.001"),
+        (["--tier", "avx9"], "this machine runs scalar.*avx9"),
+        (["--schemes", "w4g128,w5"], "unsupported bits"),
+        (["--computes", "int4"], "int8 bf16.*int4"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_runs(bench, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        bench("bench_dequant_matmul").main(arguments)
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
 def test_qkern_bench_runs_a_script_of_the_checkout(capfd):

@@ -177,6 +177,8 @@ def test_dequantize_groupwise_names_what_is_wrong() -> None:
     qw, _ = random_weight((4, 32), "w4g16", act_order=True)
     with pytest.raises(InputError, match=r"torch\.float64"):
         dequantize_groupwise(qw, torch.float64)
+    with pytest.raises(InputError, match="got Tensor"):
+        dequantize_groupwise(qw.codes)  # type: ignore[arg-type]
     assert qw.group_index is not None
     qw.group_index[7] = 5
     with pytest.raises(InputError, match=r"0\.\.4"):

@@ -181,7 +181,9 @@ def test_gptq_update_names_what_is_wrong() -> None:
         gptq_update(weight, hinv, scales, zeros.int(), group_index, bits=4)
     with pytest.raises(InputError, match=r"0\.\.2"):
         gptq_update(weight, hinv, scales, zeros, group_index + 3, bits=4)
-    with pytest.raises(InputError, match="exclude each other"):
+    with pytest.raises(InputError, match="got neither"):
+        gptq_update(weight, hinv, scales, None, group_index, bits=4)
+    with pytest.raises(InputError, match="got both"):
         gptq_update(weight, hinv, scales, zeros, group_index, bits=4, codebook="nf4")
     with pytest.raises(InputError, match="bits must be"):
         gptq_update(weight, hinv, scales, zeros, group_index, bits=5)

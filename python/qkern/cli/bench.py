@@ -14,7 +14,7 @@ OTHERS: Final = {
     "roofline": "the machine's ceilings",
     "plot": "pictures, and the README's tables, from bench/results",
     "quality": "quantizers against each other",
-    "micro": "overhead of a call, by pytest-benchmark",
+    "micro": "overhead of a call, by pytest-benchmark (.[test] installs it)",
 }
 
 

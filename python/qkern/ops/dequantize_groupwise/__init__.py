@@ -59,8 +59,12 @@ def dequantize_groupwise(
     Raises
     ------
     InputError
-        On another dtype, or a group index out of range.
+        On another dtype, a group index out of range, or what is no `QuantizedWeight`.
     """
+    if not isinstance(qw, QuantizedWeight):
+        raise InputError(
+            f"qw must be a QuantizedWeight, as quantize_groupwise returns: got {type(qw).__name__}"
+        )
     if dtype not in FLOAT_DTYPES:
         raise InputError(f"dtype must be fp32, fp16 or bf16: got {dtype}")
     _check_index(qw)

@@ -85,9 +85,8 @@ def gptq_update(
     if codebook is not None and codebook not in CODEBOOKS:
         raise InputError(f"unknown codebook {codebook!r}: allowed are {CODEBOOKS}")
     if (zeros is None) != (codebook is not None):
-        raise InputError(
-            f"zeros and codebook exclude each other: got zeros={zeros is not None}, {codebook=}; pass one"
-        )
+        passed = "neither" if zeros is None else "both"
+        raise InputError(f"zeros and codebook exclude each other: got {passed}; pass one")
     if scales.dim() != 2 or scales.shape[0] != N:
         raise InputError(f"scales must be fp32 [{N}, G]: got {scales.dtype} {tuple(scales.shape)}")
     G = scales.shape[1]
