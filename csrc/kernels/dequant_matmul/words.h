@@ -1,6 +1,6 @@
 // A codebook in compute int8 on AVX2: its entries as 16-bit words, round(32767 * table), times the activations by
-// vpmaddwd. Two byte planes, which suit vpdpbusd, would cost 10 instructions for 32 codes instead of 6, since
-// vpmaddubsw saturates on bytes of more than 7 bits.
+// vpmaddwd. Two byte planes, which suit vpdpbusd, would cost 10 instructions for 32 codes instead of 8 (6 where
+// two rows of x share the lookups), since vpmaddubsw saturates on bytes of more than 7 bits.
 //
 // Bound of a sum: 128 columns * 32767 * 127 < 2^30.
 #pragma once
