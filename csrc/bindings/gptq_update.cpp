@@ -1,9 +1,5 @@
 #include <pybind11/pybind11.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "qkern/cpu.h"
 #include "qkern/kernels.h"
 #include "qkern/parallel.h"
@@ -12,17 +8,6 @@
 namespace py = pybind11;
 
 namespace {
-
-// Memory that is about to be written for the first time, in pages of megabytes: a fault for each 4 KiB costs as much
-// as the writing.
-void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__)
-    constexpr uintptr_t page = uintptr_t{1} << 21;
-    const auto at = reinterpret_cast<uintptr_t>(memory);
-    const uintptr_t first = (at + page - 1) / page * page, last = (at + bytes) / page * page;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // no matter if refused
-#endif
-}
 
 template <class T>
 void gather_row(const T* row, const int64_t* columns, int64_t K, T* out) {
@@ -100,7 +85,10 @@ void bind_gptq_update(py::module_& module) {
             const qk::ProductArgs args{reinterpret_cast<const float*>(a), a_stride, K, panels, columns,
                                        reinterpret_cast<const float*>(base), base_stride,
                                        reinterpret_cast<float*>(out), out_stride};
-            qk::parallel_for(N, table.product_height, K * columns / 8 + 1, threads,
+            // Few pieces: each fetches all of b, from L3 or from memory.
+            const int64_t tiles = (N + table.product_height - 1) / table.product_height;
+            const int64_t piece = (tiles + 2 * threads - 1) / (2 * threads) * table.product_height;
+            qk::parallel_for(N, piece, K * columns / 8 + 1, threads,
                              [&](int64_t begin, int64_t end) { table.product(args, begin, end); });
             return true;
         },
@@ -117,7 +105,6 @@ void bind_gptq_update(py::module_& module) {
             const auto* column_index = reinterpret_cast<const int64_t*>(columns);
             auto* to = reinterpret_cast<char*>(out);
             py::gil_scoped_release release;
-            advise_large_pages(to, static_cast<size_t>(N * K * item_bytes));
             qk::parallel_for(N, 1, 2 * K, threads, [&](int64_t begin, int64_t end) {
                 for (int64_t n = begin; n < end; ++n) {
                     const char* row = from + (row_index ? row_index[n] : n) * row_bytes;

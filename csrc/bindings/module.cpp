@@ -1,10 +1,15 @@
 // The Python module `_core`: tiers, threads, and one bind_<op> for every other file of this folder.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <stdint.h>
 
 #include <optional>
 #include <string>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "qkern/cpu.h"
 #include "qkern/parallel.h"
@@ -40,6 +45,14 @@ bool set_tier(const std::string& name) {
     return false;
 }
 
+void advise_large_pages([[maybe_unused]] uintptr_t memory, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t page = uintptr_t{1} << 21;
+    const uintptr_t first = (memory + page - 1) / page * page, last = (memory + bytes) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // no matter if refused
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -53,6 +66,8 @@ PYBIND11_MODULE(_core, module) {
                "Tier whose kernel of an op runs while the active tier is what it is; None if there is none.");
     module.def("set_tier", &set_tier, py::arg("name"),
                "Make a tier the active one; False if it is not compiled or this machine cannot run it.");
+    module.def("advise_large_pages", &advise_large_pages, py::arg("memory"), py::arg("bytes"),
+               "Ask for pages of megabytes in memory that is about to be written for the first time.");
     module.def("cpu_features", [] { return std::string(qk::cpu_feature_names()); });
     module.def("thread_pool", [] { return std::string(qk::pool_name()); });
 #define QK_BIND(op) bind_##op(module);

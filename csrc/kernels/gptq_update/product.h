@@ -12,8 +12,8 @@ constexpr int64_t kDepth = kProductDepth;
 constexpr int64_t kWidth = kWide * kLanes;
 // Of the next tile's rows, while one panel is done: all of their kDepth by the time that 128 columns are.
 constexpr int64_t kAhead = 2 * kWidth;
-// Rows whose results stay in L2 while the depth advances.
-constexpr int64_t kChunk = 16 * kTall;
+// Rows for which a slice of b is fetched once. Their results may leave L2 while the depth advances; b costs more.
+constexpr int64_t kChunk = 64 * kTall;
 
 // Slices [begin, end) of kDepth rows of b each: panels of kWidth columns, [panel][k][kWidth], filled with zeros.
 void pack_product(const ProductPackArgs& args, int64_t begin, int64_t end) {

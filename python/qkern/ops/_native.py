@@ -41,6 +41,9 @@ DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NON_FINITE: Final = 1
 SCALE_OVERFLOW: Final = 2
 CODE_RANGE: Final = 3
+# Memory of this size comes fresh from the system (glibc's allocator keeps none so large), and a fault for
+# each page of 4 KiB costs as much as writing it.
+FRESH_BYTES: Final = 32 << 20
 
 
 @functools.cache
@@ -86,7 +89,10 @@ def why_not_cpu(device: torch.device) -> str | None:
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory for a kernel to fill, whatever torch's default device and default dtype are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+    out = torch.empty(shape, dtype=dtype, device="cpu")
+    if out.nbytes >= FRESH_BYTES and _load()[0] is not None:
+        core().advise_large_pages(out.data_ptr(), out.nbytes)
+    return out
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -46,6 +46,8 @@ REACH = 0.2
 FITS = 2
 # Columns of the Hessian that the energy of a weight takes at once.
 ENERGY_COLUMNS = 256
+# Columns to which the errors of all columns before them are brought at once.
+FAR_COLUMNS = 512
 
 ActOrder = Literal["none", "group-aware", "desc_act"]
 ScaleSearch = Literal["minmax", "mse", "loss"]
@@ -231,11 +233,12 @@ class _Run:
         shape = (N, scheme.num_groups(K))
         self.scales = torch.ones(shape, dtype=torch.float32, device=weight.device)
         self.zeros = torch.full(shape, scheme.midpoint, dtype=torch.uint8, device=weight.device)
-        self.codes = torch.zeros(N, K, dtype=torch.uint8, device=weight.device)
+        self.codes = block.empty(N, K, torch.uint8, weight.device)
         # Each column is read for the last time when its difference is known, unless sweeps come back to it.
         self.sweeps = config.sweeps if config.search == "loss" else 0
         self.difference = torch.empty_like(weight) if self.sweeps else weight
         self.loss = 0.0
+        self.far_start = self.far_stop = 0
 
     def quantize(self) -> None:
         """Go through all columns once, and with ``search="loss"`` some times more."""
@@ -307,8 +310,21 @@ class _Run:
         weight = self.weight[:, start:stop]
         if start == 0:
             return weight
-        pull = block.product(self.difference[:, :start], self.root[:start, start:stop])
-        return block.product(pull, corner, weight)
+        return block.product(self._pull(start, stop), corner, weight)
+
+    def _pull(self, start: int, stop: int) -> Tensor:
+        """Product of all errors so far with these columns of the root.
+
+        The errors come from memory, so those of long ago are multiplied for `FAR_COLUMNS` at once.
+        """
+        if stop > self.far_stop:
+            self.far_start, self.far_stop = start, min(max(stop, start + FAR_COLUMNS), self.groups.numel())
+            self.far = block.product(self.difference[:, :start], self.root[:start, start : self.far_stop])
+        far = self.far[:, start - self.far_start : stop - self.far_start]
+        if start == self.far_start:
+            return far
+        between = slice(self.far_start, start)
+        return block.product(self.difference[:, between], self.root[between, start:stop], far)
 
     def _grid(
         self, target: Tensor, scheme: Scheme, search: ScaleSearch, cost: Tensor

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qkern.schemes import Scheme
 
-__all__ = ["Block", "gather", "improve", "product", "quantize", "search"]
+__all__ = ["Block", "empty", "gather", "improve", "product", "quantize", "search"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,6 +79,13 @@ def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
         ):
             return out
     return a @ b if base is None else torch.addmm(base, a, b)
+
+
+def empty(N: int, K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory for the columns of all blocks."""
+    if device.type == "cpu":
+        return _native.empty(N, K, dtype=dtype)
+    return torch.empty(N, K, dtype=dtype, device=device)
 
 
 def gather(matrix: Tensor, columns: Tensor, rows: Tensor | None = None) -> Tensor:
