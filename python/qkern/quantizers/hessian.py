@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
-from qkern.ops.gptq_update.block import gather, product
+from qkern.ops.gptq_update.block import empty, gather, product
 
 __all__ = ["Factor", "HessianAccumulator", "factorize", "triangular_inverse"]
 
@@ -162,7 +162,8 @@ def factorize(hessian: Tensor, damp: float, order: Tensor | None = None) -> Fact
             damped.diagonal().add_(relative * mean)
             lower = _cholesky(damped)
             if lower is not None:
-                root = lower.to(torch.float32).flip(0, 1)
+                reverse = torch.arange(len(lower), device=lower.device).flip(0)
+                root = gather(lower.to(torch.float32), reverse, reverse)
                 return Factor(root=root, damp=relative, shift=relative * mean)
         if relative >= MAX_DAMP:
             return None
@@ -183,7 +184,7 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     if matrix.dtype != torch.float32:
         lower, info = torch.linalg.cholesky_ex(matrix)
         return lower if int(info) == 0 else None
-    lower = torch.zeros_like(matrix)
+    lower = empty(*matrix.shape, matrix.dtype, matrix.device).zero_()
     for start in range(0, len(matrix), FACTOR_COLUMNS):
         stop = min(start + FACTOR_COLUMNS, len(matrix))
         rest = product(lower[start:, :start], -lower[start:stop, :start].T, matrix[start:, start:stop])
