@@ -3,22 +3,31 @@
 A test that takes ``cpu_tier`` runs once for each CPU tier this machine can run, with that tier forced; one
 that takes ``backend`` runs once for the reference and once for each such tier, and passes the fixture's value
 to the op. A test module that sets ``OP = "<folder of csrc/kernels>"`` runs only the tiers for which that op
-has a kernel of its own: the others would repeat them.
+has a kernel of its own: the others would repeat them. Where that folder has CUDA sources, ``backend`` runs
+them too, compiled for the CPU (csrc/include/qkern/cuda/emulator.h).
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shlex
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pybind11
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from qkern.ops import _native
+from qkern.ops import _cuda, _native
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
 KERNELS = Path(__file__).parents[1] / "csrc" / "kernels"
 
@@ -44,6 +53,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("cpu_tier", tiers, indirect=True)
     if "backend" in metafunc.fixturenames:
         names = ["reference", *(f"cpu-{tier}" for tier in tiers)]
+        if any((KERNELS / getattr(metafunc.module, "OP", "")).glob("*.cu")):
+            names.append("cuda-emulated")
         metafunc.parametrize("backend", names, indirect=True)
 
 
@@ -54,15 +65,57 @@ def cpu_tier(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(scope="session")
+def cuda_emulator(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The module `_cuda`, its kernels compiled for the CPU."""
+    csrc = KERNELS.parent
+    path = tmp_path_factory.mktemp("cuda") / "_cuda.so"
+    sources = [*csrc.glob("core/*.cu"), *csrc.glob("kernels/*/*.cu"), *csrc.glob("bindings/cuda/*.cpp")]
+    define = ('-DQKERN_VERSION="emulated"', '-DQKERN_CUDA_ARCHITECTURES="emulated"', "-DQKERN_CUDA_EMULATED")
+    include = (f"-I{csrc / 'include'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
+    flags = (
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-ffp-contract=off",
+        "-fPIC",
+        "-fvisibility=hidden",
+    )
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+
+    def compiled(source: Path) -> Path:
+        to = path.with_name(f"{source.parent.name}-{source.stem}.o")
+        command = [*compiler, *flags, *define, *include, "-x", "c++", "-c", str(source), "-o", str(to)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return to
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    subprocess.run([*compiler, "-shared", "-o", str(path), *map(str, objects)], check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.EMULATED
+    return module
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Value for an op's ``backend=``; for ``"cpu"``, each usable tier in turn is the active one."""
     name, _, tier = request.param.partition("-")
     if not tier:
         yield name
-        return
-    with _native.force_tier(tier):
-        yield name
+    elif name == "cuda":
+        with _cuda.emulated(request.getfixturevalue("cuda_emulator")):
+            yield name
+    else:
+        with _native.force_tier(tier):
+            yield name
 
 
 SIZES = {

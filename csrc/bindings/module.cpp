@@ -58,6 +58,7 @@ void advise_large_pages([[maybe_unused]] uintptr_t memory, [[maybe_unused]] size
 PYBIND11_MODULE(_core, module) {
     module.doc() = "Native CPU kernels of qkern; raw pointers in, no torch.";
     module.attr("__version__") = QKERN_VERSION;
+    module.attr("CUDA_BUILD") = QKERN_CUDA_BUILD;  // the compiler of _cuda, or why there is none
     module.def("compiled_tiers", [] { return tiers(&qk::tier_compiled); });
     module.def("usable_tiers",
                [] { return tiers([](qk::Tier t) { return qk::tier_compiled(t) && qk::tier_supported(t); }); });

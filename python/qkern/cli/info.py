@@ -70,14 +70,19 @@ def collect() -> dict[str, Any]:
     if reason is None:
         ops = [row["op"] for row in matrix if row["backend"] == "cpu"]
         cpu["kernels"] = {op: core.kernel_tier(registry.folder(op, registry.Backend.CPU)) for op in ops}
+    cuda = _cuda()
+    on_cuda = []
+    if cuda["device"] is not None:
+        on_cuda = registry.matrix(torch.device("cuda", 0), schemes, torch.float16)
     return {
         "qkern": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version_of(name) for name in PACKAGES},
         "cpu": cpu,
-        "cuda": _cuda(),
+        "cuda": cuda,
         "matrix": matrix,
+        "cuda_matrix": on_cuda,
     }
 
 
@@ -94,14 +99,18 @@ def _cuda() -> dict[str, Any]:
     facts: dict[str, Any] = {"torch_built_for": torch.version.cuda, "device": None}
     if torch.cuda.is_available():
         facts["device"] = torch.cuda.get_device_name()
+    from qkern.ops import _cuda as door
+
     try:
-        importlib.import_module("qkern._cuda")
+        module = importlib.import_module("qkern._cuda")
     except ModuleNotFoundError:
-        facts["native_module"] = "not built: this build has the CPU kernels only"
+        facts["native_module"] = f"not built ({door.build() or 'the CPU module does not load'})"
     except ImportError as error:
         facts["native_module"] = f"does not load: {error}"
     else:
-        facts["native_module"] = "loaded"
+        facts["native_module"] = f"built by {door.build()} for {module.ARCHITECTURES}"
+        if facts["device"] is not None:
+            facts["native_module"] += f"; {door.why_not_cuda(torch.device('cuda', 0)) or 'runs here'}"
     return facts
 
 
@@ -135,19 +144,19 @@ def _print(facts: dict[str, Any]) -> None:
     for name, value in lines.items():
         grid.add_row(name, value)
     console.print(grid, markup=False)
-    console.print(_matrix(facts["matrix"], cpu.get("kernels", {})))
+    console.print(_matrix("this CPU, natively by tier", facts["matrix"], cpu.get("kernels", {})))
+    if facts["cuda_matrix"]:
+        console.print(_matrix("this GPU", facts["cuda_matrix"], {}))
     console.print(f"schemes asked for, one of each kind: {' '.join(SCHEMES)}", markup=False)
-    for line in _refusals(facts["matrix"]):
+    for line in _refusals(facts["matrix"]) + _refusals(facts["cuda_matrix"]):
         console.print(line, markup=False)
 
 
-def _matrix(rows: list[dict[str, Any]], tiers: dict[str, str]) -> Any:
+def _matrix(where: str, rows: list[dict[str, Any]], tiers: dict[str, str]) -> Any:
     """Table of op by backend: the tier of the native kernels, or in how many of the schemes it runs."""
     from rich.table import Table
 
-    table = Table(
-        title="\nwhat runs on this CPU, natively by tier", title_justify="left", box=None, pad_edge=False
-    )
+    table = Table(title=f"\nwhat runs on {where}", title_justify="left", box=None, pad_edge=False)
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     for name in ("op", *backends):
         table.add_column(name)

@@ -153,10 +153,15 @@ def _log_fallback(op: str, backend: Backend, reason: str, request: Request) -> N
 
 
 def matrix(device: torch.device, schemes: Iterable[Scheme], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Rows of op, backend, scheme and the reason why it is not supported (None: supported)."""
+    """Rows of op, backend, scheme and the reason why it is not supported (None: supported).
+
+    Backends of other devices have none.
+    """
     schemes = tuple(schemes)
     rows = []
     for op, backend in sorted(_IMPLEMENTATIONS):
+        if backend in (Backend.CPU, Backend.CUDA) and backend.value != device.type:
+            continue
         for scheme in schemes:
             reason = explain(op, backend, Request(device=device, scheme=scheme, dtype=dtype))
             rows.append({"op": op, "backend": backend.value, "scheme": str(scheme), "reason": reason})

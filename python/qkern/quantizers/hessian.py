@@ -184,7 +184,7 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     if matrix.dtype != torch.float32:
         lower, info = torch.linalg.cholesky_ex(matrix)
         return lower if int(info) == 0 else None
-    lower = empty(*matrix.shape, matrix.dtype, matrix.device).zero_()
+    lower = empty(len(matrix), len(matrix), matrix.dtype, matrix.device).zero_()
     for start in range(0, len(matrix), FACTOR_COLUMNS):
         stop = min(start + FACTOR_COLUMNS, len(matrix))
         rest = product(lower[start:, :start], -lower[start:stop, :start].T, matrix[start:, start:stop])

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from qkern.errors import InputError
-from qkern.ops.dequant_matmul import cpu, plain, reference, schema  # noqa: F401 - schema registers the torch op
+from qkern.ops.dequant_matmul import (  # noqa: F401 - schema registers the torch op
+    cpu,
+    cuda,
+    cuda_layout,
+    plain,
+    reference,
+    schema,
+)
 from qkern.ops.dequant_matmul.checks import check_input
 from qkern.ops.dequant_matmul.cpu import LinearGroup, LinearHandle
 from qkern.ops.registry import Backend, Implementation, Request, register, select
@@ -25,6 +32,9 @@ register(
     )
 )
 register(Implementation(op="dequant_matmul", backend=Backend.CPU, call=cpu.pack, why_not=cpu.why_not))
+register(
+    Implementation(op="dequant_matmul", backend=Backend.CUDA, call=cuda_layout.pack, why_not=cuda.why_not)
+)
 
 
 def pack_weight(qw: QuantizedWeight, *, backend: str = "auto") -> PackedWeight:
@@ -73,6 +83,8 @@ def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
     """
     if packed.layout == cpu.LAYOUT:
         return cpu.unpack(packed)
+    if packed.layout.startswith(cuda.PREFIX):
+        return cuda_layout.unpack(packed.blob, packed.layout, packed.N, packed.K, packed.scheme)
     return plain.unpack(packed.blob, packed.layout, packed.N, packed.K, packed.scheme)
 
 
@@ -169,8 +181,13 @@ def packed_for(op: str, weight: PackedWeight | QuantizedWeight, x: Tensor, backe
     if backend == "auto":
         return weight
     chosen = select(op, backend, Request(device=x.device, scheme=weight.scheme, dtype=x.dtype))
-    own = Backend.CPU if weight.layout == cpu.LAYOUT else Backend.REFERENCE
-    if chosen.backend == own:
+    if chosen.backend == _backend_of(weight.layout):
         return weight
     repacked: PackedWeight = chosen.call(unpack_weight(weight))
     return repacked
+
+
+def _backend_of(layout: str) -> Backend:
+    if layout == cpu.LAYOUT:
+        return Backend.CPU
+    return Backend.CUDA if layout.startswith(cuda.PREFIX) else Backend.REFERENCE

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import UnsupportedError
-from qkern.ops.dequant_matmul import cpu, plain, reference
+from qkern.ops.dequant_matmul import cpu, cuda, plain, reference
 from qkern.schemes import Scheme
 
 __all__: list[str] = []
@@ -41,6 +41,8 @@ def _forward(
     bias = None if bias is None else bias.contiguous()
     if layout == cpu.LAYOUT:
         return cpu.matmul(x, blob, bias, N, K, compute)
+    if layout.startswith(cuda.PREFIX):
+        return cuda.matmul(x, blob, bias, layout, N, K, scheme, compute)
     x, bias = x.detach(), None if bias is None else bias.detach()
     qw = plain.unpack(blob, layout, N, K, Scheme.parse(scheme))
     rows = x.shape[:-1].numel()
@@ -81,6 +83,8 @@ def _backward(grad: Tensor, blob: Tensor, layout: str, N: int, K: int, scheme: s
     rows = grad.detach().reshape(grad.shape[:-1].numel(), N)
     if layout == cpu.LAYOUT:
         total = cpu.input_gradient(rows, blob, N, K)
+    elif layout.startswith(cuda.PREFIX):
+        total = cuda.input_gradient(rows, blob, layout, N, K, scheme)
     else:
         total = reference.input_gradient(rows, plain.unpack(blob, layout, N, K, Scheme.parse(scheme)))
     return total.view(*grad.shape[:-1], K)

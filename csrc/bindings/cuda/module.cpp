@@ -1,0 +1,25 @@
+// The Python module `_cuda`: raw device pointers and a stream come in, work is enqueued; no torch.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "call.h"
+
+namespace py = pybind11;
+
+void bind_cuda_dequant_matmul(py::module_& module);
+
+PYBIND11_MODULE(_cuda, module) {
+    module.doc() = "Native CUDA kernels of qkern; raw device pointers in, no torch.";
+    module.attr("__version__") = QKERN_VERSION;
+    module.attr("ARCHITECTURES") = QKERN_CUDA_ARCHITECTURES;
+    module.def("probe", [] { return qk::cuda::error_name(qk::cuda::probe()); },
+               "Why kernels of this build cannot run on the current device; empty if they can.");
+#if defined(QKERN_CUDA_EMULATED)
+    module.attr("EMULATED") = true;
+    module.def("set_seed", &qk::cuda::set_seed, py::arg("seed"), "Of the order in which threads take turns; 0: in order.");
+#else
+    module.attr("EMULATED") = false;
+#endif
+    bind_cuda_dequant_matmul(module);
+}

@@ -1,0 +1,152 @@
+"""What the CUDA kernels have that other backends have not: splits of K, schedules, layouts, devices.
+
+The kernels run compiled for the CPU; the tests of each op run them against the reference too (conftest.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from qkern.errors import InputError, UnsupportedError
+from qkern.ops import (
+    _cuda,
+    dequant_matmul,
+    dequantize_groupwise,
+    pack_weight,
+    quantize_groupwise,
+    unpack_weight,
+)
+from qkern.ops.dequant_matmul import cuda
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+    from qkern.schemes import PackedWeight
+
+SCHEMES = ["w2g32", "w2g64z", "w3g64", "w3g32z", "w4g128", "w4g128z", "w8", "w8g32z", "nf4g64", "fp4g32"]
+
+
+@pytest.fixture
+def emulator(cuda_emulator: ModuleType) -> Iterator[ModuleType]:
+    with _cuda.emulated(cuda_emulator):
+        yield cuda_emulator
+    cuda_emulator.set_seed(0)
+
+
+def packed(spelling: str, N: int, K: int) -> PackedWeight:
+    g = torch.Generator().manual_seed(N + K)
+    weight = quantize_groupwise(torch.randn(N, K, generator=g), spelling)
+    return pack_weight(weight, backend="cuda")
+
+
+def error(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> tuple[float, float]:
+    """Error against float64, and that of torch's linear on the decoded weight in the same dtype."""
+    decoded = dequantize_groupwise(unpack_weight(weight))
+    exact = x.double() @ decoded.double().T
+    dense = (x.float() @ decoded.to(x.dtype).float().T).to(x.dtype)
+    return tuple(float((other.double() - exact).norm() / exact.norm()) for other in (y, dense))
+
+
+@pytest.mark.parametrize("spelling", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [1, 8, 9, 16])
+def test_few_rows_of_x(emulator, spelling, dtype, M):
+    # K is large enough for blocks to share it, and its last tile is half beyond the last group.
+    weight = packed(spelling, 72, 2080)
+    assert cuda._weight(weight.blob, weight.layout, 72, 2080, weight.spelling).splits(2) == 2
+    x = torch.randn(M, 2080, generator=torch.Generator().manual_seed(M)).to(dtype)
+    y = dequant_matmul(x, weight, compute="float")
+    ours, dense = error(y, x, weight)
+    assert ours <= 2 * dense
+
+
+@pytest.mark.parametrize("spelling", ["w3g32z", "w4g128"])
+def test_same_bits_whatever_the_order_of_threads(emulator, spelling):
+    weight = packed(spelling, 70, 2048)
+    x = torch.randn(5, 2048, generator=torch.Generator().manual_seed(0)).half()
+    first = dequant_matmul(x, weight, compute="float")
+    for seed in range(1, 5):
+        emulator.set_seed(seed)
+        assert torch.equal(dequant_matmul(x, weight, compute="float"), first)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float16, torch.float32], ids=str)
+def test_devices_without_clusters_give_the_same_bits(emulator, monkeypatch, bias_dtype):
+    weight = packed("w4g64z", 130, 2048)
+    x = torch.randn(3, 2048, generator=torch.Generator().manual_seed(0)).half()
+    bias = torch.randn(130, generator=torch.Generator().manual_seed(1)).to(bias_dtype)
+    shared = dequant_matmul(x, weight, bias, compute="float")
+    monkeypatch.setattr(_cuda, "capability", lambda device: (8, 0))
+    assert torch.equal(dequant_matmul(x, weight, bias, compute="float"), shared)
+
+
+def test_splits_fill_the_device(emulator, monkeypatch):
+    weight = packed("w4g128", 64, 4096)
+    form = cuda._weight(weight.blob, weight.layout, 64, 4096, weight.spelling)
+    monkeypatch.setattr(_cuda, "processors", lambda device: 132)
+    assert [form.splits(blocks) for blocks in (1, 64, 132, 264, 1000)] == [4, 4, 2, 1, 1]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_rows_that_are_not_aligned(emulator, offset):
+    weight = packed("w4g32", 64, 100)
+    wide = torch.randn(2, 116, generator=torch.Generator().manual_seed(0)).half()
+    x = wide[:, offset : offset + 100]
+    ours, dense = error(dequant_matmul(x, weight, compute="float"), x, weight)
+    assert ours <= 2 * dense
+
+
+def test_nan_and_inf_stay_in_their_row_and_token(emulator):
+    weight = unpack_weight(packed("w4g64", 70, 128))
+    scales = weight.scales.clone()
+    scales[3, 1] = torch.nan
+    weight = pack_weight(replace(weight, scales=scales), backend="cuda")
+    x = torch.ones(4, 128, dtype=torch.float16)
+    x[2, 5] = torch.inf
+    bad = ~torch.isfinite(dequant_matmul(x, weight, compute="float"))
+    expected = torch.zeros(4, 70, dtype=torch.bool)
+    expected[:, 3] = expected[2] = True
+    assert torch.equal(bad, expected)
+
+
+def test_a_layout_that_does_not_go_with_the_blob_is_refused(emulator):
+    weight = packed("w4g64", 70, 128)
+    for layout in (
+        "cuda.m64/f16/none/2/64/plain",
+        "cuda.m64/f16/none/x/64/plain/0",
+        "cuda.m64/f16/none/2/63/plain/0",
+    ):
+        with pytest.raises(InputError, match="unknown layout"):
+            unpack_weight(replace(weight, layout=layout))
+    for layout in ("cuda.m64/f32/none/2/64/plain/0", "cuda.m64/f16/none/4/64/plain/0"):
+        with pytest.raises(InputError, match="must be contiguous uint8"):
+            unpack_weight(replace(weight, layout=layout))
+    short = weight.blob[: 2 * (512 * 4 + 128)]
+    with pytest.raises(InputError, match="is not that of a w4g64"):
+        unpack_weight(replace(weight, layout="cuda.m64/f16/none/1/64/plain/0", blob=short))
+    with pytest.raises(InputError, match="must be contiguous uint8"):
+        dequant_matmul(torch.ones(1, 128).half(), replace(weight, blob=weight.blob[:-1]), compute="float")
+
+
+def test_the_kernels_say_why_they_cannot_run():
+    weight = quantize_groupwise(torch.ones(4, 32), "w4g32")
+    with pytest.raises(UnsupportedError, match="not on a CUDA device"):
+        pack_weight(weight, backend="cuda")
+    assert "cpu" in _cuda.why_not_cuda(torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_driver_the_module_loads_and_says_so():
+    build = _cuda.build()
+    assert build is not None
+    loaded, reason = _cuda._load()
+    if build.startswith("nvcc"):
+        assert reason is None
+        assert "cuda" in loaded.probe()
+    else:
+        assert build in reason
