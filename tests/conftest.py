@@ -4,7 +4,7 @@ A test that takes ``cpu_tier`` runs once for each CPU tier this machine can run,
 that takes ``backend`` runs once for the reference and once for each such tier, and passes the fixture's value
 to the op. A test module that sets ``OP = "<folder of csrc/kernels>"`` runs only the tiers for which that op
 has a kernel of its own: the others would repeat them. Where that folder has CUDA sources, ``backend`` runs
-them too, compiled for the CPU (csrc/include/qkern/cuda/emulator.h).
+them too, compiled for the CPU (csrc/include/qkern/cuda/emulator.h), and on the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import shlex
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pybind11
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from qkern.ops import _cuda, _native
+from qkern.ops import _cuda, _native, registry
+from qkern.ops.dequant_matmul import cuda as matmul_cuda
+from qkern.schemes import PackedWeight, QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names = ["reference", *(f"cpu-{tier}" for tier in tiers)]
         if any((KERNELS / getattr(metafunc.module, "OP", "")).glob("*.cu")):
-            names.append("cuda-emulated")
+            names += ["cuda-emulated", *(["cuda-gpu"] if torch.cuda.is_available() else [])]
         metafunc.parametrize("backend", names, indirect=True)
 
 
@@ -105,10 +108,50 @@ def cuda_emulator(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 @pytest.fixture
+def emulator(cuda_emulator: ModuleType) -> Iterator[ModuleType]:
+    """The module `_cuda`, emulated, in the place of the real one during the test."""
+    with _cuda.emulated(cuda_emulator):
+        yield cuda_emulator
+    cuda_emulator.set_seed(0)
+
+
+def moved(values: Any, device: str) -> Any:
+    """The same values with every tensor in them on `device`."""
+    if isinstance(values, (torch.Tensor, QuantizedWeight)):
+        return values.to(device)
+    if isinstance(values, PackedWeight):
+        return replace(values, blob=values.blob.to(device))
+    if isinstance(values, (tuple, list)):
+        return type(values)(moved(value, device) for value in values)
+    return values
+
+
+def run_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CUDA backend take tensors on the CPU: they go to the GPU and the results come back."""
+
+    def there_and_back(function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            on_gpu = {name: moved(value, "cuda") for name, value in named.items()}
+            return moved(function(*moved(arguments, "cuda"), **on_gpu), "cpu")
+
+        return call
+
+    for key, known in list(registry._IMPLEMENTATIONS.items()):
+        if known.backend == registry.Backend.CUDA:
+            proxy = replace(known, call=there_and_back(known.call), why_not=lambda request: None)
+            monkeypatch.setitem(registry._IMPLEMENTATIONS, key, proxy)
+    for name in ("matmul", "input_gradient"):
+        monkeypatch.setattr(matmul_cuda, name, there_and_back(getattr(matmul_cuda, name)))
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Value for an op's ``backend=``; for ``"cpu"``, each usable tier in turn is the active one."""
     name, _, tier = request.param.partition("-")
     if not tier:
+        yield name
+    elif tier == "gpu":
+        run_on_gpu(request.getfixturevalue("monkeypatch"))
         yield name
     elif name == "cuda":
         with _cuda.emulated(request.getfixturevalue("cuda_emulator")):

@@ -23,19 +23,9 @@ from qkern.ops import (
 from qkern.ops.dequant_matmul import cuda
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import ModuleType
-
     from qkern.schemes import PackedWeight
 
 SCHEMES = ["w2g32", "w2g64z", "w3g64", "w3g32z", "w4g128", "w4g128z", "w8", "w8g32z", "nf4g64", "fp4g32"]
-
-
-@pytest.fixture
-def emulator(cuda_emulator: ModuleType) -> Iterator[ModuleType]:
-    with _cuda.emulated(cuda_emulator):
-        yield cuda_emulator
-    cuda_emulator.set_seed(0)
 
 
 def packed(spelling: str, N: int, K: int) -> PackedWeight:
@@ -83,6 +73,14 @@ def test_devices_without_clusters_give_the_same_bits(emulator, monkeypatch, bias
     shared = dequant_matmul(x, weight, bias, compute="float")
     monkeypatch.setattr(_cuda, "capability", lambda device: (8, 0))
     assert torch.equal(dequant_matmul(x, weight, bias, compute="float"), shared)
+
+
+def test_bf16_on_devices_without_it(emulator, monkeypatch):
+    weight = packed("w4g64z", 70, 128)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    monkeypatch.setattr(_cuda, "capability", lambda device: (7, 5))
+    ours, dense = error(dequant_matmul(x, weight, compute="float"), x, weight)
+    assert ours <= 2 * dense
 
 
 def test_splits_fill_the_device(emulator, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qkern.ops import _cuda
 from qkern.ops.codebooks import codebook
 from qkern.ops.gptq_update import block as ops
 from qkern.ops.gptq_update.block import Block
@@ -16,6 +17,7 @@ from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
 
 SHAPES = [(1, 1), (17, 15), (33, 33), (40, 128), (3, 150)]
 SPELLINGS = ["w4", "w2z", "w3z", "w8", "nf4g32", "fp4g32"]
@@ -90,6 +92,23 @@ def test_quantize_gives_the_same_bits(cpu_tier: str, spelling: str, monkeypatch:
         made, losses = both_ways(monkeypatch, state, lambda b, t=target, h=hinv: ops.quantize(b, t, h))
         exact = ((target - values(made)).double() @ torch.linalg.inv(hinv.double())).square().sum(1)
         torch.testing.assert_close(losses.double(), exact, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_quantize_on_a_gpu_gives_the_same_bits(
+    cuda_emulator: ModuleType, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for N, B in SHAPES:
+        state, target, _, hinv = problem(N, B, spelling, torch.arange(B, dtype=torch.int32) // 7 % 3)
+
+        def run(b: Block, t: Tensor = target, h: Tensor = hinv) -> Tensor:
+            # CPU tensors go to the CPU's kernels, but for the emulator where those are ruled out.
+            if not ops._on_cpu(t):
+                return ops.quantize(b, t, h)
+            with _cuda.emulated(cuda_emulator):
+                return ops._cuda_quantize(b, t, h)
+
+        both_ways(monkeypatch, state, run)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

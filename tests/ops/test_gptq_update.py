@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkern.errors import InputError
-from qkern.ops import gptq_update
+from qkern.ops import _cuda, gptq_update
 from qkern.ops.codebooks import codebook as find_codebook
+from qkern.ops.gptq_update import cuda, reference
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 OP = "gptq_update"
 SHAPES = [
@@ -187,3 +195,113 @@ def test_gptq_update_names_what_is_wrong() -> None:
         gptq_update(weight, hinv, scales, zeros, group_index, bits=4, codebook="nf4")
     with pytest.raises(InputError, match="bits must be"):
         gptq_update(weight, hinv, scales, zeros, group_index, bits=5)
+
+
+# The CUDA kernel, compiled for the CPU.
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether all bits agree; a NaN may be any NaN."""
+    return torch.equal(a.isnan(), b.isnan()) and same_bits(a.nan_to_num(0.0), b.nan_to_num(0.0))
+
+
+def check_cuda(*args: torch.Tensor | None, bits: int = 4, codebook: str | None = None) -> None:
+    expected = reference.update(*args, bits, codebook)
+    codes, errors = gptq_update(*args, bits=bits, codebook=codebook, backend="cuda")
+    assert torch.equal(codes, expected[0])
+    assert same_values(errors, expected[1])
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["", "narrow"])
+@pytest.mark.parametrize("B", [1, 31, 96, 128, 129, 300, 1024])
+def test_cuda_takes_blocks_of_any_width(
+    emulator: ModuleType, B: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = SimpleNamespace(gptq_update=functools.partial(emulator.gptq_update, narrow=narrow))
+    monkeypatch.setattr(_cuda, "module", lambda: kernel)
+    N = 34 if B <= 129 else 3
+    g = torch.Generator().manual_seed(B)
+    weight, scales = torch.randn(N, B, generator=g), 0.3 + 0.2 * torch.rand(N, 9, generator=g)
+    # Groups begin at multiples of four columns; a small hinv keeps the weights in range.
+    groups = (torch.arange(B) // 32 % 9).int()
+    hinv = (0.02 * torch.randn(B, B, generator=g)).triu(1) + torch.diag(0.5 + torch.rand(B, generator=g))
+    zeros = torch.randint(0, 16, (N, 9), dtype=torch.uint8, generator=g)
+    for codebook in (None, "nf4", "fp4"):
+        check_cuda(weight, hinv, scales, None if codebook else zeros, groups, codebook=codebook)
+    # Rows that leave the fast path, and lines of hinv that are not aligned.
+    weight[1, B // 2], weight[2, B - 1], weight[0, 0] = torch.nan, -torch.inf, 1e30
+    shifted = torch.zeros(B * B + 1)[1:].view(B, B).copy_(hinv)
+    check_cuda(weight, shifted, scales, zeros, groups)
+
+
+@pytest.mark.parametrize("codebook", [None, "nf4", "fp4"])
+def test_cuda_gives_the_same_bits_at_the_ends_of_the_range(
+    emulator: ModuleType, codebook: str | None
+) -> None:
+    weight, hinv, scales, zeros, _ = problem(40, 24)
+    zeros, groups = None if codebook else zeros, (torch.arange(24) // 8).int()
+    # Zeros of both signs, ties, what divides exactly; eight rows each whose weights or scales are extreme.
+    weight[::3] = torch.where(weight[::3] > 0, 0.0, -0.0)
+    weight[1::6] = scales[1::6][:, groups.long()] * torch.arange(-6, 6, 0.5)
+    weight[:8] *= torch.tensor([1e-20, 1e-30, 1e-39, 1e-42, 1e20, 1e30, 1e38, 1.0])[:, None]
+    scales[8:16] *= torch.tensor([0.0, 1e-20, 1e20, torch.inf, torch.nan, 1e-40, 1e38, 1.0])[:, None]
+    for factor in (hinv, -hinv, torch.eye(24), -torch.eye(24), 3e-7 * torch.eye(24)):
+        check_cuda(weight, factor, scales, zeros, groups, codebook=codebook)
+        check_cuda(weight, factor, -scales, zeros, groups, codebook=codebook)
+        # What one row needs is seen only where no other row of its warp needs it too.
+        for row in range(16):
+            w, s, z = (t[row : row + 1] for t in (weight, scales, scales if zeros is None else zeros))
+            check_cuda(w, factor, s, None if zeros is None else z, groups, codebook=codebook)
+    for column in (7, 23):
+        for diagonal in (0.0, 1e-30, 1e30, 3e38, torch.nan):
+            factor = hinv.clone()
+            factor[column, column] = diagonal
+            check_cuda(
+                weight[16:],
+                factor,
+                scales[16:],
+                zeros if zeros is None else zeros[16:],
+                groups,
+                codebook=codebook,
+            )
+
+
+def test_cuda_rounds_tiny_errors_once(emulator: ModuleType) -> None:
+    # All codes are those of zero: what is divided has exponents at which a remainder loses its last bits.
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 32, generator=g) * 10.0 ** -torch.arange(24, 40).repeat_interleave(16)[:, None]
+    hinv = torch.diag(0.5 + torch.rand(32, generator=g))
+    zeros, groups = torch.full((256, 1), 8, dtype=torch.uint8), torch.zeros(32, dtype=torch.int32)
+    check_cuda(weight, hinv, torch.ones(256, 1), zeros, groups)
+
+
+@pytest.mark.parametrize("B", [3, 129])
+def test_cuda_sums_the_losses_of_columns_that_exist(emulator: ModuleType, B: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight, scales = torch.randn(9, B, generator=g), torch.ones(9, 1)
+    # A zero has an error at this zero point, and must have none beyond the last column.
+    zeros, groups = torch.full((9, 1), 255, dtype=torch.uint8), torch.zeros(B, dtype=torch.int32)
+    codes, losses = torch.empty(9, B, dtype=torch.uint8), torch.empty(9)
+    errors = cuda.run(weight, torch.eye(B), scales, zeros, groups, 4, None, codes, losses)
+    expected = torch.zeros(9)
+    for column in errors.unbind(1):
+        expected = expected + column * column
+    assert same_bits(losses, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_cuda_takes_any_zero_point(emulator: ModuleType, bits: int) -> None:
+    weight, hinv, scales, zeros, groups = problem(33, 40, bits)
+    for index in (groups, groups.sort().values, torch.zeros_like(groups)):
+        check_cuda(weight, hinv, scales, zeros, index, bits=bits)
+    check_cuda(weight, hinv, scales, torch.full_like(zeros, 255), torch.zeros_like(groups), bits=bits)
+
+
+@pytest.mark.parametrize("codebook", [None, "nf4"])
+def test_cuda_does_not_depend_on_the_order_of_threads(emulator: ModuleType, codebook: str | None) -> None:
+    weight, hinv, scales, zeros, _ = problem(36, 150)
+    weight[3, 5] = torch.inf
+    groups = (torch.arange(150) // 64).int()
+    for seed in range(1, 5):
+        emulator.set_seed(seed)
+        check_cuda(weight, hinv, scales, None if codebook else zeros, groups, codebook=codebook)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,9 @@ from qkern.errors import InputError
 from qkern.ops import pack_bits, unpack_bits
 from qkern.ops.pack_bits import LAYOUTS
 from qkern.ops.pack_bits.reference import AWQ_ORDER
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 OP = "pack_bits"
 BITS = (2, 3, 4, 8)
@@ -160,3 +165,45 @@ def test_pack_bits_past_the_caches_equals_reference(cpu_tier: str, bits: int, la
         packed = pack_bits(codes, bits, layout=layout, backend="cpu")
         assert torch.equal(packed, pack_bits(codes, bits, layout=layout, backend="reference"))
         assert torch.equal(unpack_bits(packed, bits, (N, 5700), layout=layout, backend="cpu"), codes)
+
+
+# Several blocks along N and K; rows of codes and of words aligned to 16 bytes, to fewer, or not at all.
+@pytest.mark.parametrize("shape", [(264, 1040), (264, 1031), (520, 136), (8, 16400), (8, 17000)])
+@pytest.mark.parametrize(("bits", "layout"), CASES)
+def test_cuda_tiles_equal_reference(
+    emulator: ModuleType, bits: int, layout: str, shape: tuple[int, int]
+) -> None:
+    codes = random_codes(*shape, bits)
+    packed = pack_bits(codes, bits, layout=layout, backend="cuda")
+    assert torch.equal(packed, pack_bits(codes, bits, layout=layout, backend="reference"))
+    assert torch.equal(unpack_bits(packed, bits, shape, layout=layout, backend="cuda"), codes)
+    # Words that begin 4 bytes beyond a multiple of 16.
+    moved = torch.cat([packed.new_zeros(1), packed.flatten()])[1:].view_as(packed)
+    assert torch.equal(unpack_bits(moved, bits, shape, layout=layout, backend="cuda"), codes)
+
+
+@pytest.mark.parametrize(("bits", "layout"), CASES)
+def test_cuda_gives_the_same_whatever_the_order_of_threads(
+    emulator: ModuleType, bits: int, layout: str
+) -> None:
+    for shape in ((72, 528), (40, 333)):
+        codes = random_codes(*shape, bits)
+        expected = pack_bits(codes, bits, layout=layout, backend="reference")
+        for seed in range(1, 4):
+            emulator.set_seed(seed)
+            assert torch.equal(pack_bits(codes, bits, layout=layout, backend="cuda"), expected)
+            assert torch.equal(unpack_bits(expected, bits, shape, layout=layout, backend="cuda"), codes)
+
+
+@pytest.mark.parametrize(("bits", "layout"), [case for case in CASES if case[0] < 8])
+def test_cuda_finds_a_code_that_does_not_fit_anywhere(emulator: ModuleType, bits: int, layout: str) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    for shape in ((264, 336), (264, 331)):
+        whole = random_codes(*shape, bits)
+        places = [(0, 0), (263, shape[1] - 1)]
+        places += [tuple(int(torch.randint(0, n, (), generator=generator)) for n in shape) for _ in range(6)]
+        for row, column in places:
+            codes = whole.clone()
+            codes[row, column] += 1 << int(torch.randint(bits, 8, (), generator=generator))
+            with pytest.raises(InputError, match="got a larger one"):
+                pack_bits(codes, bits, layout=layout, backend="cuda")

@@ -8,6 +8,10 @@
 namespace py = pybind11;
 
 void bind_cuda_dequant_matmul(py::module_& module);
+void bind_cuda_dequantize_groupwise(py::module_& module);
+void bind_cuda_gptq_update(py::module_& module);
+void bind_cuda_pack_bits(py::module_& module);
+void bind_cuda_quantize_groupwise(py::module_& module);
 
 PYBIND11_MODULE(_cuda, module) {
     module.doc() = "Native CUDA kernels of qkern; raw device pointers in, no torch.";
@@ -22,4 +26,8 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("EMULATED") = false;
 #endif
     bind_cuda_dequant_matmul(module);
+    bind_cuda_dequantize_groupwise(module);
+    bind_cuda_gptq_update(module);
+    bind_cuda_pack_bits(module);
+    bind_cuda_quantize_groupwise(module);
 }

@@ -182,7 +182,7 @@ QK_DEVICE void multiply_half(const Params& p, const Tile<kBits>& codes, const St
 }
 
 template <class T, int kBits, bool kBook, bool kShift, int kTokens>
-QK_KERNEL void QK_BOUNDS(kThreads, kTokens == 1 ? 2 : 1) multiply_panel(const Params p) {
+QK_DEVICE void multiply_panel(const Params& p) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
     const int64_t panel = blockIdx.y, token_base = int64_t{blockIdx.z} * (8 * kTokens);
     const unsigned splits = gridDim.x, split = blockIdx.x;
@@ -293,6 +293,16 @@ QK_KERNEL void QK_BOUNDS(kThreads, kTokens == 1 ? 2 : 1) multiply_panel(const Pa
     }
 }
 
+template <class T, int kBits, bool kBook, bool kShift, int kTokens>
+QK_KERNEL void QK_BOUNDS(kThreads, kTokens == 1 ? 2 : 1) matmul_kernel(const Params p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    // No bf16 in the tensor cores: the caller takes another way (ops/dequant_matmul/cuda.py).
+    if constexpr (!IsSame<T, BF16>::value) multiply_panel<T, kBits, kBook, kShift, kTokens>(p);
+#else
+    multiply_panel<T, kBits, kBook, kShift, kTokens>(p);
+#endif
+}
+
 // Where blocks cannot read one another's memory.
 template <class T>
 QK_KERNEL void add_partials(const Params p, int splits) {
@@ -321,7 +331,7 @@ int run(Params p, int splits, Stream stream) {
     if (how.shared_bytes < sizeof(Shared<kTokens>)) how.shared_bytes = sizeof(Shared<kTokens>);
     how.cluster = p.partials ? 1 : splits;
     how.stream = stream;
-    const int status = launch(how, multiply_panel<T, kBits, kBook, kShift, kTokens>, p);
+    const int status = launch(how, matmul_kernel<T, kBits, kBook, kShift, kTokens>, p);
     if (status != 0 || !p.partials) return status;
     Launch sum{};
     sum.grid = dim3(static_cast<unsigned>((p.M * p.N + 255) / 256));

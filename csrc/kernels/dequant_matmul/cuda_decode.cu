@@ -1,5 +1,6 @@
 // The packed weight as floats, rows of the layout in the layout's order of columns; and x brought into that order.
 #include "cuda_codes.h"
+#include "qkern/cuda/chunk.h"
 #include "qkern/cuda/kernels.h"
 #include "qkern/cuda/simt.h"
 
@@ -9,12 +10,6 @@ namespace {
 using namespace qk::gpu;
 
 constexpr int kWarps = 4;
-
-QK_DEVICE float read_float(DType dtype, const void* from, int64_t i) {
-    if (dtype == DType::f32) return load_once(static_cast<const float*>(from) + i);
-    const uint16_t bits = load_once(static_cast<const uint16_t*>(from) + i);
-    return dtype == DType::f16 ? from_f16(bits) : from_bf16(bits);
-}
 
 // The code in the low (0) or high (1) half of register j of step s; the table of cuda_layout.h.
 template <int kBits, bool kBook>
@@ -42,23 +37,6 @@ struct Params {
     void* out;
 };
 
-template <DType kOut>
-QK_DEVICE void store_eight(void* out, int64_t at, const float (&values)[8]) {
-    if constexpr (kOut == DType::f32) {
-        auto* to = reinterpret_cast<float4*>(static_cast<float*>(out) + at);
-        to[0] = {values[0], values[1], values[2], values[3]};
-        to[1] = {values[4], values[5], values[6], values[7]};
-    } else {
-        uint32_t pairs[4];
-        QK_UNROLL for (int i = 0; i < 4; ++i) {
-            const uint16_t low = kOut == DType::f16 ? to_f16(values[2 * i]) : to_bf16(values[2 * i]);
-            const uint16_t high = kOut == DType::f16 ? to_f16(values[2 * i + 1]) : to_bf16(values[2 * i + 1]);
-            pairs[i] = low | (static_cast<uint32_t>(high) << 16);
-        }
-        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out) + at) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    }
-}
-
 template <int kBits, bool kBook, DType kOut>
 QK_KERNEL void QK_BOUNDS(kWarps * kWarp) decode_tile(const Params p) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -79,11 +57,11 @@ QK_KERNEL void QK_BOUNDS(kWarps * kWarp) decode_tile(const Params p) {
             const int i = block_row / 2, lower = block_row % 2;
             const int64_t row = int64_t{blockIdx.y} * kPanelRows + 16 * i + 8 * lower + lane / 4;
             const int64_t where = ((panel * weight.groups + group) * 8 + lane / 4) * 8 + block_row;
-            const float scale = read_float(weight.scale_dtype, weight.scales, where);
+            const float scale = load_float(weight.scale_dtype, weight.scales, where);
             int zero = 1 << (kBits - 1);
             float offset = 0.0f;
             if (weight.shift == Shift::zeros) zero = load_once(static_cast<const uint8_t*>(weight.shifts) + where);
-            if (weight.shift == Shift::offsets) offset = read_float(weight.scale_dtype, weight.shifts, where);
+            if (weight.shift == Shift::offsets) offset = load_float(weight.scale_dtype, weight.shifts, where);
             float values[8];
             QK_UNROLL for (int c = 0; c < 8; ++c) {
                 const int code = code_at<kBits, kBook>(tile, i, 2 * half + c / 4, lower + 2 * (c / 2 % 2), c % 2);
@@ -95,7 +73,7 @@ QK_KERNEL void QK_BOUNDS(kWarps * kWarp) decode_tile(const Params p) {
                     values[c] = mul(static_cast<float>(code - zero), scale);
                 }
             }
-            if (inside && row < p.rows) store_eight<kOut>(p.out, row * p.padded + column, values);
+            if (inside && row < p.rows) store_chunk<kOut>(p.out, row * p.padded + column, values);
         }
     }
 }

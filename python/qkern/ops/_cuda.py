@@ -16,7 +16,19 @@ from qkern.errors import NativeError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["build", "capability", "emulated", "module", "on_device", "processors", "stream", "why_not_cuda"]
+    from torch import Tensor
+
+__all__ = [
+    "build",
+    "capability",
+    "emulated",
+    "module",
+    "on_device",
+    "pointer",
+    "processors",
+    "stream",
+    "why_not_cuda",
+]
 
 _emulated: Any = None
 
@@ -99,6 +111,11 @@ def capability(device: torch.device) -> tuple[int, int]:
 def processors(device: torch.device) -> int:
     """Multiprocessors of the device; of an emulated one few, so that small tests use all of them."""
     return 4 if _emulated is not None else _properties(device.index)[1]
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """Address of the first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def stream(device: torch.device) -> int:

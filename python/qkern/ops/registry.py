@@ -40,6 +40,8 @@ class Backend(StrEnum):
 
 # auto takes the first that can run.
 PREFERENCE: Final = (Backend.CPU, Backend.CUDA, Backend.TRITON, Backend.REFERENCE)
+# Type of device that a backend is made for; Triton's interpreter, on the CPU, is for tests.
+_HOMES: Final = {Backend.CPU: "cpu", Backend.CUDA: "cuda", Backend.TRITON: "cuda"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +162,7 @@ def matrix(device: torch.device, schemes: Iterable[Scheme], dtype: torch.dtype) 
     schemes = tuple(schemes)
     rows = []
     for op, backend in sorted(_IMPLEMENTATIONS):
-        if backend in (Backend.CPU, Backend.CUDA) and backend.value != device.type:
+        if _HOMES.get(backend, device.type) != device.type:
             continue
         for scheme in schemes:
             reason = explain(op, backend, Request(device=device, scheme=scheme, dtype=dtype))

@@ -243,6 +243,11 @@ inline uint4 load_stream(const uint4* at) {
     if (reinterpret_cast<uintptr_t>(at) % 16 != 0) abort();  // a GPU would fault
     return *at;
 }
+inline void store_16(void* to, uint4 value) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0) abort();
+    memcpy(to, &value, 16);
+}
+
 // A copy is made when it is waited for, so that a wait that is missing shows.
 inline void copy_async(uint4* to, const uint4* from, bool valid = true) {
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) abort();

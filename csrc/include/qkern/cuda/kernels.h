@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "qkern/kernels.h"
 #include "qkern/types.h"
 
 namespace qk::cuda {
@@ -62,5 +63,100 @@ struct DecodeArgs {
     DType dtype;
 };
 int decode_weight(const DecodeArgs& args, void* stream);
+
+// dequantize_groupwise --------------------------------------------------------------------------------------
+
+struct DequantizeArgs {
+    const uint32_t* codes;  // [rows, code_words]
+    int64_t code_words;
+    int64_t rows;
+    int64_t K;
+    int64_t group_size;          // at least 1
+    int64_t groups;              // columns of scales
+    int bits;
+    const float* table;          // [16] on the device, with a codebook
+    DType scale_dtype;
+    const void* scales;          // [scale rows, groups]
+    const uint8_t* zeros;        // the same, or null
+    const void* offsets;         // of scale_dtype, or null; excludes zeros
+    const int32_t* group_index;  // [K] in 0..groups-1, or null
+    int64_t rows_per_scale;      // rows that share a row of scales
+    void* out;                   // [rows, out_stride] of out_dtype
+    DType out_dtype;
+    int64_t out_stride;
+};
+int dequantize_groupwise(const DequantizeArgs& args, void* stream);
+
+// quantize_groupwise ----------------------------------------------------------------------------------------
+
+// How the nearest entry of a codebook is found: its position is the number of thresholds that lie below.
+struct Codebook {
+    float ordered[16];  // the values, ascending
+    float thresholds[15];
+    uint8_t codes[16];  // of the positions
+    int entries;        // of ordered; 0: a uniform grid
+};
+
+struct QuantizeArgs {
+    const void* weight;  // [rows, row_stride] of dtype
+    DType dtype;
+    int64_t rows;
+    int64_t row_stride;
+    int64_t K;
+    int64_t group_size;  // at least 1
+    int64_t groups;
+    int bits;
+    bool asymmetric;
+    Codebook codebook;
+    bool search_mse;
+    const float* importance;    // [rows, importance_stride], or null
+    int64_t importance_stride;  // 0: one row serves all
+    DType scale_dtype;
+    void* scales;           // [grid rows, groups]
+    uint8_t* zeros;         // the same, or null
+    bool grid_given;        // scales and zeros are read, not chosen
+    int64_t rows_per_grid;  // with grid_given: rows that share a row of scales
+    uint32_t* codes;        // [rows, code_words], or null: the grid only
+    int64_t code_words;
+    int* flags;  // [2], zero before: set where a weight is not finite, where a scale overflows its dtype
+};
+int quantize_groupwise(const QuantizeArgs& args, void* stream);
+
+// gptq_update -----------------------------------------------------------------------------------------------
+
+struct GptqUpdateArgs {
+    const float* weight;  // [N, weight_stride]
+    int64_t weight_stride;
+    int64_t N;
+    int64_t B;
+    const float* hinv;           // [B, B], its upper triangle
+    const float* scales;         // [N, groups]
+    const uint8_t* zeros;        // [N, groups]; null with a codebook
+    int64_t groups;
+    const int32_t* group_index;  // [B]
+    int bits;
+    int codebook;    // 0 none, 1 nf4, 2 fp4
+    uint8_t* codes;  // [N, codes_stride]
+    int64_t codes_stride;
+    float* errors;  // [N, B]
+    float* losses;  // [N], or null: the squared errors of a row, added in ascending order
+    bool narrow;    // as on a device with little shared memory
+};
+int gptq_update(const GptqUpdateArgs& args, void* stream);
+
+// pack_bits, unpack_bits ------------------------------------------------------------------------------------
+
+struct PackBitsArgs {
+    uint8_t* codes;        // [N, codes_stride]: read by pack, written by unpack
+    int64_t codes_stride;  // elements between rows
+    int64_t N;
+    int64_t K;
+    int bits;
+    BitLayout layout;
+    uint32_t* packed;  // contiguous, shape by layout: see csrc/kernels/pack_bits/README.md
+    int* flag;         // of pack, zero before: 1 after if a code has bits beyond `bits`; null: nobody asks
+};
+int pack_bits(const PackBitsArgs& args, void* stream);
+int unpack_bits(const PackBitsArgs& args, void* stream);
 
 }  // namespace qk::cuda

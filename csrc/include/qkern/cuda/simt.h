@@ -101,6 +101,11 @@ QK_DEVICE uint4 load_stream(const uint4* at) {
     return v;
 }
 
+// 16 bytes at once, which the compiler may take apart otherwise.
+QK_DEVICE void store_16(void* to, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // 16 bytes from memory to this thread's own place in shared memory, while it goes on; zeros if not `valid`. Before
 // sm_80 the thread waits.
 QK_DEVICE void copy_async(uint4* to, const uint4* from, bool valid = true) {

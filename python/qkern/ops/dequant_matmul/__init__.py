@@ -14,6 +14,8 @@ from qkern.ops.dequant_matmul import (  # noqa: F401 - schema registers the torc
     plain,
     reference,
     schema,
+    triton,
+    triton_layout,
 )
 from qkern.ops.dequant_matmul.checks import check_input
 from qkern.ops.dequant_matmul.cpu import LinearGroup, LinearHandle
@@ -34,6 +36,11 @@ register(
 register(Implementation(op="dequant_matmul", backend=Backend.CPU, call=cpu.pack, why_not=cpu.why_not))
 register(
     Implementation(op="dequant_matmul", backend=Backend.CUDA, call=cuda_layout.pack, why_not=cuda.why_not)
+)
+register(
+    Implementation(
+        op="dequant_matmul", backend=Backend.TRITON, call=triton_layout.pack, why_not=triton.why_not
+    )
 )
 
 
@@ -85,6 +92,8 @@ def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
         return cpu.unpack(packed)
     if packed.layout.startswith(cuda.PREFIX):
         return cuda_layout.unpack(packed.blob, packed.layout, packed.N, packed.K, packed.scheme)
+    if packed.layout.startswith(triton.PREFIX):
+        return triton_layout.unpack(packed.blob, packed.layout, packed.N, packed.K, packed.scheme)
     return plain.unpack(packed.blob, packed.layout, packed.N, packed.K, packed.scheme)
 
 
@@ -190,4 +199,6 @@ def packed_for(op: str, weight: PackedWeight | QuantizedWeight, x: Tensor, backe
 def _backend_of(layout: str) -> Backend:
     if layout == cpu.LAYOUT:
         return Backend.CPU
+    if layout.startswith(triton.PREFIX):
+        return Backend.TRITON
     return Backend.CUDA if layout.startswith(cuda.PREFIX) else Backend.REFERENCE

@@ -160,6 +160,11 @@ class _Weight:
         return back[:, : self.K].to(grad.dtype)
 
 
+def _lacks_bf16(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the tensor cores have no bf16: sm_75."""
+    return dtype == torch.bfloat16 and _cuda.capability(device) < (8, 0)
+
+
 # What was validated, by the blob's id; a blob that moved is validated again.
 _KNOWN: Final[dict[int, tuple[ref[Tensor], int, tuple[Any, ...], _Weight]]] = {}
 
@@ -193,7 +198,10 @@ def matmul(
     else:
         with _cuda.on_device(weight.device):
             few = rows.shape[0] <= _cuda.module().MATMUL_TOKENS and x.dtype != torch.float32
-            out = weight.multiply(rows, bias) if few else weight.by_slabs(rows, bias)
+            if _lacks_bf16(weight.device, x.dtype):
+                out = weight.by_slabs(rows.float(), bias).to(x.dtype)
+            else:
+                out = weight.multiply(rows, bias) if few else weight.by_slabs(rows, bias)
     return out.view(*lead, N)
 
 

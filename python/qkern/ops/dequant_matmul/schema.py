@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import UnsupportedError
-from qkern.ops.dequant_matmul import cpu, cuda, plain, reference
+from qkern.ops.dequant_matmul import cpu, cuda, plain, reference, triton
 from qkern.schemes import Scheme
 
 __all__: list[str] = []
@@ -43,6 +43,8 @@ def _forward(
         return cpu.matmul(x, blob, bias, N, K, compute)
     if layout.startswith(cuda.PREFIX):
         return cuda.matmul(x, blob, bias, layout, N, K, scheme, compute)
+    if layout.startswith(triton.PREFIX):
+        return triton.matmul(x, blob, bias, layout, N, K, scheme, compute)
     x, bias = x.detach(), None if bias is None else bias.detach()
     qw = plain.unpack(blob, layout, N, K, Scheme.parse(scheme))
     rows = x.shape[:-1].numel()
@@ -85,6 +87,8 @@ def _backward(grad: Tensor, blob: Tensor, layout: str, N: int, K: int, scheme: s
         total = cpu.input_gradient(rows, blob, N, K)
     elif layout.startswith(cuda.PREFIX):
         total = cuda.input_gradient(rows, blob, layout, N, K, scheme)
+    elif layout.startswith(triton.PREFIX):
+        total = triton.input_gradient(rows, blob, layout, N, K, scheme)
     else:
         total = reference.input_gradient(rows, plain.unpack(blob, layout, N, K, Scheme.parse(scheme)))
     return total.view(*grad.shape[:-1], K)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
-from qkern.ops.dequantize_groupwise import cpu, reference
+from qkern.ops.dequantize_groupwise import cpu, cuda, reference, triton
 from qkern.ops.registry import Backend, Implementation, Request, register, select
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight
 
@@ -22,6 +22,16 @@ register(
 )
 register(
     Implementation(op="dequantize_groupwise", backend=Backend.CPU, call=cpu.dequantize, why_not=cpu.why_not)
+)
+register(
+    Implementation(
+        op="dequantize_groupwise", backend=Backend.CUDA, call=cuda.dequantize, why_not=cuda.why_not
+    )
+)
+register(
+    Implementation(
+        op="dequantize_groupwise", backend=Backend.TRITON, call=triton.dequantize, why_not=triton.why_not
+    )
 )
 
 

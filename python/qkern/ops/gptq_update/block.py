@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qkern.ops import _native
+from qkern.ops import _cuda, _native
 from qkern.ops.codebooks import CODEBOOK_CODES
 from qkern.ops.codebooks import codebook as find_codebook
-from qkern.ops.gptq_update import reference
+from qkern.ops.gptq_update import cuda, reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -113,6 +113,8 @@ def quantize(block: Block, target: Tensor, hinv: Tensor) -> Tensor:
     """Codes for columns that should be `target`, at the scales there are. Returns the loss of each row."""
     if _on_cpu(target):
         return _native_block(block, target, hinv)
+    if _cuda.why_not_cuda(target.device) is None:
+        return _cuda_quantize(block, target, hinv)
     codes, losses = _columns(block, target, hinv, block.scales, block.zeros, block.group_index)
     block.codes.copy_(codes)
     block.change.copy_(block.origin - _values(block, codes, block.scales, block.zeros, block.group_index))
@@ -186,6 +188,25 @@ def improve(
 
 def _on_cpu(tensor: Tensor) -> bool:
     return _native.why_not_cpu(tensor.device) is None
+
+
+def _cuda_quantize(block: Block, target: Tensor, hinv: Tensor) -> Tensor:
+    scheme = block.scheme
+    losses = torch.empty(target.shape[0], dtype=torch.float32, device=target.device)
+    cuda.run(
+        target,
+        hinv,
+        block.scales,
+        None if scheme.codebook else block.zeros,
+        block.group_index,
+        scheme.bits,
+        scheme.codebook,
+        block.codes,
+        losses,
+    )
+    values = _values(block, block.codes, block.scales, block.zeros, block.group_index)
+    block.change.copy_(block.origin - values)
+    return losses
 
 
 def _native_block(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
-from qkern.ops.pack_bits import cpu, reference
+from qkern.ops.pack_bits import cpu, cuda, reference
 from qkern.ops.registry import Backend, Implementation, Request, register, select
 from qkern.schemes import BITS
 
@@ -14,12 +14,13 @@ __all__ = ["LAYOUTS", "pack_bits", "unpack_bits"]
 
 LAYOUTS = tuple(cpu.LAYOUT_CODES)
 
-for _op, _reference, _cpu in (
-    ("pack_bits", reference.pack, cpu.pack),
-    ("unpack_bits", reference.unpack, cpu.unpack),
+for _op, _reference, _cpu, _cuda in (
+    ("pack_bits", reference.pack, cpu.pack, cuda.pack),
+    ("unpack_bits", reference.unpack, cpu.unpack, cuda.unpack),
 ):
     register(Implementation(op=_op, backend=Backend.REFERENCE, call=_reference, why_not=lambda request: None))
     register(Implementation(op=_op, backend=Backend.CPU, call=_cpu, why_not=cpu.why_not))
+    register(Implementation(op=_op, backend=Backend.CUDA, call=_cuda, why_not=cuda.why_not))
 
 
 def _check(bits: int, layout: str, N: int) -> None:

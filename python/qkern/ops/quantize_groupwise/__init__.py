@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
-from qkern.ops.quantize_groupwise import cpu, reference
+from qkern.ops.quantize_groupwise import cpu, cuda, reference, triton
 from qkern.ops.registry import Backend, Implementation, Request, register, select
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme, as_scheme
 
@@ -23,6 +23,14 @@ register(
     )
 )
 register(Implementation(op="quantize_groupwise", backend=Backend.CPU, call=cpu.quantize, why_not=cpu.why_not))
+register(
+    Implementation(op="quantize_groupwise", backend=Backend.CUDA, call=cuda.quantize, why_not=cuda.why_not)
+)
+register(
+    Implementation(
+        op="quantize_groupwise", backend=Backend.TRITON, call=triton.quantize, why_not=triton.why_not
+    )
+)
 
 
 def quantize_groupwise(

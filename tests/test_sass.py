@@ -1,0 +1,87 @@
+"""The machine code of the CUDA kernels: the instructions that were meant, and no registers in local memory.
+
+cuobjdump comes with CUDA, or in the package nvidia-cuda-cuobjdump with the `test` extra.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from qkern.ops import _cuda
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+
+
+def cuobjdump() -> str | None:
+    packaged = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "cuobjdump"
+    return str(packaged) if packaged.exists() else shutil.which("cuobjdump")
+
+
+@functools.cache
+def kernels() -> dict[str, Counter[str]]:
+    """Instructions of each kernel of every architecture in the module."""
+    found: dict[str, Counter[str]] = {}
+    tool = cuobjdump()
+    assert tool is not None
+    path = str(Path(_cuda.module().__file__).resolve())
+    text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    arch, counts = "", Counter[str]()
+    for line in text.splitlines():
+        if line.startswith("arch ="):
+            arch = line.split()[-1]
+        elif "Function :" in line:
+            counts = found.setdefault(f"{arch} {line.split()[-1]}", Counter())
+        elif match := INSTRUCTION.match(line):
+            counts[match[1]] += 1
+    return found
+
+
+def of(name: str) -> dict[str, Counter[str]]:
+    chosen = {kernel: counts for kernel, counts in kernels().items() if name in kernel}
+    assert chosen, f"no kernel is named {name}: {sorted(kernels())[:5]}"
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def _module() -> None:
+    if not (_cuda.build() or "").startswith("nvcc"):
+        pytest.skip(f"no CUDA kernels in this build: {_cuda.build()}")
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump: install nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm")
+
+
+def test_no_register_goes_to_local_memory():
+    spilled = {
+        kernel: {name: count for name, count in counts.items() if name.startswith(("STL", "LDL"))}
+        for kernel, counts in kernels().items()
+    }
+    assert {kernel: found for kernel, found in spilled.items() if found} == {}
+
+
+def test_products_run_on_tensor_cores_and_weights_arrive_16_bytes_at_a_time():
+    for kernel, counts in of("matmul_kernel").items():
+        if "sm_7" in kernel:
+            continue
+        assert sum(count for name, count in counts.items() if name.startswith("HMMA.16816.F32")) >= 16, kernel
+        assert sum(count for name, count in counts.items() if re.match(r"LDGSTS\..*128", name)) >= 4, kernel
+
+
+@pytest.mark.parametrize("name", ["decode_tile", "dequantize"])
+def test_floats_leave_16_bytes_at_a_time(name):
+    for kernel, counts in of(name).items():
+        whole = name == "decode_tile" or "ELb1EE" in kernel
+        assert not whole or any(re.match(r"STG\..*128", op) for op in counts), kernel
+
+
+def test_nothing_is_contracted_where_bits_are_compared():
+    # The kernels that divide have fused multiply-adds inside their divisions; this one has no division.
+    for kernel, counts in of("dequantize").items():
+        assert not [op for op in counts if op.startswith("FFMA")], kernel
