@@ -16,6 +16,7 @@ from qkern.ops import (
     _cuda,
     dequant_matmul,
     dequantize_groupwise,
+    int8_linear,
     pack_weight,
     quantize_groupwise,
     unpack_weight,
@@ -129,6 +130,13 @@ def test_a_layout_that_does_not_go_with_the_blob_is_refused(emulator):
         unpack_weight(replace(weight, layout="cuda.m64/f16/none/1/64/plain/0", blob=short))
     with pytest.raises(InputError, match="must be contiguous uint8"):
         dequant_matmul(torch.ones(1, 128).half(), replace(weight, blob=weight.blob[:-1]), compute="float")
+
+
+def test_int8_products_of_a_packed_weight(emulator):
+    weight = packed("w8", 70, 128)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).half()
+    expected = int8_linear(x, unpack_weight(weight), backend="reference")
+    assert torch.equal(int8_linear(x, weight), expected)
 
 
 def test_the_kernels_say_why_they_cannot_run():

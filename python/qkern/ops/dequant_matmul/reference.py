@@ -59,7 +59,7 @@ def fake_quantize(x: Tensor, qw: QuantizedWeight) -> Tensor:
     amax = values.new_zeros(values.shape[0], int(blocks.max()) + 1).scatter_reduce_(
         1, index, values.abs(), "amax"
     )
-    scales = (amax / 127)[:, blocks]
+    scales = (amax / amax.new_tensor(127))[:, blocks]  # not a number: see quantize_groupwise.reference
     return round_to_codes(values, scales).float() * scales
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
-from qkern.ops.dequant_matmul import plain
+from qkern.ops.dequant_matmul import unpack_weight
 from qkern.ops.dequant_matmul.cpu import LAYOUT as CPU_LAYOUT
 from qkern.ops.int8_matmul import cpu, reference
-from qkern.schemes import Scheme
+from qkern.schemes import PackedWeight, Scheme
 
 __all__: list[str] = []
 
@@ -54,7 +54,8 @@ def _run(
     if layout == CPU_LAYOUT:
         out = cpu.matmul(rows, scales, blob, bias, zeros, N, out_dtype)
     else:
-        qw = plain.unpack(blob, layout, N, K, Scheme.parse(scheme))
+        packed = PackedWeight(blob=blob, layout=layout, N=N, K=K, scheme=Scheme.parse(scheme))
+        qw = unpack_weight(packed)
         out = reference.matmul(rows, scales, qw, bias, zeros, out_dtype)
     return out.view(*lead, N)
 

@@ -25,7 +25,8 @@ def quantize(x: Tensor, group_size: int, scale: Tensor | None = None, zero: int 
     scales = torch.zeros(M, -(-K // group_size), dtype=torch.float32, device=x.device)
     for g, chunk in enumerate(torch.split(values, group_size, dim=1) if K else ()):
         # amax of torch keeps a NaN, which is what makes it reach the output.
-        scale = chunk.abs().amax(-1, keepdim=True) / 127
+        # A tensor divides: see quantize_groupwise.reference.
+        scale = chunk.abs().amax(-1, keepdim=True) / chunk.new_tensor(127)
         scales[:, g] = scale[:, 0]
         codes[:, g * group_size : g * group_size + chunk.shape[1]] = round_to_codes(chunk, scale)
     return codes, scales

@@ -56,9 +56,10 @@ def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 def _span(low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
     """Scale of the min-max grid before it is rounded."""
+    # Divisors are tensors: on a GPU torch multiplies by the reciprocal of a number, which rounds twice.
     if scheme.zero_point:
-        return (high - low) / (scheme.levels - 1)
-    return torch.maximum(high, -low) / (1.0 if scheme.codebook else scheme.midpoint - 0.5)
+        return (high - low) / low.new_tensor(scheme.levels - 1)
+    return torch.maximum(high, -low) / low.new_tensor(1.0 if scheme.codebook else scheme.midpoint - 0.5)
 
 
 def encode(groups: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
