@@ -17,6 +17,11 @@ int probe() {
     return status;
 }
 
+int compiled_for() {
+    cudaFuncAttributes attributes{};
+    return cudaFuncGetAttributes(&attributes, nothing) == cudaSuccess ? attributes.ptxVersion : 0;
+}
+
 std::string error_name(int status) {
     if (status == 0) return "";
     const auto error = static_cast<cudaError_t>(status);
@@ -24,6 +29,8 @@ std::string error_name(int status) {
 }
 
 #else
+
+int compiled_for() { return 90; }
 
 int probe() { return gpu::launch(gpu::Launch{dim3(1), 32}, nothing); }
 

@@ -132,6 +132,30 @@ def test_a_layout_that_does_not_go_with_the_blob_is_refused(emulator):
         dequant_matmul(torch.ones(1, 128).half(), replace(weight, blob=weight.blob[:-1]), compute="float")
 
 
+def test_what_the_kernels_cannot_follow_is_refused(emulator):
+    weight = packed("w4g64", 70, 128)
+    x = torch.ones(1, 128).half()
+    buffer = torch.zeros(weight.blob.numel() + 64, dtype=torch.uint8)
+    offset = 8 - buffer.data_ptr() % 8
+    shifted = buffer[offset : offset + weight.blob.numel()]
+    if shifted.data_ptr() % 16 == 0:
+        shifted = buffer[offset + 8 : offset + 8 + weight.blob.numel()]
+    with pytest.raises(InputError, match="multiple of 16 bytes"):
+        dequant_matmul(x, replace(weight, blob=shifted.copy_(weight.blob)), compute="float")
+    with pytest.raises(InputError, match="bias is on the wrong device"):
+        cuda.matmul(
+            x, weight.blob, torch.ones(70, device="meta"), weight.layout, 70, 128, weight.spelling, "float"
+        )
+
+
+def test_an_empty_gradient(emulator):
+    weight = pack_weight(quantize_groupwise(torch.ones(4, 0), "w4g32"), backend="cuda")
+    assert cuda.input_gradient(torch.ones(3, 4), weight.blob, weight.layout, 4, 0, weight.spelling).shape == (
+        3,
+        0,
+    )
+
+
 def test_int8_products_of_a_packed_weight(emulator):
     weight = packed("w8", 70, 128)
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).half()

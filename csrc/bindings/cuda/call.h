@@ -8,6 +8,7 @@
 namespace qk::cuda {
 
 int probe();
+int compiled_for();
 std::string error_name(int status);  // empty for 0
 void set_seed(uint64_t seed);
 

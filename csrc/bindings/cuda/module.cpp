@@ -19,6 +19,9 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("ARCHITECTURES") = QKERN_CUDA_ARCHITECTURES;
     module.def("probe", [] { return qk::cuda::error_name(qk::cuda::probe()); },
                "Why kernels of this build cannot run on the current device; empty if they can.");
+    module.def("compiled_for", &qk::cuda::compiled_for,
+               "Architecture, as in sm_NN, that the code for the current device was compiled for: older than the "
+               "device where the driver translates PTX.");
 #if defined(QKERN_CUDA_EMULATED)
     module.attr("EMULATED") = true;
     module.def("set_seed", &qk::cuda::set_seed, py::arg("seed"), "Of the order in which threads take turns; 0: in order.");

@@ -83,7 +83,7 @@ QK_KERNEL void QK_BOUNDS(256) gather(const GatherArgs args) {
     if (column >= args.padded) return;
     const int64_t from = args.columns ? load_once(args.columns + column) : column < args.K ? column : -1;
     const auto* x = static_cast<const uint16_t*>(args.x) + row * args.x_stride;
-    static_cast<uint16_t*>(args.out)[row * args.padded + column] = from < 0 ? uint16_t{0} : load_once(x + from);
+    static_cast<uint16_t*>(args.out)[row * args.padded + column] = from < 0 || from >= args.K ? uint16_t{0} : load_once(x + from);
 }
 
 template <DType kOut>

@@ -98,13 +98,14 @@ def why_not_cuda(device: torch.device) -> str | None:
 
 @functools.cache
 def _properties(index: int) -> tuple[tuple[int, int], int]:
-    return torch.cuda.get_device_capability(index), torch.cuda.get_device_properties(
-        index
-    ).multi_processor_count
+    properties = torch.cuda.get_device_properties(index)
+    with torch.cuda.device(index):
+        compiled = divmod(module().compiled_for(), 10)
+    return min((properties.major, properties.minor), compiled), properties.multi_processor_count
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; of an emulated device that of sm_90."""
+    """Capability that the kernels for `device` were compiled for: not what its driver made of older PTX."""
     return (9, 0) if _emulated is not None else _properties(device.index)[0]
 
 

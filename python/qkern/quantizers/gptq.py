@@ -238,6 +238,7 @@ class _Run:
         self.sweeps = config.sweeps if config.search == "loss" else 0
         self.difference = torch.empty_like(weight) if self.sweeps else weight
         self.loss = 0.0
+        self.far: Tensor | None = None
         self.far_start = self.far_stop = 0
 
     def quantize(self) -> None:
@@ -261,6 +262,7 @@ class _Run:
                     corner = self._corner(first, last)
                     target = self._target(first, last, corner)
                 self.loss += _total(block.quantize(self._block(first, last), target, corner))
+        self.far = None  # up to 2 KiB a row that nobody needs any more
         for _ in range(self.sweeps):
             self._sweep()
 
@@ -320,6 +322,7 @@ class _Run:
         if stop > self.far_stop:
             self.far_start, self.far_stop = start, min(max(stop, start + FAR_COLUMNS), self.groups.numel())
             self.far = block.product(self.difference[:, :start], self.root[:start, start : self.far_stop])
+        assert self.far is not None
         far = self.far[:, start - self.far_start : stop - self.far_start]
         if start == self.far_start:
             return far

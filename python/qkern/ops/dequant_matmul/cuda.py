@@ -8,6 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from qkern.errors import InputError
 from qkern.ops import _cuda
 from qkern.ops._native import DTYPE_CODES
 from qkern.ops.codebooks import codebook
@@ -27,6 +28,7 @@ _SHIFT_CODES: Final = {"none": 0, "zeros": 1, "offsets": 2}
 # Bytes of one decoded slab: half of the L2 of a large GPU, so that it is still there when torch reads it.
 _SLAB_BYTES: Final = 24 << 20
 _MAX_SPLITS: Final = 8
+_ALIGNED: Final = 16
 _WARPS: Final = 8
 
 
@@ -46,6 +48,11 @@ class _Weight:
 
     def __init__(self, blob: Tensor, layout: str, N: int, K: int, scheme: Scheme) -> None:
         self.form: Form
+        if blob.data_ptr() % _ALIGNED:
+            raise InputError(
+                f"the blob of a packed weight must lie at a multiple of {_ALIGNED} bytes: got one that is "
+                f"{blob.data_ptr() % _ALIGNED} beyond, a slice of a larger tensor; clone it"
+            )
         self.form, views = cuda_layout.parts(blob, layout, N, K, scheme)
         self.N, self.K, self.device = N, K, blob.device
         self.columns = views.get("columns")
@@ -183,6 +190,12 @@ def matmul(
     x: Tensor, blob: Tensor, bias: Tensor | None, layout: str, N: int, K: int, spelling: str, compute: str
 ) -> Tensor:
     """``x [..., K] @ W.T + bias``; shapes and dtypes are validated by the caller."""
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != blob.device:
+            raise InputError(
+                f"{name} is on the wrong device: got {tensor.device}, allowed is {blob.device}, where the "
+                "weight is"
+            )
     weight = _weight(blob, layout, N, K, spelling)
     lead = x.shape[:-1]
     rows = x.detach().reshape(lead.numel(), K)
@@ -207,6 +220,8 @@ def matmul(
 
 def input_gradient(grad: Tensor, blob: Tensor, layout: str, N: int, K: int, spelling: str) -> Tensor:
     """``grad [M, N] @ W`` in grad's dtype; arguments are validated by the caller."""
+    if grad.numel() == 0 or K == 0:
+        return grad.new_zeros(grad.shape[0], K)
     weight = _weight(blob, layout, N, K, spelling)
     with _cuda.on_device(weight.device):
         return weight.gradient(grad)

@@ -186,9 +186,9 @@ def multiply_many(
             high = _thirds(thirds, rows, row_stride, word, inside)
         if ONE_GROUP:
             at = (rows * scale_stride + start // group_words)[:, None]
-            scale, zero, offset = _scale(
-                scales, shifts, at, (row_ok & (start < used_words))[:, None], BITS, SHIFT
-            )
+            # A mask of booleans: in the interpreter `start` is a number, and a tensor & True has integers.
+            used = row_ok & (tl.zeros_like(rows) + start < used_words)
+            scale, zero, offset = _scale(scales, shifts, at, used[:, None], BITS, SHIFT)
         else:
             at = rows[:, None] * scale_stride + (word // group_words)[None, :]
             scale, zero, offset = _scale(scales, shifts, at, inside, BITS, SHIFT)

@@ -12,7 +12,7 @@ from qkern.errors import InputError
 from qkern.ops import _cuda
 from qkern.ops._native import DTYPE_CODES, rows_of
 from qkern.ops.codebooks import codebook
-from qkern.ops.quantize_groupwise import native
+from qkern.ops.quantize_groupwise import native, reference
 from qkern.ops.quantize_groupwise.reference import NON_FINITE_MESSAGE, scale_overflow_message
 
 if TYPE_CHECKING:
@@ -94,6 +94,11 @@ def quantize(
     scale_dtype: torch.dtype,
 ) -> QuantizedWeight:
     """Quantize ``[N, K]`` or ``[E, N, K]``; arguments are validated by the caller."""
+    if scheme.per_tensor and search == "mse":
+        # Half a warp searches a group: sixteen lanes would go through the whole matrix a hundred times.
+        return reference.quantize(
+            weight, scheme, importance=importance, search=search, scale_dtype=scale_dtype
+        )
     return native.quantize(
         weight,
         scheme,
