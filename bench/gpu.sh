@@ -4,7 +4,7 @@
 #     bash bench/gpu.sh [build] [test] [sanitize] [bench]        (none named: all four)
 #
 # Needs no network: Python with torch, pybind11, scikit-build-core, pytest and hypothesis, nvcc, and for `sanitize`
-# compute-sanitizer. Logs, records (JSON lines) and pictures go to $OUT, by default bench/results/gpu. The last lines
+# compute-sanitizer. Logs and records (JSON lines) go to $OUT, by default bench/results/gpu. The last lines
 # are a short table. Without a GPU, `build` runs and `test` runs what the emulator and Triton's interpreter can.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -37,7 +37,8 @@ sanitize() {
     local tool
     for tool in memcheck racecheck; do
         timeout 260 compute-sanitizer --tool "$tool" --error-exitcode 9 python -m pytest -q -x -p no:cacheprovider \
-            -k gpu tests/ops/test_cuda.py 2>&1 | tee "$out/$tool.log" | tail -3
+            -k cuda-gpu tests/ops/test_dequant_matmul.py tests/ops/test_dequantize_groupwise.py \
+            tests/ops/test_pack_bits.py tests/ops/test_gptq_update.py 2>&1 | tee "$out/$tool.log" | tail -3
     done
 }
 
