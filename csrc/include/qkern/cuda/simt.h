@@ -10,14 +10,12 @@
 #define QK_KERNEL __global__
 #define QK_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
 #define QK_DEVICE __device__ __forceinline__
-#define QK_CONSTANT __constant__
 #define QK_UNROLL _Pragma("unroll")
 #else
 #include "qkern/cuda/emulator.h"
 #define QK_KERNEL
 #define QK_BOUNDS(...)
 #define QK_DEVICE inline
-#define QK_CONSTANT
 #define QK_UNROLL
 #endif
 
