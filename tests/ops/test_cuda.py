@@ -45,31 +45,35 @@ def error(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> tuple[float
 
 @pytest.mark.parametrize("spelling", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("M", [1, 8, 9, 16])
-def test_few_rows_of_x(emulator, spelling, dtype, M):
+@pytest.mark.parametrize("M", [1, 8, 16, 17, 64])
+def test_one_pass_over_the_weight(emulator, spelling, dtype, M):
     # K is large enough for blocks to share it, and its last tile is half beyond the last group.
     weight = packed(spelling, 72, 2080)
-    assert cuda._weight(weight.blob, weight.layout, 72, 2080, weight.spelling).splits(2) == 2
+    assert cuda._weight(weight.blob, weight.layout, 72, 2080, weight.spelling).splits(M) == (
+        2 if M <= 16 else 4
+    )
     x = torch.randn(M, 2080, generator=torch.Generator().manual_seed(M)).to(dtype)
     y = dequant_matmul(x, weight, compute="float")
     ours, dense = error(y, x, weight)
     assert ours <= 2 * dense
 
 
+@pytest.mark.parametrize("M", [5, 40])
 @pytest.mark.parametrize("spelling", ["w3g32z", "w4g128"])
-def test_same_bits_whatever_the_order_of_threads(emulator, spelling):
+def test_same_bits_whatever_the_order_of_threads(emulator, spelling, M):
     weight = packed(spelling, 70, 2048)
-    x = torch.randn(5, 2048, generator=torch.Generator().manual_seed(0)).half()
+    x = torch.randn(M, 2048, generator=torch.Generator().manual_seed(0)).half()
     first = dequant_matmul(x, weight, compute="float")
     for seed in range(1, 5):
         emulator.set_seed(seed)
         assert torch.equal(dequant_matmul(x, weight, compute="float"), first)
 
 
+@pytest.mark.parametrize("M", [3, 19])
 @pytest.mark.parametrize("bias_dtype", [torch.float16, torch.float32], ids=str)
-def test_devices_without_clusters_give_the_same_bits(emulator, monkeypatch, bias_dtype):
+def test_devices_without_clusters_give_the_same_bits(emulator, monkeypatch, bias_dtype, M):
     weight = packed("w4g64z", 130, 2048)
-    x = torch.randn(3, 2048, generator=torch.Generator().manual_seed(0)).half()
+    x = torch.randn(M, 2048, generator=torch.Generator().manual_seed(0)).half()
     bias = torch.randn(130, generator=torch.Generator().manual_seed(1)).to(bias_dtype)
     shared = dequant_matmul(x, weight, bias, compute="float")
     monkeypatch.setattr(_cuda, "capability", lambda device: (8, 0))
@@ -88,7 +92,7 @@ def test_splits_fill_the_device(emulator, monkeypatch):
     weight = packed("w4g128", 64, 4096)
     form = cuda._weight(weight.blob, weight.layout, 64, 4096, weight.spelling)
     monkeypatch.setattr(_cuda, "processors", lambda device: 132)
-    assert [form.splits(blocks) for blocks in (1, 64, 132, 264, 1000)] == [4, 4, 2, 1, 1]
+    assert [form.splits(M) for M in (1, 16, 17, 64)] == [4, 4, 8, 8]
 
 
 @pytest.mark.parametrize("offset", [0, 1])

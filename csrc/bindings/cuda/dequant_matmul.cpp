@@ -23,6 +23,7 @@ struct Linear {
 }  // namespace
 
 void bind_cuda_dequant_matmul(py::module_& module) {
+    module.attr("FEW_TOKENS") = qk::cuda::kFewTokens;
     module.attr("MATMUL_TOKENS") = qk::cuda::kMatmulTokens;
     py::class_<Linear>(module, "Linear", "A weight in the layout cuda.m64, on the device; the caller keeps its memory.")
         .def(py::init([](uintptr_t codes, uintptr_t scales, uintptr_t shifts, int64_t N, int64_t groups,
@@ -68,7 +69,7 @@ void bind_cuda_dequant_matmul(py::module_& module) {
             },
             py::arg("x"), py::arg("dtype"), py::arg("M"), py::arg("K"), py::arg("x_stride"), py::arg("bias"),
             py::arg("bias_dtype"), py::arg("out"), py::arg("partials"), py::arg("splits"), py::arg("stream"),
-            "out = x @ W.T + bias for at most MATMUL_TOKENS rows of x.")
+            "out = x @ W.T + bias for at most MATMUL_TOKENS rows of x; of a weight with offsets FEW_TOKENS.")
         .def(
             "decode",
             [](const Linear& linear, uintptr_t out, int dtype, int64_t first_row, int64_t rows, uintptr_t stream) {

@@ -2,64 +2,14 @@
 //
 // The weight is the left operand of the mma, so 8 rows of x cost what one costs. A block has a panel of 64 rows; its
 // warps, and the blocks of a cluster, share the tiles along K and add their sums in a fixed order.
-#include "cuda_codes.h"
-#include "qkern/cuda/kernels.h"
+#include "cuda_matmul.h"
 #include "qkern/cuda/simt.h"
 
 namespace qk::cuda {
 namespace {
 
-using namespace qk::gpu;
-
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-
-struct Params {
-    const uint4* codes;
-    const void* scales;
-    const void* shifts;
-    Shift shift;
-    DType scale_dtype;
-    int64_t N, M, K, groups;
-    int tiles, halves_of_group;  // of 32 columns
-    int stages;
-    const uint16_t* x;
-    int64_t x_stride;
-    const void* bias;
-    bool bias_is_float;
-    uint16_t* out;
-    float* partials;
-    uint32_t table[8];
-};
-
-QK_DEVICE float half_to_float(F16, uint16_t bits) { return from_f16(bits); }
-QK_DEVICE float half_to_float(BF16, uint16_t bits) { return from_bf16(bits); }
-QK_DEVICE uint16_t float_to_half(F16, float value) { return to_f16(value); }
-QK_DEVICE uint16_t float_to_half(BF16, float value) { return to_bf16(value); }
-
-// The eight values of a lane, of one panel and group: `at` counts them.
-QK_DEVICE void read_eight(DType dtype, const void* from, int64_t at, float (&values)[8]) {
-    if (dtype == DType::f32) {
-        QK_UNROLL for (int i = 0; i < 8; ++i) values[i] = load_once(static_cast<const float*>(from) + 8 * at + i);
-        return;
-    }
-    const uint4 words = load_once(static_cast<const uint4*>(from) + at);
-    QK_UNROLL for (int i = 0; i < 8; ++i) {
-        const auto bits = static_cast<uint16_t>(word_of(words, i / 2) >> (16 * (i % 2)));
-        values[i] = dtype == DType::f16 ? from_f16(bits) : from_bf16(bits);
-    }
-}
-
-// What is added to q - midpoint before the scale; 0 where there are no zero points.
-template <int kBits>
-QK_DEVICE void read_zeros(const Params& p, int64_t at, float (&zeros)[8]) {
-    constexpr int midpoint = 1 << (kBits - 1);
-    const uint2 bytes = load_once(static_cast<const uint2*>(p.shifts) + at);
-    QK_UNROLL for (int i = 0; i < 8; ++i) {
-        const uint32_t word = i < 4 ? bytes.x : bytes.y;
-        zeros[i] = static_cast<float>(midpoint - static_cast<int>((word >> (8 * (i % 4))) & 255u));
-    }
-}
 
 // Bytes of a stage: a tile, and the activations that go with it.
 template <int kBits, int kTokens>
@@ -131,22 +81,46 @@ QK_DEVICE void multiply_step(const Params& p, const Tile<kBits>& codes, const ui
     }
 }
 
-// total += scale * group + shift * sum of x, and the next group begins.
-template <int kBits, bool kShift, int kTokens>
-QK_DEVICE void finish_group(const Params& p, int64_t panel, int64_t group, Sums<kTokens>& sums) {
-    const int64_t at = (panel * p.groups + group) * 8 + threadIdx.x % kWarp / 4;
-    float scales[8], shifts[8];
-    read_eight(p.scale_dtype, p.scales, at, scales);
+// What a lane needs of a group: scales of its eight rows, their zero points or offsets. As they are stored, and
+// loaded while the group before is multiplied.
+struct Grid {
+    uint4 scales[2], shifts[2];  // zero points: eight bytes of the first
+};
+
+template <bool kShift>
+QK_DEVICE void load_grid(const Params& p, int64_t panel, int64_t group, Grid& grid) {
+    if (group >= p.groups) return;
+    const int64_t at = ((panel * p.groups + group) * 8 + threadIdx.x % kWarp / 4) * 8;
+    QK_UNROLL for (int i = 0; i < 2; ++i) grid.scales[i] = load_four(p.scale_dtype, p.scales, at + 4 * i);
     if constexpr (kShift) {
         if (p.shift == Shift::zeros) {
-            read_zeros<kBits>(p, at, shifts);
-            QK_UNROLL for (int i = 0; i < 8; ++i) shifts[i] *= scales[i];
+            const uint2 bytes = load_once(reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(p.shifts) + at));
+            grid.shifts[0] = make_uint4(bytes.x, bytes.y, 0, 0);
         } else {
-            read_eight(p.scale_dtype, p.shifts, at, shifts);
-            // The codes come less their midpoint.
-            QK_UNROLL for (int i = 0; i < 8; ++i) shifts[i] = fused(static_cast<float>(1 << (kBits - 1)), scales[i], shifts[i]);
+            QK_UNROLL for (int i = 0; i < 2; ++i) grid.shifts[i] = load_four(p.scale_dtype, p.shifts, at + 4 * i);
         }
     }
+}
+
+// total += scale * group + shift * sum of x, and the next group begins.
+template <int kBits, bool kShift, int kTokens>
+QK_DEVICE void finish_group(const Params& p, int64_t panel, int64_t group, Grid& grid, Sums<kTokens>& sums) {
+    constexpr int midpoint = 1 << (kBits - 1);
+    float scales[8], shifts[8];
+    QK_UNROLL for (int i = 0; i < 2; ++i) to_floats(p.scale_dtype, grid.scales[i], scales + 4 * i);
+    if constexpr (kShift) {
+        // The codes come less their midpoint.
+        if (p.shift == Shift::zeros) {
+            QK_UNROLL for (int i = 0; i < 8; ++i) {
+                const int zero = byte_of(i < 4 ? grid.shifts[0].x : grid.shifts[0].y, i % 4);
+                shifts[i] = static_cast<float>(midpoint - zero) * scales[i];
+            }
+        } else {
+            QK_UNROLL for (int i = 0; i < 2; ++i) to_floats(p.scale_dtype, grid.shifts[i], shifts + 4 * i);
+            QK_UNROLL for (int i = 0; i < 8; ++i) shifts[i] = fused(static_cast<float>(midpoint), scales[i], shifts[i]);
+        }
+    }
+    load_grid<kShift>(p, panel, group + 1, grid);
     QK_UNROLL for (int i = 0; i < kBlocks; ++i) {
         QK_UNROLL for (int n = 0; n < kTokens; ++n) {
             QK_UNROLL for (int c = 0; c < 4; ++c) {
@@ -184,14 +158,14 @@ QK_DEVICE void multiply_half(const Params& p, const Tile<kBits>& codes, const St
 template <class T, int kBits, bool kBook, bool kShift, int kTokens>
 QK_DEVICE void multiply_panel(const Params& p) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-    const int64_t panel = blockIdx.y, token_base = int64_t{blockIdx.z} * (8 * kTokens);
-    const unsigned splits = gridDim.x, split = blockIdx.x;
+    const Place place = place_of(p.splits, 8 * kTokens);
+    const int64_t panel = place.rows, token_base = place.token_base;
     const uint4* codes = p.codes + panel * p.tiles * (kBits * kWarp);
 
     const auto border = [&](unsigned part) {
-        return static_cast<int>(int64_t{p.tiles} * part / (splits * kWarps));
+        return static_cast<int>(int64_t{p.tiles} * part / (p.splits * kWarps));
     };
-    const unsigned part = split * kWarps + static_cast<unsigned>(warp);
+    const unsigned part = place.split * kWarps + static_cast<unsigned>(warp);
     const int begin = border(part), end = border(part + 1);
 
     Sums<kTokens> sums;
@@ -215,6 +189,8 @@ QK_DEVICE void multiply_panel(const Params& p) {
     }
     int64_t group = int64_t{begin} * 2 / p.halves_of_group;
     int left = p.halves_of_group - static_cast<int>(int64_t{begin} * 2 - group * p.halves_of_group);
+    Grid grid{};
+    if (begin < end) load_grid<kShift>(p, panel, group, grid);
     int slot = 0;
     for (int tile = begin; tile < end; ++tile) {
         wait_batches<kStages - 1>();
@@ -223,14 +199,14 @@ QK_DEVICE void multiply_panel(const Params& p) {
         QK_UNROLL for (int u = 0; u < kBits; ++u) own.lines[u] = stage.codes[u][lane];
         multiply_half<T, kBits, kBook, kShift, kTokens, 0>(p, own, stage, sums);
         if (--left == 0) {
-            finish_group<kBits, kShift, kTokens>(p, panel, group++, sums);
+            finish_group<kBits, kShift, kTokens>(p, panel, group++, grid, sums);
             left = p.halves_of_group;
         }
         // The layout is whole tiles; the last may be half beyond the last group.
         if (group < p.groups) {
             multiply_half<T, kBits, kBook, kShift, kTokens, 1>(p, own, stage, sums);
             if (--left == 0) {
-                finish_group<kBits, kShift, kTokens>(p, panel, group++, sums);
+                finish_group<kBits, kShift, kTokens>(p, panel, group++, grid, sums);
                 left = p.halves_of_group;
             }
         }
@@ -238,7 +214,7 @@ QK_DEVICE void multiply_panel(const Params& p) {
         close_batch();
         slot = slot + 1 == p.stages ? 0 : slot + 1;
     }
-    if (begin < end && left != p.halves_of_group) finish_group<kBits, kShift, kTokens>(p, panel, group, sums);
+    if (begin < end && left != p.halves_of_group) finish_group<kBits, kShift, kTokens>(p, panel, group, grid, sums);
 
     wait_batches<0>();
     sync_block();  // the sums take the place of the ring
@@ -256,41 +232,12 @@ QK_DEVICE void multiply_panel(const Params& p) {
         QK_UNROLL for (int w = 1; w < kWarps; ++w) sum = add(sum, memory.warps[w][token][row]);
         return sum;
     };
-    const auto store = [&](int token, int row, float sum) {
-        const int64_t n = panel * kPanelRows + row, m = token_base + token;
-        if (n >= p.N || m >= p.M) return;
-        if (p.bias) {
-            sum = add(sum, p.bias_is_float ? load_once(static_cast<const float*>(p.bias) + n)
-                                           : half_to_float(T{}, load_once(static_cast<const uint16_t*>(p.bias) + n)));
-        }
-        p.out[m * p.N + n] = float_to_half(T{}, sum);
-    };
-    constexpr int kResults = 8 * kTokens * kPanelRows;
-    if (splits == 1) {
-        for (int e = static_cast<int>(threadIdx.x); e < kResults; e += kThreads) {
-            store(e / kPanelRows, e % kPanelRows, sum_of_block(e / kPanelRows, e % kPanelRows));
-        }
-    } else if (p.partials) {
-        for (int e = static_cast<int>(threadIdx.x); e < kResults; e += kThreads) {
-            const int64_t n = panel * kPanelRows + e % kPanelRows, m = token_base + e / kPanelRows;
-            if (n < p.N && m < p.M) {
-                p.partials[(split * p.M + m) * p.N + n] = sum_of_block(e / kPanelRows, e % kPanelRows);
-            }
-        }
-    } else {
-        for (int e = static_cast<int>(threadIdx.x); e < kResults; e += kThreads) {
+    const auto gather = [&] {
+        for (int e = static_cast<int>(threadIdx.x); e < 8 * kTokens * kPanelRows; e += kThreads) {
             memory.block[e / kPanelRows][e % kPanelRows] = sum_of_block(e / kPanelRows, e % kPanelRows);
         }
-        sync_cluster();
-        for (int e = static_cast<int>(cluster_rank()) * kThreads + static_cast<int>(threadIdx.x); e < kResults;
-             e += static_cast<int>(splits) * kThreads) {
-            const float* here = &memory.block[e / kPanelRows][e % kPanelRows];
-            float sum = read_cluster(here, 0);
-            for (unsigned rank = 1; rank < splits; ++rank) sum = add(sum, read_cluster(here, rank));
-            store(e / kPanelRows, e % kPanelRows, sum);
-        }
-        sync_cluster();  // nobody's memory goes before all have read it
-    }
+    };
+    hand_out<T, 8 * kTokens, kPanelRows, kThreads>(p, place, &memory.block[0][0], kPanelRows, sum_of_block, gather);
 }
 
 template <class T, int kBits, bool kBook, bool kShift, int kTokens>
@@ -303,94 +250,40 @@ QK_KERNEL void QK_BOUNDS(kThreads, kTokens == 1 ? 2 : 1) matmul_kernel(const Par
 #endif
 }
 
-// Where blocks cannot read one another's memory.
-template <class T>
-QK_KERNEL void add_partials(const Params p, int splits) {
-    const int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-    if (e >= p.M * p.N) return;
-    float sum = p.partials[e];
-    for (int split = 1; split < splits; ++split) sum = add(sum, p.partials[split * p.M * p.N + e]);
-    if (p.bias) {
-        const int64_t n = e % p.N;
-        sum = add(sum, p.bias_is_float ? load_once(static_cast<const float*>(p.bias) + n)
-                                       : half_to_float(T{}, load_once(static_cast<const uint16_t*>(p.bias) + n)));
-    }
-    p.out[e] = float_to_half(T{}, sum);
-}
-
 template <class T, int kBits, bool kBook, bool kShift, int kTokens>
-int run(Params p, int splits, Stream stream) {
+int run(Params p, Stream stream) {
     using Part = Stage<kBits, kTokens>;
     p.stages = stages<kBits, kTokens>();
     if (shared_limit() < kRingBytes) p.stages = 1;
     Launch how{};
-    how.grid = dim3(static_cast<unsigned>(splits), static_cast<unsigned>((p.N + kPanelRows - 1) / kPanelRows),
-                    static_cast<unsigned>((p.M + 8 * kTokens - 1) / (8 * kTokens)));
+    how.grid = grid_of(p, kPanelRows, 8 * kTokens);
     how.threads = kThreads;
     how.shared_bytes = sizeof(Part) * static_cast<size_t>(kWarps * p.stages);
     if (how.shared_bytes < sizeof(Shared<kTokens>)) how.shared_bytes = sizeof(Shared<kTokens>);
-    how.cluster = p.partials ? 1 : splits;
+    how.cluster = p.partials ? 1 : p.splits;
     how.stream = stream;
     const int status = launch(how, matmul_kernel<T, kBits, kBook, kShift, kTokens>, p);
-    if (status != 0 || !p.partials) return status;
-    Launch sum{};
-    sum.grid = dim3(static_cast<unsigned>((p.M * p.N + 255) / 256));
-    sum.threads = 256;
-    sum.stream = stream;
-    return launch(sum, add_partials<T>, p, splits);
-}
-
-template <class T, int kBits, bool kBook>
-int with_shift(const Params& p, int splits, Stream stream) {
-    if constexpr (kBook) {
-        return p.M <= 8 ? run<T, kBits, kBook, false, 1>(p, splits, stream)
-                        : run<T, kBits, kBook, false, 2>(p, splits, stream);
-    } else {
-        if (p.shift == Shift::none) {
-            return p.M <= 8 ? run<T, kBits, kBook, false, 1>(p, splits, stream)
-                            : run<T, kBits, kBook, false, 2>(p, splits, stream);
-        }
-        return p.M <= 8 ? run<T, kBits, kBook, true, 1>(p, splits, stream)
-                        : run<T, kBits, kBook, true, 2>(p, splits, stream);
-    }
-}
-
-template <class T>
-int with_bits(const Weight& weight, const Params& p, int splits, Stream stream) {
-    if (weight.codebook) return with_shift<T, 4, true>(p, splits, stream);
-    switch (weight.bits) {
-        case 2: return with_shift<T, 2, false>(p, splits, stream);
-        case 3: return with_shift<T, 3, false>(p, splits, stream);
-        case 4: return with_shift<T, 4, false>(p, splits, stream);
-        default: return with_shift<T, 8, false>(p, splits, stream);
-    }
+    return status != 0 || !p.partials ? status : launch_add_partials<T>(p, stream);
 }
 
 }  // namespace
 
 int dequant_matmul(const MatmulArgs& args, void* stream) {
-    const Weight& weight = args.weight;
-    Params p{};
-    p.codes = reinterpret_cast<const uint4*>(weight.codes);
-    p.scales = weight.scales;
-    p.shifts = weight.shifts;
-    p.shift = weight.shift;
-    p.scale_dtype = weight.scale_dtype;
-    p.N = weight.N;
-    p.M = args.M;
-    p.K = args.K;
-    p.groups = weight.groups;
-    p.tiles = static_cast<int>(tiles_of(weight.groups, weight.group_columns));
-    p.halves_of_group = static_cast<int>(weight.group_columns / 32);
-    p.x = static_cast<const uint16_t*>(args.x);
-    p.x_stride = args.x_stride;
-    p.bias = args.bias;
-    p.bias_is_float = args.bias_dtype == DType::f32;
-    p.out = static_cast<uint16_t*>(args.out);
-    p.partials = args.partials;
-    for (int i = 0; i < 8; ++i) p.table[i] = weight.table[i];
-    return args.dtype == DType::f16 ? with_bits<F16>(weight, p, args.splits, static_cast<Stream>(stream))
-                                    : with_bits<BF16>(weight, p, args.splits, static_cast<Stream>(stream));
+    if (args.M > kFewTokens) return dequant_matmul_batch(args, stream);
+    const Params p = params_of(args);
+    return with_kind(args, [&](auto kind) {
+        using Kind = decltype(kind);
+        using T = typename Kind::Type;
+        const auto with_shift = [&](auto shift) {
+            constexpr bool kShift = decltype(shift)::value != 0;
+            return p.M <= 8 ? run<T, Kind::kBits, Kind::kBook, kShift, 1>(p, static_cast<Stream>(stream))
+                            : run<T, Kind::kBits, Kind::kBook, kShift, 2>(p, static_cast<Stream>(stream));
+        };
+        if constexpr (!Kind::kBook) {
+            if (p.shift != Shift::none) return with_shift(Constant<1>{});
+        }
+        return with_shift(Constant<0>{});
+    });
 }
 
 }  // namespace qk::cuda

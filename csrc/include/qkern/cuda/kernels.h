@@ -40,8 +40,10 @@ struct MatmulArgs {
     float* partials;  // [splits, M, N] where blocks cannot share memory; else null
     int splits;       // blocks along K
 };
-constexpr int64_t kMatmulTokens = 16;  // most rows of x
+constexpr int64_t kFewTokens = 16;     // rows of x that a block takes with 64 rows of the weight
+constexpr int64_t kMatmulTokens = 64;  // most rows of x; with offsets kFewTokens
 int dequant_matmul(const MatmulArgs& args, void* stream);
+int dequant_matmul_batch(const MatmulArgs& args, void* stream);  // what the former calls beyond kFewTokens
 
 struct GatherArgs {
     const void* x;  // [M, x_stride] of 2-byte items

@@ -29,7 +29,9 @@ _SHIFT_CODES: Final = {"none": 0, "zeros": 1, "offsets": 2}
 _SLAB_BYTES: Final = 24 << 20
 _MAX_SPLITS: Final = 8
 _ALIGNED: Final = 16
-_WARPS: Final = 8
+# Of a block, by whether it has few rows of x: rows of the weight, warps that share K, blocks of a multiprocessor.
+_FEW_BLOCK: Final = (cuda_layout.ROWS, 8, 2)
+_BATCH_BLOCK: Final = (2 * cuda_layout.ROWS, 2, 1)
 
 
 def why_not(request: Request) -> str | None:
@@ -77,16 +79,23 @@ class _Weight:
             tables=tables,
         )
 
-    def splits(self, blocks: int) -> int:
-        """Blocks along K: enough to fill the device twice with `blocks` for each, if a warp has two tiles."""
-        wanted = 2 * _cuda.processors(self.device)
+    def takes(self, rows: Tensor) -> bool:
+        """Whether one pass over the weight serves so many rows of x; sums for offsets need more registers."""
+        native = _cuda.module()
+        most = native.FEW_TOKENS if self.form.shift == "offsets" else native.MATMUL_TOKENS
+        return rows.shape[0] <= most and rows.dtype != torch.float32
+
+    def splits(self, M: int) -> int:
+        """Blocks along K: enough to fill the device for `M` rows of x, if a warp has two tiles."""
+        rows, warps, resident = _FEW_BLOCK if M <= _cuda.module().FEW_TOKENS else _BATCH_BLOCK
+        blocks, wanted = -(-self.N // rows), resident * _cuda.processors(self.device)
         splits = 1
-        while splits < _MAX_SPLITS and blocks * splits < wanted and self.form.tiles >= 4 * splits * _WARPS:
+        while splits < _MAX_SPLITS and blocks * splits < wanted and self.form.tiles >= 4 * splits * warps:
             splits *= 2
         return splits
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x [M, K] @ W.T + bias`` for few rows of fp16 or bf16."""
+        """``x [M, K] @ W.T + bias`` for what it `takes`."""
         stream = _cuda.stream(self.device)
         M, K, stride = x.shape[0], self.K, x.stride(0)
         aligned = x.stride(1) == 1 and K % 8 == 0 and stride % 8 == 0 and x.data_ptr() % 16 == 0
@@ -106,7 +115,7 @@ class _Weight:
             )
             x = ordered
         out = x.new_empty(M, self.N)
-        splits = self.splits(-(-self.N // cuda_layout.ROWS) * -(-M // 16))
+        splits = self.splits(M)
         clusters = _cuda.capability(self.device) >= (9, 0)
         partials = None
         if splits > 1 and not clusters:
@@ -210,11 +219,10 @@ def matmul(
         out = reference.matmul(rows, qw, bias, True)
     else:
         with _cuda.on_device(weight.device):
-            few = rows.shape[0] <= _cuda.module().MATMUL_TOKENS and x.dtype != torch.float32
             if _lacks_bf16(weight.device, x.dtype):
                 out = weight.by_slabs(rows.float(), bias).to(x.dtype)
             else:
-                out = weight.multiply(rows, bias) if few else weight.by_slabs(rows, bias)
+                out = weight.multiply(rows, bias) if weight.takes(rows) else weight.by_slabs(rows, bias)
     return out.view(*lead, N)
 
 
