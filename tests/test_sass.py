@@ -25,14 +25,18 @@ def cuobjdump() -> str | None:
     return str(packaged) if packaged.exists() else shutil.which("cuobjdump")
 
 
+def dump(what: str) -> str:
+    tool = cuobjdump()
+    assert tool is not None
+    path = str(Path(_cuda.module().__file__).resolve())
+    return subprocess.run([tool, what, path], capture_output=True, text=True, check=True).stdout
+
+
 @functools.cache
 def kernels() -> dict[str, Counter[str]]:
     """Instructions of each kernel of every architecture in the module."""
     found: dict[str, Counter[str]] = {}
-    tool = cuobjdump()
-    assert tool is not None
-    path = str(Path(_cuda.module().__file__).resolve())
-    text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    text = dump("-sass")
     arch, counts = "", Counter[str]()
     for line in text.splitlines():
         if line.startswith("arch ="):
@@ -56,6 +60,13 @@ def _module() -> None:
         pytest.skip(f"no CUDA kernels in this build: {_cuda.build()}")
     if cuobjdump() is None:
         pytest.skip("no cuobjdump: install nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm")
+
+
+def test_the_compiler_reports_no_spills():
+    report = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage"))
+    assert len(report) >= len(kernels())
+    assert [name for name, _, stack, local in report if int(stack) or int(local)] == []
+    assert max(int(registers) for _, registers, _, _ in report) <= 255
 
 
 def test_no_register_goes_to_local_memory():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qkern.errors import InputError, UnsupportedError
 from qkern.nn.state import FORM, QuantModule
 from qkern.ops import pack_weight, quantize_groupwise, unpack_weight
-from qkern.ops.dequant_matmul import LinearHandle, resolve_compute
+from qkern.ops.dequant_matmul import LinearHandle, cuda, resolve_compute
 from qkern.ops.dequant_matmul.checks import check_input
 from qkern.ops.dequant_matmul.cpu import LAYOUT as CPU_LAYOUT
 from qkern.schemes import PackedWeight, QuantizedWeight, Scheme, as_scheme
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["COMPUTE", "QuantLinear", "is_conv1d", "is_plain_call", "needs_grad", "transformed"]
 
 COMPUTE: Final = ("auto", "float", "int8")
+
+Handle: TypeAlias = LinearHandle | cuda.LinearHandle
 
 # Looked up once: each is asked in every call, and the way to it costs as much as the answer.
 _dispatch_modes: Final = torch._C._len_torch_dispatch_stack
@@ -84,7 +86,7 @@ class QuantLinear(QuantModule):
         self.register_parameter("bias", None)
         self._spelling = str(scheme)
         self._stored_bits = 0
-        self._handle: LinearHandle | None = None
+        self._handle: Handle | None = None
 
     # Making one ------------------------------------------------------------------------------------------
 
@@ -349,8 +351,9 @@ class QuantLinear(QuantModule):
         if bias is not None and bias.dtype != x.dtype:
             bias = self._bias_for(x)
         # The handle skips the dispatcher, which costs more than a small product.
-        if not tracing and self._handle is not None and is_plain_call(x, bias):
-            return self._handle(x, bias, "int8" if self._compute == "auto" else self._compute)
+        handle = self._handle
+        if not tracing and handle is not None and is_plain_call(x, bias, handle.device):
+            return handle(x, bias, handle.auto if self._compute == "auto" else self._compute)
         return self._dispatch(x, bias)
 
     def _bias_for(self, x: Tensor) -> Tensor | None:
@@ -428,8 +431,10 @@ def _outside_of_modes() -> Iterator[None]:
         yield
 
 
-def _handle_of(packed: PackedWeight) -> LinearHandle | None:
-    return LinearHandle(packed) if packed.layout == CPU_LAYOUT else None
+def _handle_of(packed: PackedWeight) -> Handle | None:
+    if packed.layout == CPU_LAYOUT:
+        return LinearHandle(packed)
+    return cuda.LinearHandle(packed) if packed.layout.startswith(cuda.PREFIX) else None
 
 
 def needs_grad(x: Tensor, bias: Tensor | None) -> bool:
@@ -441,11 +446,11 @@ def _has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
-def is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether nobody but the caller would notice that the call bypasses torch's dispatcher."""
+def is_plain_call(x: Tensor, bias: Tensor | None, device: torch.device) -> bool:
+    """Whether nobody but the caller would notice that a call on `device` bypasses torch's dispatcher."""
     return (
         type(x) is Tensor
-        and x.is_cpu
+        and x.device == device
         and not needs_grad(x, bias)
         and _dispatch_modes() == 0
         and _function_modes() == 0

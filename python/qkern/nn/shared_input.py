@@ -56,7 +56,7 @@ class SharedInput:
         handles = tuple([linear._handle for linear in linears])
         biases = [linear._bias_for(x) for linear in linears]
         # A handle is missing before the linear's own first call, which packs it.
-        if None in handles or not is_plain_call(x, None):
+        if None in handles or not is_plain_call(x, None, handles[0].device):
             return None
         if any(needs_grad(x, bias) for bias in biases if bias is not None):
             return None
@@ -70,7 +70,7 @@ class SharedInput:
         if group is None:
             return None
         compute = linears[0]._compute
-        return group(x, biases, "int8" if compute == "auto" else compute)
+        return group(x, biases, LinearHandle.auto if compute == "auto" else compute)
 
 
 def _is_bare(linear: Any) -> bool:

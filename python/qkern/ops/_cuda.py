@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _emulated: Any = None
+_NOTHING: Final = contextlib.nullcontext()
 
 
 @functools.cache
@@ -68,14 +69,20 @@ def module() -> Any:
     return loaded
 
 
-@functools.cache
+# Devices that a kernel has run on; one that failed is asked again, as the reason may pass.
+_proven: Final[set[int]] = set()
+
+
 def _why_not(index: int) -> str | None:
+    if index in _proven:
+        return None
     loaded, reason = _load()
     if loaded is None:
         return reason
     with torch.cuda.device(index):
         error: str = loaded.probe()
     if not error:
+        _proven.add(index)
         return None
     major, minor = torch.cuda.get_device_capability(index)
     return (
@@ -127,14 +134,11 @@ def stream(device: torch.device) -> int:
     return raw
 
 
-@contextlib.contextmanager
-def on_device(device: torch.device) -> Iterator[None]:
-    """Make `device` the current one, as a launch demands; costs nothing where it is already."""
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make `device` the current one, as a launch demands; costs next to nothing where it is already."""
     if _emulated is not None or torch.cuda.current_device() == device.index:
-        yield
-    else:
-        with torch.cuda.device(device):
-            yield
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 @contextlib.contextmanager

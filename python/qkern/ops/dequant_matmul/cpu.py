@@ -277,6 +277,9 @@ class LinearHandle:
 
     __slots__ = ("K", "N", "_address", "_blob", "_native")
 
+    device: Final = torch.device("cpu")
+    auto: Final = "int8"  # what compute "auto" is
+
     def __init__(self, packed: PackedWeight) -> None:
         if packed.layout != LAYOUT:
             raise InputError(
@@ -372,6 +375,8 @@ class LinearGroup:
     __slots__ = ("_N", "_handles", "_natives")
 
     def __init__(self, handles: Sequence[LinearHandle]) -> None:
+        if not all(isinstance(handle, LinearHandle) for handle in handles):
+            raise UnsupportedError("only weights of the native CPU kernels run as one call")
         self._handles = tuple(handles)
         self._N = [handle.N for handle in self._handles]
         self._attach()

@@ -13,6 +13,7 @@ from qkern.ops import _cuda
 from qkern.ops._native import DTYPE_CODES
 from qkern.ops.codebooks import codebook
 from qkern.ops.dequant_matmul import cuda_layout, reference
+from qkern.ops.dequant_matmul.checks import check_input
 from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
     from qkern.ops.dequant_matmul.cuda_layout import Form
     from qkern.ops.registry import Request
+    from qkern.schemes import PackedWeight
 
-__all__ = ["PREFIX", "input_gradient", "matmul", "why_not"]
+__all__ = ["PREFIX", "LinearHandle", "input_gradient", "matmul", "why_not"]
 
 PREFIX: Final = cuda_layout.PREFIX
 _SHIFT_CODES: Final = {"none": 0, "zeros": 1, "offsets": 2}
@@ -29,7 +31,7 @@ _SHIFT_CODES: Final = {"none": 0, "zeros": 1, "offsets": 2}
 _SLAB_BYTES: Final = 24 << 20
 _MAX_SPLITS: Final = 8
 _ALIGNED: Final = 16
-# Of a block, by whether it has few rows of x: rows of the weight, warps that share K, blocks of a multiprocessor.
+# Of a block for few rows of x, and for more: rows of the weight, warps along K, blocks of a multiprocessor.
 _FEW_BLOCK: Final = (cuda_layout.ROWS, 8, 2)
 _BATCH_BLOCK: Final = (2 * cuda_layout.ROWS, 2, 1)
 
@@ -56,7 +58,7 @@ class _Weight:
                 f"{blob.data_ptr() % _ALIGNED} beyond, a slice of a larger tensor; clone it"
             )
         self.form, views = cuda_layout.parts(blob, layout, N, K, scheme)
-        self.N, self.K, self.device = N, K, blob.device
+        self.N, self.K, self.device, self.address = N, K, blob.device, blob.data_ptr()
         self.columns = views.get("columns")
 
         def address(name: str) -> int:
@@ -78,62 +80,64 @@ class _Weight:
             table=address("table"),
             tables=tables,
         )
-
-    def takes(self, rows: Tensor) -> bool:
-        """Whether one pass over the weight serves so many rows of x; sums for offsets need more registers."""
-        native = _cuda.module()
-        most = native.FEW_TOKENS if self.form.shift == "offsets" else native.MATMUL_TOKENS
-        return rows.shape[0] <= most and rows.dtype != torch.float32
+        self.plain = self.columns is None and K % 8 == 0  # x can be read where it lies
+        capability = _cuda.capability(self.device)
+        self.has_bf16, self.clusters = capability >= (8, 0), capability >= (9, 0)
+        few, most = _cuda.module().FEW_TOKENS, _cuda.module().MATMUL_TOKENS
+        # Sums for offsets need registers that many rows of x leave to nobody.
+        self.few, self.most = few, few if self.form.shift == "offsets" else most
+        self.splits_of_few, self.splits_of_most = self.splits(few), self.splits(most)
 
     def splits(self, M: int) -> int:
         """Blocks along K: enough to fill the device for `M` rows of x, if a warp has two tiles."""
-        rows, warps, resident = _FEW_BLOCK if M <= _cuda.module().FEW_TOKENS else _BATCH_BLOCK
+        rows, warps, resident = _FEW_BLOCK if self.few >= M else _BATCH_BLOCK
         blocks, wanted = -(-self.N // rows), resident * _cuda.processors(self.device)
         splits = 1
         while splits < _MAX_SPLITS and blocks * splits < wanted and self.form.tiles >= 4 * splits * warps:
             splits *= 2
         return splits
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x [M, K] @ W.T + bias`` for what it `takes`."""
-        stream = _cuda.stream(self.device)
-        M, K, stride = x.shape[0], self.K, x.stride(0)
-        aligned = x.stride(1) == 1 and K % 8 == 0 and stride % 8 == 0 and x.data_ptr() % 16 == 0
-        if self.columns is not None or not aligned:
-            x = x.contiguous()
-            K = stride = self.form.columns
-            ordered = x.new_empty(M, K)
+    def multiply(self, x: Tensor, M: int, bias: Tensor | None, out: Tensor) -> None:
+        """``out = x [..., K] @ W.T + bias`` for `M` rows of fp16 or bf16, at most `most`."""
+        stream, address, K = _cuda.stream(self.device), x.data_ptr(), self.K
+        stride = K
+        if not (self.plain and x.is_contiguous()):
+            x = x.reshape(M, K)
+            address, (stride, step) = x.data_ptr(), x.stride()
+            if not self.plain or step != 1 or stride % 8:
+                address = 1  # as if it were not aligned
+        if address % _ALIGNED:
+            x, stride = x.contiguous(), self.form.columns
+            ordered = x.new_empty(M, stride)
             _cuda.module().gather_columns(
                 x=x.data_ptr(),
                 M=M,
-                K=self.K,
-                x_stride=self.K,
-                columns=0 if self.columns is None else self.columns.data_ptr(),
-                padded=K,
+                K=K,
+                x_stride=K,
+                columns=_cuda.pointer(self.columns),
+                padded=stride,
                 out=ordered.data_ptr(),
                 stream=stream,
             )
-            x = ordered
-        out = x.new_empty(M, self.N)
-        splits = self.splits(M)
-        clusters = _cuda.capability(self.device) >= (9, 0)
+            x, address, K = ordered, ordered.data_ptr(), stride
+        splits = self.splits_of_few if self.few >= M else self.splits_of_most
         partials = None
-        if splits > 1 and not clusters:
+        if splits > 1 and not self.clusters:
             partials = torch.empty(splits, M, self.N, dtype=torch.float32, device=self.device)
+        # Names would cost a microsecond: see the binding.
         self.native(
-            x=x.data_ptr(),
-            dtype=DTYPE_CODES[x.dtype],
-            M=M,
-            K=K,
-            x_stride=stride,
-            bias=0 if bias is None else bias.data_ptr(),
-            bias_dtype=0 if bias is None else DTYPE_CODES[bias.dtype],
-            out=out.data_ptr(),
-            partials=0 if partials is None else partials.data_ptr(),
-            splits=splits,
-            stream=stream,
+            address,
+            DTYPE_CODES[x.dtype],
+            M,
+            K,
+            stride,
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else DTYPE_CODES[bias.dtype],
+            out.data_ptr(),
+            0 if partials is None else partials.data_ptr(),
+            splits,
+            stream,
         )
-        return out
 
     def slabs(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Rows of the weight as floats, columns as the layout has them, a slab at a time."""
@@ -176,11 +180,6 @@ class _Weight:
         return back[:, : self.K].to(grad.dtype)
 
 
-def _lacks_bf16(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the tensor cores have no bf16: sm_75."""
-    return dtype == torch.bfloat16 and _cuda.capability(device) < (8, 0)
-
-
 # What was validated, by the blob's id; a blob that moved is validated again.
 _KNOWN: Final[dict[int, tuple[ref[Tensor], int, tuple[Any, ...], _Weight]]] = {}
 
@@ -199,31 +198,86 @@ def matmul(
     x: Tensor, blob: Tensor, bias: Tensor | None, layout: str, N: int, K: int, spelling: str, compute: str
 ) -> Tensor:
     """``x [..., K] @ W.T + bias``; shapes and dtypes are validated by the caller."""
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.device != blob.device:
-            raise InputError(
-                f"{name} is on the wrong device: got {tensor.device}, allowed is {blob.device}, where the "
-                "weight is"
-            )
-    weight = _weight(blob, layout, N, K, spelling)
-    lead = x.shape[:-1]
-    rows = x.detach().reshape(lead.numel(), K)
-    if rows.numel() == 0 or N == 0:
-        out = (
-            rows.new_zeros(lead.numel(), N)
-            if bias is None
-            else bias.to(x.dtype).expand(lead.numel(), N).clone()
-        )
-    elif compute == "int8":
+    if compute == "int8":
+        rows = x.detach().reshape(x.shape[:-1].numel(), K)
         qw = cuda_layout.unpack(blob, layout, N, K, Scheme.parse(spelling))
-        out = reference.matmul(rows, qw, bias, True)
-    else:
-        with _cuda.on_device(weight.device):
-            if _lacks_bf16(weight.device, x.dtype):
-                out = weight.by_slabs(rows.float(), bias).to(x.dtype)
-            else:
-                out = weight.multiply(rows, bias) if weight.takes(rows) else weight.by_slabs(rows, bias)
-    return out.view(*lead, N)
+        return reference.matmul(rows, qw, bias, True).view(*x.shape[:-1], N)
+    weight = _weight(blob, layout, N, K, spelling)
+    _check_device("x", x, weight.device)
+    return _product(weight, x.detach(), bias)
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise InputError(
+            f"{name} is on the wrong device: got {tensor.device}, allowed is {device}, where the weight is"
+        )
+
+
+def _product(weight: _Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [..., K] @ W.T + bias`` in floats."""
+    if bias is not None:
+        _check_device("bias", bias, weight.device)
+    shape, dtype, K = (*x.shape[:-1], weight.N), x.dtype, weight.K
+    M = x.numel() // max(K, 1)
+    if M == 0 or weight.N == 0:
+        out = x.new_zeros(shape)
+        return out if bias is None else out + bias.to(dtype)
+    # The tensor cores of sm_75 have no bf16.
+    widened = dtype == torch.bfloat16 and not weight.has_bf16
+    with _cuda.on_device(weight.device):
+        if weight.most >= M and dtype != torch.float32 and not widened:
+            out = x.new_empty(*shape)  # a third faster than a tuple
+            weight.multiply(x, M, bias, out)
+            return out
+        rows = x.reshape(M, K)
+        out = weight.by_slabs(rows.float() if widened else rows, bias)
+    return out.to(dtype).view(shape)
+
+
+class LinearHandle:
+    """A packed weight on a GPU that was validated once and is called with a few microseconds of overhead.
+
+    For inference in eager mode, as the one of the CPU: no autograd, no dispatch.
+
+    Parameters
+    ----------
+    packed : PackedWeight
+        In the layout of the native CUDA kernels; its blob is kept alive.
+
+    Raises
+    ------
+    InputError
+        If the layout does not go with the blob.
+    """
+
+    __slots__ = ("_packed", "_weight", "auto", "device")
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self._packed, self.device = packed, packed.blob.device
+        self.auto: Final = "float" if packed.scheme.act_bits is None else "int8"
+        self._attach()
+
+    def _attach(self) -> None:
+        packed = self._packed
+        self._weight = _weight(packed.blob, packed.layout, packed.N, packed.K, packed.spelling)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None, compute: str = "float") -> Tensor:
+        """``x [..., K] @ W.T + bias`` in x's dtype; x and bias on the weight's device.
+
+        Raises
+        ------
+        InputError
+            On a wrong shape, dtype or device.
+        """
+        packed = self._packed
+        if x.dim() == 0 or x.size(-1) != packed.K or x.dtype not in DTYPE_CODES or x.device != self.device:
+            check_input(x, packed.K, self.device)
+        if compute != "float":
+            return matmul(x, packed.blob, bias, packed.layout, packed.N, packed.K, packed.spelling, compute)
+        if packed.blob.data_ptr() != self._weight.address:
+            self._attach()
+        return _product(self._weight, x, bias)
 
 
 def input_gradient(grad: Tensor, blob: Tensor, layout: str, N: int, K: int, spelling: str) -> Tensor:
