@@ -29,7 +29,7 @@ class Backend(StrEnum):
     """Where an op can run."""
 
     REFERENCE = "reference"
-    """Plain torch, any device; the oracle of every test."""
+    """Plain torch, any device; the oracle of every test, and all that runs on MPS."""
     CPU = "cpu"
     """Native C++ kernels."""
     CUDA = "cuda"

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkern.ops.dequantize_groupwise.reference import dequantize
-from qkern.ops.quantize_activations.reference import round_to_codes
+from qkern.ops._scratch import LIMIT, pieces, rows_within
+from qkern.ops.dequantize_groupwise.reference import row_bytes, row_chunks
+from qkern.ops.quantize_activations.reference import VALUE_BYTES, round_to_codes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from qkern.schemes import QuantizedWeight
 
-__all__ = ["BLOCK", "activation_blocks", "fake_quantize", "input_gradient", "matmul", "row_chunks"]
+__all__ = ["BLOCK", "activation_blocks", "fake_quantize", "input_gradient", "matmul"]
 
 BLOCK: Final = 128
 """Columns of one group that share an activation scale in compute int8, unless the whole token does."""
-# Weights that are decoded at a time.
-_CHUNK: Final = 1 << 24
+# What is kept of tokens while rows of the weight pass by, and these rows with their products, have half each.
+_HALF: Final = LIMIT // 2
+# An output of a chunk: the product, the one with the bias, and the product before.
+_OUT_BYTES: Final = 12
 
 
 def activation_blocks(qw: QuantizedWeight) -> Tensor:
@@ -51,56 +51,53 @@ def activation_blocks(qw: QuantizedWeight) -> Tensor:
 
 def fake_quantize(x: Tensor, qw: QuantizedWeight) -> Tensor:
     """Activations ``[M, K]`` as compute int8 sees them: quantized a token and block, and back to fp32."""
-    values = x.float()
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if qw.K == 0:
-        return values
+        return out
     blocks = activation_blocks(qw)
-    index = blocks.expand_as(values)
-    amax = values.new_zeros(values.shape[0], int(blocks.max()) + 1).scatter_reduce_(
-        1, index, values.abs(), "amax"
-    )
-    scales = (amax / amax.new_tensor(127))[:, blocks]  # not a number: see quantize_groupwise.reference
-    return round_to_codes(values, scales).float() * scales
-
-
-def row_chunks(qw: QuantizedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Decode rows of the weight a chunk at a time, so that the whole matrix never exists."""
-    step = max(_CHUNK // max(qw.K, 1), 1)
-    N, K = qw.shape
-    for first in range(0, N, step):
-        rows = slice(first, min(first + step, N))
-
-        def part(tensor: Tensor | None, rows: slice = rows) -> Tensor | None:
-            return tensor if tensor is None or qw.scheme.per_tensor else tensor[rows]
-
-        chunk = replace(
-            qw,
-            codes=qw.codes[rows],
-            shape=(rows.stop - first, K),
-            scales=qw.scales if qw.scheme.per_tensor else qw.scales[rows],
-            zeros=part(qw.zeros),
-            offsets=part(qw.offsets),
-            nested=None,
+    count = int(blocks.max()) + 1
+    for tokens in pieces(len(x), VALUE_BYTES * qw.K, _HALF):
+        values = x[tokens].float()
+        amax = values.new_zeros(len(values), count).scatter_reduce_(
+            1, blocks.expand_as(values), values.abs(), "amax"
         )
-        yield rows, dequantize(chunk, dtype)
+        # Not a number: see quantize_groupwise.reference.
+        scales = (amax / amax.new_tensor(127)).index_select(1, blocks)
+        torch.mul(round_to_codes(values, scales), scales, out=out[tokens])
+    return out
 
 
 def matmul(x: Tensor, qw: QuantizedWeight, bias: Tensor | None, int8: bool) -> Tensor:
     """``x [M, K] @ W.T + bias`` in x's dtype; arguments are validated by the caller."""
-    values, dtype = (fake_quantize(x, qw), torch.float32) if int8 else (x, x.dtype)
     out = x.new_empty(x.shape[0], qw.N)
-    for rows, weight in row_chunks(qw, dtype):
-        part = F.linear(values, weight)
+    for tokens in pieces(len(x), 4 * (qw.K if int8 else _OUT_BYTES), _HALF):
+        _product(fake_quantize(x[tokens], qw) if int8 else x[tokens], qw, bias, out[tokens])
+    return out
+
+
+def _product(x: Tensor, qw: QuantizedWeight, bias: Tensor | None, out: Tensor) -> None:
+    for rows, weight in row_chunks(qw, x.dtype, _rows_at_once(qw, len(x))):
+        part = F.linear(x, weight)
         if bias is not None:
             # A bias of fp32 is added in fp32 and rounded once.
             part = part + bias[rows]
-        out[:, rows] = part.to(out.dtype)
-    return out
+        out[:, rows] = part
+
+
+def _rows_at_once(qw: QuantizedWeight, tokens: int) -> int:
+    return rows_within(row_bytes(qw.K) + _OUT_BYTES * tokens, _HALF)
 
 
 def input_gradient(grad: Tensor, qw: QuantizedWeight) -> Tensor:
     """``grad [M, N] @ W`` in grad's dtype, summed in fp32."""
+    out = grad.new_empty(grad.shape[0], qw.K)
+    for tokens in pieces(len(grad), 4 * max(qw.K, _OUT_BYTES), _HALF):
+        out[tokens] = _gradient(grad[tokens], qw)
+    return out
+
+
+def _gradient(grad: Tensor, qw: QuantizedWeight) -> Tensor:
     total = torch.zeros(grad.shape[0], qw.K, dtype=torch.float32, device=grad.device)
-    for rows, weight in row_chunks(qw, torch.float32):
-        total += grad[:, rows].float() @ weight
-    return total.to(grad.dtype)
+    for rows, weight in row_chunks(qw, torch.float32, _rows_at_once(qw, len(grad))):
+        total.addmm_(grad[:, rows].float(), weight)
+    return total

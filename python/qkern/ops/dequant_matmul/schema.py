@@ -117,7 +117,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.qkern.dequant_matmul_backward(grad, blob, *ctx.static)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-        grad_bias = grad.float().reshape(-1, ctx.static[1]).sum(0).to(ctx.bias_dtype)
+        grad_bias = grad.reshape(-1, ctx.static[1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, grad_bias, None, None, None, None, None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
+from qkern.ops._scratch import LIMIT, pieces
 from qkern.ops.dequant_matmul import plain
 from qkern.ops.pack_bits.reference import unpack_dense
 
@@ -19,8 +20,11 @@ __all__ = ["exact_columns", "matmul", "pack", "why_not", "why_not_scheme"]
 
 # Columns whose sum fp32 holds exactly: 256 * 255 * 255 < 2^24.
 _STEP: Final = 256
-# Weights that are unpacked at a time.
-_CHUNK: Final = 1 << 24
+# Bytes of a weight (codes, as fp32, and those before) and of an output (sums, products, scales) of a chunk.
+_WEIGHT_BYTES: Final = 12
+_OUT_BYTES: Final = 24
+# Tokens as fp32, and the rows of the weight that pass by, have half each.
+_HALF: Final = LIMIT // 2
 
 
 def why_not_scheme(scheme: Scheme) -> str | None:
@@ -65,32 +69,57 @@ def matmul(
     if out_dtype == torch.int32 and (exact < K or qw.offsets is not None):
         raise InputError(_why_no_sums(qw))
     segment = max(K, 1) if exact >= K else exact // 128 * 128
-    values = x.float() if zeros is None else x.float() - zeros
     out = torch.empty(M, N, dtype=out_dtype, device=x.device)
-    step = max(_CHUNK // max(K, 1), 1)
-    for first in range(0, N, step):
-        rows = slice(first, min(first + step, N))
+    for tokens in pieces(M, 4 * max(K, _OUT_BYTES), _HALF):
+        own = [None if value is None else value[tokens] for value in (scales, zeros)]
+        _product(x[tokens], own[0], qw, bias, own[1], segment, out[tokens])
+    return out
+
+
+def _product(
+    x: Tensor,
+    scales: Tensor | None,
+    qw: QuantizedWeight,
+    bias: Tensor | None,
+    zeros: Tensor | None,
+    segment: int,
+    out: Tensor,
+) -> None:
+    K = qw.K
+    values = x.float() if zeros is None else x.float().sub_(zeros)
+    token_sums = None if qw.offsets is None else _token_sums(values)
+
+    def of_rows(values: Tensor, rows: slice) -> Tensor:
+        return values if qw.scheme.per_tensor else values[rows]
+
+    for rows in pieces(qw.N, _WEIGHT_BYTES * K + _OUT_BYTES * len(x), _HALF):
         codes = unpack_dense(qw.codes[rows], 8, K).float()
         if qw.zeros is not None:
-            codes -= qw.zeros if qw.scheme.per_tensor else qw.zeros[rows]
+            codes -= of_rows(qw.zeros, rows)
         elif qw.offsets is None:
             codes -= 128
-        sums = [_sums(values, codes, k, min(k + segment, K)) for k in range(0, max(K, 1), segment)]
+        sums = _sums(values, codes, 0, min(segment, K))
         if scales is None:
-            out[:, rows] = sums[0]
+            out[:, rows] = sums
             continue
-        total = sums[0].float()
-        for later in sums[1:]:
-            total += later.float()
-        weight_scales = (qw.scales if qw.scheme.per_tensor else qw.scales[rows]).float().T
-        part = total * (weight_scales * scales)
-        if qw.offsets is not None:
-            offsets = (qw.offsets if qw.scheme.per_tensor else qw.offsets[rows]).float().T
-            part = part + offsets * scales * values.to(torch.int64).sum(-1, keepdim=True).float()
+        total = sums.float()
+        for k in range(segment, K, segment):
+            total += _sums(values, codes, k, min(k + segment, K)).float()
+        total *= of_rows(qw.scales, rows).float().T * scales
+        if qw.offsets is not None and token_sums is not None:
+            total += of_rows(qw.offsets, rows).float().T * scales * token_sums
         if bias is not None:
-            part = part + bias[rows]
-        out[:, rows] = part.to(out_dtype)
-    return out
+            total += bias[rows]
+        out[:, rows] = total
+
+
+def _token_sums(values: Tensor) -> Tensor:
+    """Sum of each token's codes, exact before it is rounded to fp32."""
+    # Asked for an integer sum, torch would first cast all of them.
+    total = torch.zeros(len(values), 1, dtype=torch.int64, device=values.device)
+    for columns in torch.split(values, _STEP, dim=1):
+        total += columns.sum(-1, keepdim=True).long()
+    return total.float()
 
 
 def _sums(values: Tensor, codes: Tensor, first: int, last: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -18,29 +19,38 @@ AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def split_last(values: Tensor, size: int) -> Tensor:
     """Last dimension to pieces of `size`, filled with zeros: ``[..., ceil(K / size), size]``."""
-    padded = F.pad(values, (0, -values.shape[-1] % size))
+    missing = -values.shape[-1] % size
+    padded = F.pad(values, (0, missing)) if missing else values  # torch copies for a pad of nothing too
     return padded.reshape(*padded.shape[:-1], padded.shape[-1] // size, size)
 
 
+def _period(bits: int) -> tuple[int, int]:
+    """Words, and codes in them, after which the bit stream lies in its words as at the start."""
+    shared = math.gcd(bits, 32)
+    return bits // shared, 32 // shared
+
+
 def pack_dense(codes: Tensor, bits: int) -> Tensor:
-    """Little-endian bit stream along the last dimension: 32 codes fill `bits` words."""
+    """Little-endian bit stream along the last dimension."""
     K = codes.shape[-1]
-    words = -(-K * bits // 32)
-    blocks = split_last(codes, 32).to(torch.int32)
-    packed = torch.zeros(*blocks.shape[:-1], bits, dtype=torch.int32, device=codes.device)
-    for i in range(32):
+    words, count = _period(bits)
+    blocks = split_last(codes, count)
+    packed = torch.zeros(*blocks.shape[:-1], words, dtype=torch.int32, device=codes.device)
+    for i in range(count):
         word, shift = divmod(i * bits, 32)
-        packed[..., word] |= blocks[..., i] << shift
+        code = blocks[..., i].to(torch.int32)
+        packed[..., word] |= code << shift
         if shift + bits > 32:
-            packed[..., word + 1] |= blocks[..., i] >> (32 - shift)
-    return packed.flatten(-2)[..., :words].contiguous()
+            packed[..., word + 1] |= code >> (32 - shift)
+    return packed.flatten(-2)[..., : -(-K * bits // 32)].contiguous()
 
 
 def unpack_dense(packed: Tensor, bits: int, K: int) -> Tensor:
     """Undo `pack_dense`: uint8 ``[..., K]``."""
-    blocks = split_last(packed, bits)
-    codes = torch.empty(*blocks.shape[:-1], 32, dtype=torch.uint8, device=packed.device)
-    for i in range(32):
+    words, count = _period(bits)
+    blocks = split_last(packed, words)
+    codes = torch.empty(*blocks.shape[:-1], count, dtype=torch.uint8, device=packed.device)
+    for i in range(count):
         word, shift = divmod(i * bits, 32)
         kept = min(bits, 32 - shift)
         code = (blocks[..., word] >> shift) & ((1 << kept) - 1)

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
-__all__ = ["quantize", "round_to_codes"]
+from qkern.ops._scratch import pieces
+
+__all__ = ["VALUE_BYTES", "quantize", "round_to_codes"]
+
+VALUE_BYTES: Final = 28
+"""Most bytes of temporaries for a value that is quantized: some of fp32, some of bool."""
 
 
 def round_to_codes(x: Tensor, scales: Tensor) -> Tensor:
     """``clamp(rint(x / s), -127, 127)``; 0 where s is 0, and only the signs of Inf where s is not finite."""
     finite = (scales > 0) & torch.isfinite(scales)
-    codes = torch.where(finite, x / scales, x.isinf() * 127 * x.sign().nan_to_num(0.0))
-    return codes.clamp(-127, 127).round().to(torch.int8)
+    codes = torch.where(finite, x / scales, torch.where(x.isinf(), x, 0.0))
+    return codes.clamp_(-127, 127).round_().to(torch.int8)
 
 
 def quantize(x: Tensor, group_size: int, scale: Tensor | None = None, zero: int = 0) -> tuple[Tensor, Tensor]:
     """Quantize a matrix to int8 ``[M, K]`` and fp32 ``[M, groups]``; the caller has validated everything."""
-    values = x.float()
-    if scale is not None:
-        return _quantize_static(values, scale, zero)
-    M, K = values.shape
+    M, K = x.shape
     codes = torch.empty(M, K, dtype=torch.int8, device=x.device)
-    scales = torch.zeros(M, -(-K // group_size), dtype=torch.float32, device=x.device)
-    for g, chunk in enumerate(torch.split(values, group_size, dim=1) if K else ()):
-        # amax of torch keeps a NaN, which is what makes it reach the output.
-        # A tensor divides: see quantize_groupwise.reference.
-        scale = chunk.abs().amax(-1, keepdim=True) / chunk.new_tensor(127)
-        scales[:, g] = scale[:, 0]
-        codes[:, g * group_size : g * group_size + chunk.shape[1]] = round_to_codes(chunk, scale)
+    groups = -(-K // group_size) if scale is None else 1
+    scales = torch.zeros(M, groups, dtype=torch.float32, device=x.device)
+    for tokens in pieces(M, VALUE_BYTES * K):
+        values = x[tokens].float()
+        if scale is not None:
+            codes[tokens], scales[tokens] = _quantize_static(values, scale, zero)
+            continue
+        for g, chunk in enumerate(torch.split(values, group_size, dim=1) if K else ()):
+            # amax of torch keeps a NaN, which is what makes it reach the output.
+            # A tensor divides: see quantize_groupwise.reference.
+            own = chunk.abs().amax(-1, keepdim=True) / chunk.new_tensor(127)
+            scales[tokens, g] = own[:, 0]
+            codes[tokens, g * group_size : g * group_size + chunk.shape[1]] = round_to_codes(chunk, own)
     return codes, scales
 
 

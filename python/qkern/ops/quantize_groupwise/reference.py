@@ -9,15 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkern.errors import InputError
+from qkern.ops._scratch import pieces
 from qkern.ops.codebooks import codebook
 from qkern.ops.pack_bits.reference import pack_dense, split_last
 from qkern.ops.quantize_groupwise.nested import decode, divisors, nest
 from qkern.schemes import QuantizedWeight, Scheme
 
-__all__ = ["choose_grid", "encode", "quantize", "search_grid"]
+__all__ = ["choose_grid", "encode", "quantize", "row_bytes", "search_grid"]
 
 REFINEMENTS: Final = 3
 _LANES: Final = 16
+# Most bytes of temporaries for a weight whose grid is chosen (with importance) or that is encoded.
+_WEIGHT_BYTES: Final = 48
 
 
 def shrinks(scheme: Scheme) -> tuple[float, ...]:
@@ -25,6 +28,12 @@ def shrinks(scheme: Scheme) -> tuple[float, ...]:
     by_bits = {2: (49, 32, 41), 3: (38, 32, 30), 4: (35, 32, 27), 8: (259, 256, 26)}
     first, unit, count = (48, 32, 36) if scheme.codebook else by_bits[scheme.bits]
     return tuple((first - i) / unit for i in range(count))
+
+
+def row_bytes(scheme: Scheme, K: int) -> int:
+    """Most bytes that the temporaries of a row take, whose groups are summed in whole lanes."""
+    length = max(scheme.group_length(K), 1)
+    return _WEIGHT_BYTES * scheme.num_groups(K) * (length + -length % _LANES)
 
 
 def split_groups(values: Tensor, scheme: Scheme) -> Tensor:
@@ -169,17 +178,23 @@ def grid(
     weight: Tensor, scheme: Scheme, *, importance: Tensor | None, search: str, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points of ``[R, K]`` rows, both fp32 ``[R, groups]``; finite weights only."""
-    if not torch.isfinite(weight).all():
+    R, K = weight.shape
+    chunks = list(pieces(R, row_bytes(scheme, K)))
+    if not all(torch.isfinite(weight[rows]).all() for rows in chunks):
         raise InputError(NON_FINITE_MESSAGE)
-    groups = split_groups(weight, scheme)
-    if search == "minmax":
-        scale, zero = choose_grid(groups, scheme, scale_dtype)
-    else:
-        weights = None
-        if importance is not None:
-            weights = split_groups(importance.expand(weight.shape), scheme)
-        scale, zero = search_grid(groups, weights, scheme, scale_dtype)
-    return scale.squeeze(-1), zero.squeeze(-1)
+    scales = torch.empty(R, scheme.num_groups(K), dtype=torch.float32, device=weight.device)
+    zeros = torch.empty_like(scales)
+    for rows in chunks:
+        groups = split_groups(weight[rows], scheme)
+        if search == "minmax":
+            scale, zero = choose_grid(groups, scheme, scale_dtype)
+        else:
+            weights = None
+            if importance is not None:
+                weights = split_groups(importance.expand(weight.shape)[rows], scheme)
+            scale, zero = search_grid(groups, weights, scheme, scale_dtype)
+        scales[rows], zeros[rows] = scale.squeeze(-1), zero.squeeze(-1)
+    return scales, zeros
 
 
 def quantize(
@@ -204,15 +219,15 @@ def quantize(
         nested = nest(scale)
         scale = decode(nested, tuple(scale.shape))
     repeat = N if scheme.per_tensor else 1
-    codes, _ = encode(
-        split_groups(rows, scheme),
-        divisors(scale).repeat_interleave(repeat, 0)[..., None],
-        zero.repeat_interleave(repeat, 0)[..., None],
-        scheme,
-    )
+    step = divisors(scale).repeat_interleave(repeat, 0)[..., None]
+    shift = zero.repeat_interleave(repeat, 0)[..., None]
+    packed = torch.empty(E * N, scheme.code_words(K), dtype=torch.int32, device=weight.device)
+    for part in pieces(E * N, row_bytes(scheme, K)):
+        codes, _ = encode(split_groups(rows[part], scheme), step[part], shift[part], scheme)
+        packed[part] = pack_dense(codes.flatten(1)[:, :K], scheme.bits)
     shape = (*experts, *scheme.scale_shape(N, K))
     return QuantizedWeight(
-        codes=pack_dense(codes.flatten(1)[:, :K], scheme.bits).reshape(*experts, N, scheme.code_words(K)),
+        codes=packed.reshape(*experts, N, scheme.code_words(K)),
         scales=scale.to(scale_dtype).reshape(shape),
         zeros=zero.to(torch.uint8).reshape(shape) if scheme.zero_point else None,
         shape=tuple(weight.shape),
