@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LIMIT", "pieces", "rows_within"]
 
-LIMIT: Final = 64 << 20
+LIMIT: Final = 64_000_000
 """Most bytes of temporaries that a call of the reference backend has alive at once."""
 
 
