@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
-from qkern.ops.gptq_update import cpu, cuda, reference
+from qkern.ops.gptq_update import cpu, cuda, reference, triton
 from qkern.ops.registry import Backend, Implementation, Request, register, select
 from qkern.schemes import BITS, CODEBOOKS
 
@@ -24,6 +24,7 @@ register(
 )
 register(Implementation(op="gptq_update", backend=Backend.CPU, call=cpu.update, why_not=cpu.why_not))
 register(Implementation(op="gptq_update", backend=Backend.CUDA, call=cuda.update, why_not=cuda.why_not))
+register(Implementation(op="gptq_update", backend=Backend.TRITON, call=triton.update, why_not=triton.why_not))
 
 
 def gptq_update(

@@ -1,4 +1,4 @@
-"""What GPTQ does with a block beyond `gptq_update`: in place, on the native kernels or in plain torch.
+"""What GPTQ does with a block beyond `gptq_update`: in place, on the native kernels or in torch.
 
 These serve `qkern.quantizers.gptq` alone: arguments are not validated. Both ways and all CPU tiers give the
 same bits, except `product`, where each has its own order of summation (the same for any number of threads).
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qkern.ops import _cuda, _native
+from qkern.ops import _cuda, _native, _triton
 from qkern.ops.codebooks import CODEBOOK_CODES
 from qkern.ops.codebooks import codebook as find_codebook
-from qkern.ops.gptq_update import cuda, reference
+from qkern.ops.gptq_update import cuda, reference, triton
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -259,9 +259,13 @@ def _columns(
     block: Block, target: Tensor, hinv: Tensor, scales: Tensor, zeros: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     scheme = block.scheme
-    codes, errors = reference.update(
-        target, hinv, scales, None if scheme.codebook else zeros, index, scheme.bits, scheme.codebook
-    )
+    problem = (target, hinv, scales, None if scheme.codebook else zeros, index, scheme.bits, scheme.codebook)
+    if _triton.why_not_triton(target.device) is None:
+        codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+        losses = torch.empty(target.shape[0], dtype=torch.float32, device=target.device)
+        triton.run(*problem, codes, losses)
+        return codes, losses
+    codes, errors = reference.update(*problem)
     return codes, _squares(errors)
 
 
