@@ -23,8 +23,11 @@ from qkern.ops import (
     _triton,
     dequant_matmul,
     dequantize_groupwise,
+    gptq_update,
+    int8_matmul,
     pack_bits,
     pack_weight,
+    quantize_activations,
     quantize_groupwise,
     unpack_bits,
     unpack_weight,
@@ -308,10 +311,23 @@ def test_autotuning_takes_the_fastest_tile_and_remembers_it(monkeypatch):
 
     monkeypatch.setattr(triton.testing, "do_bench", timed)
     table = state.config(1, x.dtype)
-    best = state.best(table, x, None)
+
+    def launch(tile: host.Config) -> torch.Tensor:
+        return state.launch(tile, x, None)
+
+    best = state.best(table, x.dtype, launch)
     assert (best.tokens, best.words) == (table.tokens, table.words)
     assert (best.rows, best.warps) == (8, 4)
-    assert state.best(table, x, None) is best
+    assert state.best(table, x.dtype, launch) is best
+
+
+def test_a_device_with_little_shared_memory_takes_smaller_tiles(monkeypatch):
+    packed = pack_weight(parts((9, 64), "w4g32"), backend="triton")
+    state = host._weight(packed.blob, packed.layout, 9, 64, packed.spelling)
+    wide = state.config(65, torch.float16)
+    monkeypatch.setattr(_triton, "shared_memory", lambda device: 64 << 10)
+    assert state.config(64, torch.float16) == state.config(65, torch.float16)
+    assert state.config(65, torch.float16).rows < wide.rows
 
 
 @pytest.mark.parametrize("M", [1, 17])
@@ -441,15 +457,26 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     # -P: Python would put the folder of the script first on its path.
     result = subprocess.run([sys.executable, "-P", __file__], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert "multiply_many" in result.stdout
+    for name in ("multiply_many", "multiply", "update", "quantize"):
+        assert f"\n{name} " in f"\n{result.stdout}"
 
 
-POINTERS = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
+# Compute capabilities that are compiled for, and the bytes of shared memory that a program has there.
+TARGETS = {75: 64 << 10, 80: 163 << 10}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 class Compiled:
-    """In a kernel's place: compiles what would be launched for sm_80, and checks the code."""
+    """In a kernel's place: compiles what would be launched, and checks the code."""
+
+    target = 80
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -472,13 +499,16 @@ class Compiled:
             elif isinstance(value, torch.Tensor):
                 signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
             else:
-                signature[name] = "i32"
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
         source = triton.compiler.ASTSource(self.function, signature, constants, attributes)
-        result = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+        result = triton.compile(source, target=GPUTarget("cuda", self.target, 32), options=options)
         text = result.asm["ptx"]
-        assert result.metadata.shared <= 99 << 10, (self.function.__name__, result.metadata.shared)
+        shared = min(99 << 10, TARGETS[self.target])
+        assert result.metadata.shared <= shared, (self.function.__name__, result.metadata.shared)
+        # Without tensor cores for them, products of matrices are made of these.
+        exact_products = keywords.get("WIDEN", False)
         if options.get("enable_fp_fusion") is False:
-            assert "fma.rn.f32" not in text
+            assert exact_products or "fma.rn.f32" not in text
             assert "div.full.f32" not in text
             assert ".ftz" not in text
         print(self.function.__name__, constants, result.metadata.shared)
@@ -498,6 +528,8 @@ def compile_kernels() -> None:
     _triton.interpreted = lambda device: False
     _triton.why_not_triton = lambda device: None
     _triton.processors = lambda device: 132
+    _triton.capability = lambda device: divmod(Compiled.target, 10)
+    _triton.shared_memory = lambda device: TARGETS[Compiled.target]
     _triton.on_device = lambda device: contextlib.nullcontext()
     for variant in VARIANTS[2], VARIANTS[11]:
         qw = parts((64, 2048), **variant)
@@ -511,6 +543,27 @@ def compile_kernels() -> None:
         if qw.offsets is None:
             zeros = torch.zeros(64, 64, dtype=torch.uint8)
             quantize_host._encode(rows, qw.scales, zeros, qw.scheme, 1)
+    factor, index = torch.eye(256), torch.zeros(256, dtype=torch.int32)
+    for book in (None, "nf4"):
+        zeros = None if book else torch.zeros(64, 1, dtype=torch.uint8)
+        columns = torch.ones(64, 256), factor, torch.ones(64, 1), zeros, index
+        gptq_update(*columns, bits=4, codebook=book, backend="triton")
+    for options in ({"group_size": 64}, {"scale": 0.5}):
+        quantize_activations(torch.ones(4, 4096).half(), **options, backend="triton")
+    compile_integers(1, 64, 100)
+    # Its widest tiles; the others have fewer rows.
+    Compiled.target = 75
+    packed = pack_weight(parts((64, 2048), "w8"), backend="triton")
+    dequant_matmul(activations(100, 2048, torch.float16), packed, compute="float")
+    compile_integers(1)
+
+
+def compile_integers(*tokens: int) -> None:
+    for offsets, zero in ((False, None), (True, 5)):
+        packed = pack_weight(parts((64, 2048), "w8z" if offsets else "w8", offsets=offsets), backend="triton")
+        for M in tokens:
+            x = torch.ones(M, 2048, dtype=torch.int8)
+            int8_matmul(x, 0.5, packed, out_dtype=torch.float16, x_zero=zero)
 
 
 if COMPILING:

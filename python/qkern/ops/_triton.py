@@ -16,7 +16,17 @@ import torch
 from qkern import _env
 from qkern.errors import NativeError
 
-__all__ = ["interpreted", "kernels", "on_device", "processors", "stored_dtype", "why_not_triton"]
+__all__ = [
+    "autotuned",
+    "capability",
+    "interpreted",
+    "kernels",
+    "on_device",
+    "processors",
+    "shared_memory",
+    "stored_dtype",
+    "why_not_triton",
+]
 
 _OLDEST = (3, 2)
 
@@ -67,14 +77,30 @@ def stored_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if interpreted(device) and dtype == torch.bfloat16 else dtype
 
 
+def autotuned(device: torch.device) -> bool:
+    """Whether kernels on `device` time candidates instead of taking a tile from a table."""
+    return _env.triton_autotune() and not interpreted(device)
+
+
 @functools.cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _properties(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)
 
 
 def processors(device: torch.device) -> int:
     """Multiprocessors of the device; for the interpreter few, so that small tests use all of them."""
-    return 4 if interpreted(device) else _processors(device.index)
+    return 4 if interpreted(device) else int(_properties(device.index).multi_processor_count)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU."""
+    properties = _properties(device.index)
+    return properties.major, properties.minor
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have; the interpreter knows no limit."""
+    return 1 << 30 if interpreted(device) else int(_properties(device.index).shared_memory_per_block_optin)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -13,9 +13,9 @@ from qkern.ops.dequantize_groupwise.reference import row_bytes, row_chunks
 from qkern.ops.quantize_activations.reference import VALUE_BYTES, round_to_codes
 
 if TYPE_CHECKING:
-    from qkern.schemes import QuantizedWeight
+    from qkern.schemes import QuantizedWeight, Scheme
 
-__all__ = ["BLOCK", "activation_blocks", "fake_quantize", "input_gradient", "matmul"]
+__all__ = ["BLOCK", "activation_blocks", "activations_by_token", "fake_quantize", "input_gradient", "matmul"]
 
 BLOCK: Final = 128
 """Columns of one group that share an activation scale in compute int8, unless the whole token does."""
@@ -25,6 +25,11 @@ _HALF: Final = LIMIT // 2
 _OUT_BYTES: Final = 12
 
 
+def activations_by_token(scheme: Scheme, groups: int) -> bool:
+    """Whether compute int8 gives the activations one scale a token, and int8_matmul takes them."""
+    return scheme.act_bits is not None and scheme.bits == 8 and groups == 1
+
+
 def activation_blocks(qw: QuantizedWeight) -> Tensor:
     """Activation block of each column, int64 ``[K]``: 128 columns of a group at a time, in group order.
 
@@ -32,7 +37,7 @@ def activation_blocks(qw: QuantizedWeight) -> Tensor:
     scale a token.
     """
     K = qw.K
-    if qw.scheme.act_bits is not None and qw.scheme.bits == 8 and qw.scales.shape[1] == 1:
+    if activations_by_token(qw.scheme, qw.scales.shape[1]):
         return torch.zeros(K, dtype=torch.int64, device=qw.device)
     if qw.group_index is None:
         length = max(qw.scheme.group_length(K), 1)

@@ -11,13 +11,12 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from qkern import _env
 from qkern.ops import _triton
 from qkern.ops.dequant_matmul import reference, triton_layout
 from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from qkern.ops.registry import Request
 
@@ -66,6 +65,8 @@ _MANY_CONFIGS: Final = {
     math.inf: Config(tokens=64, rows=128, words=32, warps=8),
 }
 _CHUNK_COLUMNS: Final = 256
+# Shared memory of a device whose programs may take the last tile.
+_WIDEST_BYTES: Final = 96 << 10
 # What QKERN_TRITON_AUTOTUNE=1 tries beside the table.
 _OTHER_ROWS: Final = (8, 16, 32, 64, 128)
 _OTHER_WARPS: Final = (2, 4, 8)
@@ -112,6 +113,9 @@ class _Weight:
             found = next(config for limit, config in _FEW_CONFIGS.items() if limit >= M)
             words = min(found.words, 1 << (self.used_words - 1).bit_length())
             return replace(found, words=words)
+        if _triton.shared_memory(self.device) < _WIDEST_BYTES:
+            # sm_75: the widest tile is for those that have more.
+            M = min(M, 64)
         found = next(config for limit, config in _MANY_CONFIGS.items() if limit >= M)
         per_word = triton_layout.codes_per_word(self.scheme.bits)
         # A product takes 16 columns or more: where a block has fewer words, a tile spans groups.
@@ -136,8 +140,8 @@ class _Weight:
         elif x.stride(1) != 1:
             x = x.contiguous()
         config = self.config(M, x.dtype)
-        if _env.triton_autotune() and not _triton.interpreted(self.device):
-            config = self.best(config, x, bias)
+        if _triton.autotuned(self.device):
+            config = self.best(config, x.dtype, lambda tile: self.launch(tile, x, bias))
         return self.launch(config, x, bias)
 
     def launch(self, config: Config, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -174,17 +178,17 @@ class _Weight:
             )
         return out.to(x.dtype)
 
-    def best(self, config: Config, x: Tensor, bias: Tensor | None) -> Config:
-        """Time the candidates around `config` once for each regime and dtype."""
+    def best(self, config: Config, dtype: torch.dtype, launch: Callable[[Config], Tensor]) -> Config:
+        """Time the candidates around `config` once for each regime and dtype of x."""
         import triton
 
-        key = config.tokens, x.dtype
+        key = config.tokens, dtype
         if key not in self.tuned:
             tried: list[tuple[float, int, Config]] = []
             for order, (rows, warps) in enumerate(itertools.product(_OTHER_ROWS, _OTHER_WARPS)):
                 candidate = replace(config, rows=rows, warps=warps)
                 try:
-                    time = triton.testing.do_bench(lambda c=candidate: self.launch(c, x, bias))
+                    time = triton.testing.do_bench(lambda c=candidate: launch(c))
                 except triton.runtime.errors.OutOfResources:
                     continue
                 tried.append((time, order, candidate))
@@ -250,17 +254,20 @@ def matmul(
     """``x [..., K] @ W.T + bias``; shapes and dtypes are validated by the caller."""
     lead = x.shape[:-1]
     rows, bias = x.detach().reshape(lead.numel(), K), None if bias is None else bias.detach()
-    if compute == "int8":
-        qw = triton_layout.unpack(blob, layout, N, K, Scheme.parse(spelling))
-        out = reference.matmul(rows, qw, bias, True)
+    weight = _weight(blob, layout, N, K, spelling)
+    if rows.numel() == 0 or N == 0:
+        empty = rows.new_zeros(rows.shape[0], N)
+        out = empty if bias is None else bias.to(x.dtype).expand_as(empty).clone()
+    elif compute == "float":
+        with _triton.on_device(weight.device):
+            out = weight.multiply(rows, bias)
+    elif reference.activations_by_token(weight.scheme, weight.form.groups):
+        # The torch ops: the package int8_matmul imports this one.
+        codes, scales = torch.ops.qkern.quantize_activations(rows, None)
+        out = torch.ops.qkern.int8_matmul(codes, scales, blob, bias, None, layout, N, K, spelling, x.dtype)
     else:
-        weight = _weight(blob, layout, N, K, spelling)
-        if rows.numel() == 0 or N == 0:
-            empty = rows.new_zeros(rows.shape[0], N)
-            out = empty if bias is None else bias.to(x.dtype).expand_as(empty).clone()
-        else:
-            with _triton.on_device(weight.device):
-                out = weight.multiply(rows, bias)
+        qw = triton_layout.unpack(blob, layout, N, K, weight.scheme)
+        out = reference.matmul(rows, qw, bias, True)
     return out.view(*lead, N)
 
 

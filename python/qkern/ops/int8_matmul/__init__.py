@@ -10,7 +10,12 @@ from torch import Tensor
 from qkern.errors import InputError, UnsupportedError
 from qkern.ops.dequant_matmul import packed_for
 from qkern.ops.dequant_matmul.checks import check_input
-from qkern.ops.int8_matmul import cpu, reference, schema  # noqa: F401 - schema registers the torch op
+from qkern.ops.int8_matmul import (  # noqa: F401 - schema registers the torch op
+    cpu,
+    reference,
+    schema,
+    triton,
+)
 from qkern.ops.quantize_activations import quantize_activations
 from qkern.ops.registry import Backend, Implementation, register
 from qkern.schemes import FLOAT_DTYPES
@@ -27,6 +32,7 @@ register(
     )
 )
 register(Implementation(op="int8_matmul", backend=Backend.CPU, call=cpu.pack, why_not=cpu.why_not))
+register(Implementation(op="int8_matmul", backend=Backend.TRITON, call=triton.pack, why_not=triton.why_not))
 
 
 def int8_matmul(

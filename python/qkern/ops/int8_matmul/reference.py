@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from qkern.ops.registry import Request
     from qkern.schemes import PackedWeight, QuantizedWeight, Scheme
 
-__all__ = ["exact_columns", "matmul", "pack", "why_not", "why_not_scheme"]
+__all__ = [
+    "check_groups",
+    "exact_columns",
+    "matmul",
+    "pack",
+    "segment_columns",
+    "why_not",
+    "why_not_scheme",
+]
 
 # Columns whose sum fp32 holds exactly: 256 * 255 * 255 < 2^24.
 _STEP: Final = 256
@@ -51,6 +59,28 @@ def exact_columns(*, weight_zeros: bool, x_zeros: bool) -> int:
     return (2**31 - 1) // ((255 if weight_zeros else 128) * (255 if x_zeros else 128))
 
 
+def check_groups(groups: int) -> None:
+    """Refuse a weight that has more than one scale a channel, whatever its scheme says."""
+    if groups != 1:
+        raise InputError(f"int8_matmul takes one scale a channel: got {groups} groups; use dequant_matmul")
+
+
+def segment_columns(K: int, *, weight_zeros: bool, x_zeros: bool, offsets: bool, sums_only: bool) -> int:
+    """Columns whose sums are added in int32 before fp32 takes over; a multiple of 128, or all.
+
+    Raises
+    ------
+    InputError
+        If the int32 sums themselves are wanted and there are none.
+    """
+    exact = exact_columns(weight_zeros=weight_zeros, x_zeros=x_zeros)
+    if sums_only and offsets:
+        raise InputError("a weight with float offsets has no int32 sums: ask for a float out_dtype")
+    if sums_only and exact < K:
+        raise InputError(f"int32 sums over K={K} columns could overflow: ask for a float out_dtype")
+    return max(K, 1) if exact >= K else exact // 128 * 128
+
+
 def matmul(
     x: Tensor,
     scales: Tensor | None,
@@ -60,15 +90,15 @@ def matmul(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Multiply codes ``[M, K]`` by the weight; scales and zeros are ``[M, 1]``, all else is validated."""
-    if qw.scales.shape[1] != 1:
-        raise InputError(
-            f"int8_matmul takes one scale a channel: got {qw.scales.shape[1]} groups; use dequant_matmul"
-        )
     (M, K), N = x.shape, qw.N
-    exact = exact_columns(weight_zeros=qw.scheme.zero_point, x_zeros=zeros is not None)
-    if out_dtype == torch.int32 and (exact < K or qw.offsets is not None):
-        raise InputError(_why_no_sums(qw))
-    segment = max(K, 1) if exact >= K else exact // 128 * 128
+    check_groups(qw.scales.shape[1])
+    segment = segment_columns(
+        K,
+        weight_zeros=qw.scheme.zero_point,
+        x_zeros=zeros is not None,
+        offsets=qw.offsets is not None,
+        sums_only=out_dtype == torch.int32,
+    )
     out = torch.empty(M, N, dtype=out_dtype, device=x.device)
     for tokens in pieces(M, 4 * max(K, _OUT_BYTES), _HALF):
         own = [None if value is None else value[tokens] for value in (scales, zeros)]
@@ -129,9 +159,3 @@ def _sums(values: Tensor, codes: Tensor, first: int, last: int) -> Tensor:
         columns = slice(k, min(k + _STEP, last))
         sums += (values[:, columns] @ codes[:, columns].T).to(torch.int32)
     return sums
-
-
-def _why_no_sums(qw: QuantizedWeight) -> str:
-    if qw.offsets is not None:
-        return "a weight with float offsets has no int32 sums: ask for a float out_dtype"
-    return f"int32 sums over K={qw.K} columns could overflow: ask for a float out_dtype"
