@@ -81,35 +81,13 @@ QK_DEVICE Grid load_grid(const QuantizeArgs& args, int64_t at) {
     return {scale, args.zeros ? static_cast<float>(args.zeros[at]) : midpoint_of(args)};
 }
 
-// Eight weights of a row, zeros beyond its end.
-QK_DEVICE void load_chunk(const QuantizeArgs& args, int64_t row, int64_t first, bool aligned, float (&values)[kChunk]) {
-    const int64_t at = row * args.row_stride + first;
-    if (aligned && args.dtype != DType::f32) {
-        const uint4 words = load_once(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(args.weight) + at));
-        const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-        QK_UNROLL for (int i = 0; i < kChunk; ++i) {
-            const auto bits = static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2)));
-            values[i] = args.dtype == DType::f16 ? from_f16(bits) : from_bf16(bits);
-        }
-    } else if (aligned) {
-        const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(args.weight) + at);
-        const float4 low = load_once(from), high = load_once(from + 1);
-        values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-        values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-    } else {
-        QK_UNROLL for (int i = 0; i < kChunk; ++i) {
-            values[i] = first + i < args.K ? load_float(args.dtype, args.weight, at + i) : 0.0f;
-        }
-    }
-}
-
 // The grid is chosen here (kChoose: `lanes` threads share a group) or was chosen before.
 template <int kBits, bool kChoose>
 QK_KERNEL void QK_BOUNDS(kThreads) encode(const QuantizeArgs args, int lanes, bool aligned) {
     const int64_t row = blockIdx.x, c = int64_t{blockIdx.y} * kThreads + threadIdx.x, first = c * kChunk;
     const bool inside = first < args.K;
     float values[kChunk] = {};
-    if (inside) load_chunk(args, row, first, aligned, values);
+    if (inside) load_chunk(args.dtype, args.weight, row * args.row_stride + first, args.K - first, aligned, values);
     Grid grid{1.0f, 0.0f};
     const int64_t grid_row = row / args.rows_per_grid * args.groups;
     if constexpr (kChoose) {

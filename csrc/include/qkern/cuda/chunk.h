@@ -13,6 +13,25 @@ QK_DEVICE float load_float(DType dtype, const void* from, int64_t i) {
     return dtype == DType::f16 ? from_f16(bits) : from_bf16(bits);
 }
 
+// Element i and the seven behind it, zeros from the `left`th on; `whole`: a chunk lies at a multiple of 16 bytes.
+QK_DEVICE void load_chunk(DType dtype, const void* from, int64_t i, int64_t left, bool whole, float (&values)[kChunk]) {
+    if (!whole || left < kChunk) {
+        QK_UNROLL for (int p = 0; p < kChunk; ++p) values[p] = p < left ? load_float(dtype, from, i + p) : 0.0f;
+    } else if (dtype == DType::f32) {
+        const auto* at = reinterpret_cast<const float4*>(static_cast<const float*>(from) + i);
+        const float4 low = load_once(at), high = load_once(at + 1);
+        values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+        values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+    } else {
+        const uint4 words = load_once(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + i));
+        const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+        QK_UNROLL for (int p = 0; p < kChunk; ++p) {
+            const auto bits = static_cast<uint16_t>(pairs[p / 2] >> (16 * (p % 2)));
+            values[p] = dtype == DType::f16 ? from_f16(bits) : from_bf16(bits);
+        }
+    }
+}
+
 template <DType kOut>
 QK_DEVICE void store_float(void* to, int64_t i, float value) {
     if constexpr (kOut == DType::f32) {

@@ -69,6 +69,7 @@ struct Fiber {
     struct Copy {
         void* to;
         const void* from;
+        size_t bytes, zeros;
     };
     std::deque<std::vector<Copy>> batches;
 };
@@ -232,9 +233,10 @@ T shuffle(T value, int lane) {
 
 inline unsigned cluster_rank() { return emulator().block().rank; }
 inline void sync_cluster() { emulator().meet_cluster(); }
-inline float read_cluster(const float* here, unsigned rank) {
+template <class T>
+T read_cluster(const T* here, unsigned rank) {
     const auto offset = reinterpret_cast<const unsigned char*>(here) - emulator().block().shared;
-    float value;
+    T value;
     memcpy(&value, emulator().peer(rank).shared + offset, sizeof value);
     return value;
 }
@@ -251,7 +253,12 @@ inline void store_16(void* to, uint4 value) {
 // A copy is made when it is waited for, so that a wait that is missing shows.
 inline void copy_async(uint4* to, const uint4* from, bool valid = true) {
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) abort();
-    emulator().fiber().batches.back().push_back({to, valid ? from : nullptr});
+    emulator().fiber().batches.back().push_back({to, from, valid ? 16u : 0u, valid ? 0u : 16u});
+}
+inline void copy_async(uint2* to, const uint2* from, int bytes) {
+    if (reinterpret_cast<uintptr_t>(from) % 8 != 0 || bytes < 0 || bytes > 8) abort();
+    const auto size = static_cast<size_t>(bytes);
+    emulator().fiber().batches.back().push_back({to, from, size, 8 - size});
 }
 inline void close_batch() { emulator().fiber().batches.emplace_back(); }
 template <int kOpen>
@@ -259,11 +266,8 @@ void wait_batches() {
     auto& batches = emulator().fiber().batches;
     while (static_cast<int>(batches.size()) - 1 > kOpen) {
         for (const Fiber::Copy& copy : batches.front()) {
-            if (copy.from) {
-                memcpy(copy.to, copy.from, 16);
-            } else {
-                memset(copy.to, 0, 16);
-            }
+            if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
+            memset(static_cast<unsigned char*>(copy.to) + copy.bytes, 0, copy.zeros);
         }
         batches.pop_front();
     }
@@ -283,6 +287,11 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
     return out;
 }
 inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
+
+inline int add_bytes(uint32_t a, int c) {
+    for (int i = 0; i < 4; ++i) c += static_cast<int8_t>(a >> (8 * i));
+    return c;
+}
 
 inline float as_float(uint32_t bits) {
     float value;
@@ -386,6 +395,32 @@ struct Mma {
                            static_cast<double>(value(k % 2 ? high_of(right) : low_of(right)));
                 }
                 c[i] = static_cast<float>(sum);
+            }
+            return 0;
+        });
+    }
+};
+
+struct S8 {};
+
+template <>
+struct Mma<S8> {
+    static void run(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+        struct Operands {
+            uint32_t a[4], b[2];
+        } mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+        const int lane = emulator().lane();
+        exchange(mine, [&](auto of) {
+            for (int i = 0; i < 4; ++i) {
+                const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+                int sum = 0;  // of at most 32 * 128 * 128
+                for (int k = 0; k < 32; ++k) {
+                    // Column k of a row: lane 4 * (row % 8) + k / 4 % 4, register row / 8 + 2 * (k / 16), byte k % 4.
+                    const uint32_t left = of(4 * (row % 8) + k / 4 % 4).a[row / 8 + 2 * (k / 16)];
+                    const uint32_t right = of(4 * column + k / 4 % 4).b[k / 16];
+                    sum += static_cast<int8_t>(left >> (8 * (k % 4))) * static_cast<int8_t>(right >> (8 * (k % 4)));
+                }
+                c[i] = static_cast<int>(static_cast<uint32_t>(c[i]) + static_cast<uint32_t>(sum));
             }
             return 0;
         });

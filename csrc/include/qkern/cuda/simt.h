@@ -76,16 +76,19 @@ QK_DEVICE void sync_cluster() {
 #endif
 }
 
-// A float of another block's shared memory, at the place where `here` lies in this block's.
-QK_DEVICE float read_cluster(const float* here, unsigned rank) {
-    float value = 0.0f;
+// Four bytes of another block's shared memory, at the place where `here` lies in this block's.
+QK_DEVICE uint32_t read_cluster(const uint32_t* here, unsigned rank) {
+    uint32_t value = 0;
 #if __CUDA_ARCH__ >= 900
     const auto local = static_cast<unsigned>(__cvta_generic_to_shared(here));
     unsigned remote;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote) : "memory");
 #endif
     return value;
+}
+QK_DEVICE float read_cluster(const float* here, unsigned rank) {
+    return __uint_as_float(read_cluster(reinterpret_cast<const uint32_t*>(here), rank));
 }
 
 // ---- memory -------------------------------------------------------------------------------------------
@@ -113,6 +116,23 @@ QK_DEVICE void copy_async(uint4* to, const uint4* from, bool valid = true) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes) : "memory");
 #else
     *to = valid ? *from : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+// The same with eight bytes, of which the first `bytes` are copied and the others are zeros. They stay in L1.
+QK_DEVICE void copy_async(uint2* to, const uint2* from, int bytes) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    const auto place = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(place), "l"(from), "r"(bytes) : "memory");
+#else
+    uint2 value = make_uint2(0, 0);
+    if (bytes == 8) {
+        value = *from;
+    } else {
+        const auto* at = reinterpret_cast<const uint8_t*>(from);
+        for (int i = 0; i < bytes; ++i) (i < 4 ? value.x : value.y) |= static_cast<uint32_t>(at[i]) << (8 * (i % 4));
+    }
+    *to = value;
 #endif
 }
 
@@ -146,6 +166,9 @@ QK_DEVICE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
     asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
+
+// The sum of four signed bytes, and c.
+QK_DEVICE int add_bytes(uint32_t a, int c) { return __dp4a(static_cast<int>(a), 0x01010101, c); }
 
 QK_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 QK_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
@@ -234,6 +257,29 @@ struct Mma<BF16> {
     }
 };
 #endif
+
+// Signed bytes, a [16, 32], b [32, 8]:  a0 (row g, columns 4t .. 4t + 3), a1 (row g + 8), a2 and a3 the same sixteen
+// columns further;  b0 (rows 4t .. 4t + 3, column g), b1 sixteen rows further;  c as above, modulo 2^32.
+struct S8 {};
+
+template <>
+struct Mma<S8> {
+    static QK_DEVICE void run(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+        // sm_75 has half the rows and half the depth.
+        QK_UNROLL for (int j = 0; j < 4; ++j) {
+            asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                : "+r"(c[2 * (j % 2)]), "+r"(c[2 * (j % 2) + 1])
+                : "r"(a[j]), "r"(b[j / 2]));
+        }
+#endif
+    }
+};
 
 // ---- launching ------------------------------------------------------------------------------------------
 
