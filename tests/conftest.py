@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, settings
 
 from qkern.ops import _cuda, _native, registry
 from qkern.ops.dequant_matmul import cuda as matmul_cuda
+from qkern.ops.int8_matmul import cuda as int8_cuda
 from qkern.schemes import PackedWeight, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -140,8 +141,8 @@ def run_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         if known.backend == registry.Backend.CUDA:
             proxy = replace(known, call=there_and_back(known.call), why_not=lambda request: None)
             monkeypatch.setitem(registry._IMPLEMENTATIONS, key, proxy)
-    for name in ("matmul", "input_gradient"):
-        monkeypatch.setattr(matmul_cuda, name, there_and_back(getattr(matmul_cuda, name)))
+    for owner, name in ((matmul_cuda, "matmul"), (matmul_cuda, "input_gradient"), (int8_cuda, "matmul")):
+        monkeypatch.setattr(owner, name, there_and_back(getattr(owner, name)))
 
 
 @pytest.fixture

@@ -85,6 +85,20 @@ def test_products_run_on_tensor_cores_and_weights_arrive_16_bytes_at_a_time():
         assert sum(count for name, count in counts.items() if re.match(r"LDGSTS\..*128", name)) >= 4, kernel
 
 
+def test_int8_products_run_on_tensor_cores_and_weights_arrive_16_bytes_at_a_time():
+    for kernel, counts in of("int8_kernel").items():
+        instruction = "IMMA.8816.S8.S8" if "sm_7" in kernel else "IMMA.16832.S8.S8"
+        assert sum(count for name, count in counts.items() if name.startswith(instruction)) >= 8, kernel
+        copies = r"LDG\..*128" if "sm_7" in kernel else r"LDGSTS\..*128"
+        assert sum(count for name, count in counts.items() if re.match(copies, name)) >= 8, kernel
+
+
+@pytest.mark.parametrize("name", ["quantize_group", "decode_codes_kernel"])
+def test_what_is_read_once_arrives_16_bytes_at_a_time(name):
+    for kernel, counts in of(name).items():
+        assert sum(count for op, count in counts.items() if re.match(r"LDG\..*128", op)) >= 3, kernel
+
+
 @pytest.mark.parametrize("name", ["decode_tile", "dequantize"])
 def test_floats_leave_16_bytes_at_a_time(name):
     for kernel, counts in of(name).items():
@@ -92,7 +106,8 @@ def test_floats_leave_16_bytes_at_a_time(name):
         assert not whole or any(re.match(r"STG\..*128", op) for op in counts), kernel
 
 
-def test_nothing_is_contracted_where_bits_are_compared():
-    # The kernels that divide have fused multiply-adds inside their divisions; this one has no division.
-    for kernel, counts in of("dequantize").items():
+@pytest.mark.parametrize("name", ["dequantize", "int8_kernel", "scale_kernel"])
+def test_nothing_is_contracted_where_bits_are_compared(name):
+    # The kernels that divide have fused multiply-adds inside their divisions; these have no division.
+    for kernel, counts in of(name).items():
         assert not [op for op in counts if op.startswith("FFMA")], kernel

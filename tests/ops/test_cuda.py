@@ -92,7 +92,7 @@ def test_splits_fill_the_device(emulator, monkeypatch):
     weight = packed("w4g128", 64, 4096)
     form = cuda._weight(weight.blob, weight.layout, 64, 4096, weight.spelling)
     monkeypatch.setattr(_cuda, "processors", lambda device: 132)
-    assert [form.splits(M) for M in (1, 16, 17, 64)] == [4, 4, 8, 8]
+    assert [form.splits_for(M) for M in (1, 16, 17, 64)] == [4, 4, 8, 8]
 
 
 @pytest.mark.parametrize("offset", [0, 1])

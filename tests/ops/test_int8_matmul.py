@@ -395,8 +395,6 @@ def test_errors(backend):
             int8_matmul(*arguments, **options, backend=backend)
     with pytest.raises(InputError, match="x has the wrong shape"):
         int8_linear(torch.ones(2, 127), qw, backend=backend)
-    with pytest.raises(UnsupportedError, match="cuda"):
-        int8_matmul(x, ones, qw, out_dtype=f32, backend="cuda")
     for options, message in (
         ({"zero": 3}, "goes with a scale"),
         ({"scale": 0.0}, "above 0"),
@@ -406,6 +404,13 @@ def test_errors(backend):
     ):
         with pytest.raises(InputError, match=message):
             quantize_activations(torch.ones(2, 3), **options, backend=backend)
+
+
+def test_a_backend_that_cannot_run_says_so():
+    with pytest.raises(UnsupportedError, match="cuda"):
+        int8_matmul(
+            activations(3, 128), 1.0, weight((16, 128), "w8"), out_dtype=torch.float32, backend="cuda"
+        )
 
 
 def weight_of(spelling: str) -> QuantizedWeight:

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "call.h"
+#include "linear.h"
 #include "qkern/cuda/kernels.h"
 
 namespace py = pybind11;
@@ -11,21 +12,17 @@ namespace py = pybind11;
 namespace {
 
 using qk::cuda::check;
+using qk::cuda::Linear;
 using qk::cuda::pointer;
-
-// A packed weight: where its parts lie and what they are. Holds no memory.
-struct Linear {
-    qk::cuda::Weight weight;
-    uintptr_t table;  // fp32, of a codebook
-    std::array<std::array<uint32_t, 8>, 2> tables;  // its bytes in f16 and bf16
-};
 
 }  // namespace
 
 void bind_cuda_dequant_matmul(py::module_& module) {
     module.attr("FEW_TOKENS") = qk::cuda::kFewTokens;
     module.attr("MATMUL_TOKENS") = qk::cuda::kMatmulTokens;
-    py::class_<Linear>(module, "Linear", "A weight in the layout cuda.m64, on the device; the caller keeps its memory.")
+    // Local: the emulated module of the tests has the same type.
+    py::class_<Linear>(module, "Linear", py::module_local(),
+                       "A weight in the layout cuda.m64, on the device; the caller keeps its memory.")
         .def(py::init([](uintptr_t codes, uintptr_t scales, uintptr_t shifts, int64_t N, int64_t groups,
                          int64_t group_columns, int bits, int shift, int scale_dtype, uintptr_t table,
                          std::array<std::array<uint32_t, 8>, 2> tables) {

@@ -10,7 +10,9 @@ namespace py = pybind11;
 void bind_cuda_dequant_matmul(py::module_& module);
 void bind_cuda_dequantize_groupwise(py::module_& module);
 void bind_cuda_gptq_update(py::module_& module);
+void bind_cuda_int8_matmul(py::module_& module);
 void bind_cuda_pack_bits(py::module_& module);
+void bind_cuda_quantize_activations(py::module_& module);
 void bind_cuda_quantize_groupwise(py::module_& module);
 
 PYBIND11_MODULE(_cuda, module) {
@@ -31,6 +33,8 @@ PYBIND11_MODULE(_cuda, module) {
     bind_cuda_dequant_matmul(module);
     bind_cuda_dequantize_groupwise(module);
     bind_cuda_gptq_update(module);
+    bind_cuda_int8_matmul(module);
     bind_cuda_pack_bits(module);
+    bind_cuda_quantize_activations(module);
     bind_cuda_quantize_groupwise(module);
 }

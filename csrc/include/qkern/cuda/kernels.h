@@ -66,6 +66,75 @@ struct DecodeArgs {
 };
 int decode_weight(const DecodeArgs& args, void* stream);
 
+// quantize_activations --------------------------------------------------------------------------------------
+
+struct QuantizeActivationsArgs {
+    const void* x;  // [M, x_stride] of dtype
+    DType dtype;
+    int64_t M;
+    int64_t K;
+    int64_t x_stride;
+    int64_t group_size;  // 1 .. K
+    int64_t groups;
+    const float* scale;  // [1], given: with it there is one group; or null
+    int zero;            // goes with scale
+    int8_t* codes;       // [M, K]
+    float* scales;       // [M, groups]
+};
+int quantize_activations(const QuantizeActivationsArgs& args, void* stream);
+
+// int8_matmul -----------------------------------------------------------------------------------------------
+
+// What becomes of the sums of a row of x and a row of the weight.
+struct Int8Output {
+    const float* x_scales;  // [M]; null: nothing, they are the output
+    const float* x_sums;    // [M], of x less its zero points; with offsets
+    const void* bias;       // [N] of bias_dtype, or null
+    DType bias_dtype;
+    void* out;  // [M, N] of dtype, or int32
+    DType dtype;
+};
+
+struct Int8MatmulArgs {
+    Weight weight;    // of 8 bits and one group
+    const int8_t* x;  // [M, x_stride], 8-byte aligned rows
+    int64_t M;
+    int64_t K;
+    int64_t x_stride;
+    const int8_t* x_zeros;  // [M], or null
+    Int8Output output;
+    int32_t* partials;      // [segments * splits, M, N] where blocks cannot share memory or segments are several; else null
+    int64_t segment_tiles;  // tiles of the layout whose sums fit int32
+    int segments;
+    int splits;  // blocks along a segment
+};
+int int8_matmul(const Int8MatmulArgs& args, void* stream);
+
+struct ScaleSumsArgs {
+    const int32_t* sums;  // [segments * splits, M, sums_stride], of rows of the weight from first_row on
+    int64_t sums_stride;
+    int segments;
+    int splits;
+    Weight weight;
+    int64_t M;
+    int64_t first_row;
+    int64_t rows;
+    // What zero points still take, of each segment; null where there are none, and where int8_matmul took it.
+    const int8_t* x_zeros;       // [M]
+    const int32_t* activations;  // [segments, M]: sums of x less its zero points
+    const int32_t* codes;        // [segments, sums_stride]: sums of q - 128
+    Int8Output output;
+};
+int scale_sums(const ScaleSumsArgs& args, void* stream);
+
+struct DecodeCodesArgs {
+    Weight weight;
+    int64_t first_row;  // a multiple of 64
+    int64_t rows;       // too
+    int8_t* out;        // [rows, whole tiles of the layout]: q - 128
+};
+int decode_codes(const DecodeCodesArgs& args, void* stream);
+
 // dequantize_groupwise --------------------------------------------------------------------------------------
 
 struct DequantizeArgs {

@@ -14,6 +14,7 @@ from qkern.ops._native import DTYPE_CODES
 from qkern.ops.codebooks import codebook
 from qkern.ops.dequant_matmul import cuda_layout, reference
 from qkern.ops.dequant_matmul.checks import check_input
+from qkern.ops.quantize_activations import cuda as quantize_activations
 from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -86,16 +87,22 @@ class _Weight:
         few, most = _cuda.module().FEW_TOKENS, _cuda.module().MATMUL_TOKENS
         # Sums for offsets need registers that many rows of x leave to nobody.
         self.few, self.most = few, few if self.form.shift == "offsets" else most
-        self.splits_of_few, self.splits_of_most = self.splits(few), self.splits(most)
+        self.splits_of_few, self.splits_of_most = self.splits_for(few), self.splits_for(most)
 
-    def splits(self, M: int) -> int:
-        """Blocks along K: enough to fill the device for `M` rows of x, if a warp has two tiles."""
-        rows, warps, resident = _FEW_BLOCK if self.few >= M else _BATCH_BLOCK
-        blocks, wanted = -(-self.N // rows), resident * _cuda.processors(self.device)
-        splits = 1
+    def splits(self, blocks: int, warps: int, resident: int) -> int:
+        """Blocks along K: enough to fill the device with `blocks` for each, if a warp has two tiles.
+
+        `warps` of a block share K, `resident` blocks fit on a multiprocessor.
+        """
+        wanted, splits = resident * _cuda.processors(self.device), 1
         while splits < _MAX_SPLITS and blocks * splits < wanted and self.form.tiles >= 4 * splits * warps:
             splits *= 2
         return splits
+
+    def splits_for(self, M: int) -> int:
+        """Blocks along K of the float product of `M` rows."""
+        rows, warps, resident = _FEW_BLOCK if self.few >= M else _BATCH_BLOCK
+        return self.splits(-(-self.N // rows), warps, resident)
 
     def multiply(self, x: Tensor, M: int, bias: Tensor | None, out: Tensor) -> None:
         """``out = x [..., K] @ W.T + bias`` for `M` rows of fp16 or bf16, at most `most`."""
@@ -198,13 +205,24 @@ def matmul(
     x: Tensor, blob: Tensor, bias: Tensor | None, layout: str, N: int, K: int, spelling: str, compute: str
 ) -> Tensor:
     """``x [..., K] @ W.T + bias``; shapes and dtypes are validated by the caller."""
-    if compute == "int8":
-        rows = x.detach().reshape(x.shape[:-1].numel(), K)
-        qw = cuda_layout.unpack(blob, layout, N, K, Scheme.parse(spelling))
-        return reference.matmul(rows, qw, bias, True).view(*x.shape[:-1], N)
     weight = _weight(blob, layout, N, K, spelling)
     _check_device("x", x, weight.device)
-    return _product(weight, x.detach(), bias)
+    x = x.detach()
+    if compute == "float" or x.numel() == 0 or N == 0:
+        return _product(weight, x, bias)
+    if bias is not None:
+        _check_device("bias", bias, weight.device)
+    rows, scheme = x.reshape(x.shape[:-1].numel(), K), Scheme.parse(spelling)
+    if reference.activations_by_token(scheme, weight.form.groups):
+        codes, scales = quantize_activations.quantize(rows, K)
+        # The torch op: the package int8_matmul imports this one.
+        out: Tensor = torch.ops.qkern.int8_matmul(
+            codes, scales, blob, bias, None, layout, N, K, spelling, x.dtype
+        )
+    else:
+        qw = cuda_layout.unpack(blob, layout, N, K, scheme)
+        out = reference.matmul(rows, qw, bias, True)
+    return out.view(*x.shape[:-1], N)
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -30,7 +30,7 @@ __all__ = ["PREFIX", "Form", "form_of", "pack", "sections", "unpack"]
 
 PREFIX: Final = "cuda.m64/"
 ROWS: Final = 64
-_TILE: Final = 64
+TILE: Final = 64
 # What one mma step takes: groups are padded to pairs of them.
 _COLUMNS: Final = 32
 _ALIGN: Final = 256
@@ -75,7 +75,7 @@ class Form:
     @property
     def tiles(self) -> int:
         """Tiles of a panel."""
-        return -(-self.columns // _TILE)
+        return -(-self.columns // TILE)
 
     def __str__(self) -> str:
         dtype = next(name for name, dtype in _DTYPES.items() if dtype == self.scale_dtype)
@@ -103,7 +103,7 @@ def _positions() -> Iterator[tuple[int, int, int, int]]:
 
 def _registers(codes: Tensor) -> Tensor:
     """View ``[panels * 64, tiles * 64]`` as ``[i, s, j, high, panel, tile, g, t]``."""
-    panels, tiles = codes.shape[0] // ROWS, codes.shape[1] // _TILE
+    panels, tiles = codes.shape[0] // ROWS, codes.shape[1] // TILE
     view = codes.view(panels, 4, 2, 8, tiles, 2, 4, 2, 2, 2)
     # panel, i, lower, g, tile, half, t, odd, second, high; s = 2 half + odd, j = 2 second + lower.
     ordered = view.permute(1, 5, 7, 8, 2, 9, 0, 4, 3, 6)
@@ -142,7 +142,7 @@ def _gather(lines: Tensor, scheme: Scheme) -> Tensor:
     view = registers.view(4, 2, 2, 2, 2, 2, panels, tiles, 8, 4)
     # i, half, odd, second, lower, high, panel, tile, g, t
     back = view.permute(6, 0, 4, 8, 7, 1, 9, 2, 3, 5)
-    return back.reshape(panels * ROWS, tiles * _TILE)
+    return back.reshape(panels * ROWS, tiles * TILE)
 
 
 def _rows_to_lanes(values: Tensor, panels: int) -> Tensor:
@@ -232,7 +232,7 @@ def pack(qw: QuantizedWeight) -> PackedWeight:
     if columns is not None:
         # One more column, of zeros, for those that are no column of x.
         codes = F.pad(codes, (0, 1))[:, torch.where(columns < 0, K, columns).long()]
-    codes = F.pad(codes, (0, form.tiles * _TILE - codes.shape[1], 0, panels * ROWS - N)).contiguous()
+    codes = F.pad(codes, (0, form.tiles * TILE - codes.shape[1], 0, panels * ROWS - N)).contiguous()
     values: dict[str, Tensor | None] = {
         "codes": _scatter(codes, scheme),
         "scales": _rows_to_lanes(_each_row(qw.scales, max(N, 1)), panels),

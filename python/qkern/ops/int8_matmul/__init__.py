@@ -12,6 +12,7 @@ from qkern.ops.dequant_matmul import packed_for
 from qkern.ops.dequant_matmul.checks import check_input
 from qkern.ops.int8_matmul import (  # noqa: F401 - schema registers the torch op
     cpu,
+    cuda,
     reference,
     schema,
     triton,
@@ -32,6 +33,7 @@ register(
     )
 )
 register(Implementation(op="int8_matmul", backend=Backend.CPU, call=cpu.pack, why_not=cpu.why_not))
+register(Implementation(op="int8_matmul", backend=Backend.CUDA, call=cuda.pack, why_not=cuda.why_not))
 register(Implementation(op="int8_matmul", backend=Backend.TRITON, call=triton.pack, why_not=triton.why_not))
 
 

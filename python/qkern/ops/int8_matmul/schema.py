@@ -10,8 +10,9 @@ from torch import Tensor
 from qkern.errors import InputError
 from qkern.ops.dequant_matmul import unpack_weight
 from qkern.ops.dequant_matmul.cpu import LAYOUT as CPU_LAYOUT
+from qkern.ops.dequant_matmul.cuda_layout import PREFIX as CUDA_PREFIX
 from qkern.ops.dequant_matmul.triton_layout import PREFIX as TRITON_PREFIX
-from qkern.ops.int8_matmul import cpu, reference, triton
+from qkern.ops.int8_matmul import cpu, cuda, reference, triton
 from qkern.schemes import PackedWeight, Scheme
 
 __all__: list[str] = []
@@ -54,6 +55,8 @@ def _run(
     bias = None if bias is None else bias.detach().contiguous()
     if layout == CPU_LAYOUT:
         out = cpu.matmul(rows, scales, blob, bias, zeros, N, out_dtype)
+    elif layout.startswith(CUDA_PREFIX):
+        out = cuda.matmul(rows, scales, blob, bias, zeros, layout, N, scheme, out_dtype)
     elif layout.startswith(TRITON_PREFIX):
         out = triton.matmul(rows, scales, blob, bias, zeros, layout, N, scheme, out_dtype)
     else:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
-from qkern.ops.quantize_activations import cpu, reference, schema, triton
+from qkern.ops.quantize_activations import cpu, cuda, reference, schema, triton
 from qkern.ops.registry import Backend, Implementation, register
 from qkern.schemes import FLOAT_DTYPES
 
@@ -22,6 +22,9 @@ register(
 )
 register(
     Implementation(op="quantize_activations", backend=Backend.CPU, call=cpu.quantize, why_not=cpu.why_not)
+)
+register(
+    Implementation(op="quantize_activations", backend=Backend.CUDA, call=cuda.quantize, why_not=cuda.why_not)
 )
 register(
     Implementation(
