@@ -49,9 +49,8 @@ def error(y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> tuple[float
 def test_one_pass_over_the_weight(emulator, spelling, dtype, M):
     # K is large enough for blocks to share it, and its last tile is half beyond the last group.
     weight = packed(spelling, 72, 2080)
-    assert cuda._weight(weight.blob, weight.layout, 72, 2080, weight.spelling).splits(M) == (
-        2 if M <= 16 else 4
-    )
+    form = cuda._weight(weight.blob, weight.layout, 72, 2080, weight.spelling)
+    assert form.splits_for(M) == (2 if M <= 16 else 4)
     x = torch.randn(M, 2080, generator=torch.Generator().manual_seed(M)).to(dtype)
     y = dequant_matmul(x, weight, compute="float")
     ours, dense = error(y, x, weight)

@@ -85,7 +85,8 @@ def native(emulator, monkeypatch):
 def test_rows_of_x(native, spelling, zero, M):
     # K is large enough for blocks to share it, and the last tile is half beyond the last group.
     weight = packed(spelling, 72, 2075)
-    assert matmul_cuda._weight(weight.blob, weight.layout, 72, 2075, weight.spelling).splits(2) == 2
+    form = matmul_cuda._weight(weight.blob, weight.layout, 72, 2075, weight.spelling)
+    assert form.splits(2, cuda._WARPS, cuda._RESIDENT) == 4
     for out_dtype in (torch.int32, torch.float16):
         ours, expected = both(codes_of(M, 2075), weight, zero=zero, out_dtype=out_dtype)
         assert torch.equal(ours, expected)

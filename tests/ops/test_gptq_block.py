@@ -94,19 +94,30 @@ def test_quantize_gives_the_same_bits(cpu_tier: str, spelling: str, monkeypatch:
         torch.testing.assert_close(losses.double(), exact, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("act", ["quantize", "search", "improve"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_quantize_on_a_gpu_gives_the_same_bits(
-    cuda_emulator: ModuleType, spelling: str, monkeypatch: pytest.MonkeyPatch
+def test_the_cuda_kernel_gives_the_same_bits(
+    cuda_emulator: ModuleType, spelling: str, act: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for N, B in SHAPES:
-        state, target, _, hinv = problem(N, B, spelling, torch.arange(B, dtype=torch.int32) // 7 % 3)
+        groups = torch.arange(B, dtype=torch.int32) // 7 % 3 if act == "quantize" else one_group(B)
+        state, target, local, hinv = problem(N, B, spelling, groups)
+        candidates = torch.stack([state.scales[:, 1] * ratio for ratio in (1.0, 0.8, 0.9, 1.1)])
+        arguments = {
+            "quantize": (target, hinv),
+            "search": (target, hinv, candidates),
+            "improve": (target, hinv, local, 2, torch.float16),
+        }[act]
 
-        def run(b: Block, t: Tensor = target, h: Tensor = hinv) -> Tensor:
-            # CPU tensors go to the CPU's kernels, but for the emulator where those are ruled out.
-            if not ops._on_cpu(t):
-                return ops.quantize(b, t, h)
-            with _cuda.emulated(cuda_emulator):
-                return ops._cuda_quantize(b, t, h)
+        def run(b: Block, arguments: tuple[object, ...] = arguments) -> Tensor:
+            call: Callable[..., Tensor] = getattr(ops, act)
+            if not ops._on_cpu(b.origin):
+                return call(b, *arguments)
+            # Tensors on the CPU go to its own kernels unless those are ruled out.
+            with monkeypatch.context() as patch, _cuda.emulated(cuda_emulator):
+                patch.setattr(ops, "_on_cpu", lambda tensor: False)
+                patch.delattr(ops.reference, "update")
+                return call(b, *arguments)
 
         both_ways(monkeypatch, state, run)
 

@@ -2,6 +2,7 @@
 
 These serve `qkern.quantizers.gptq` alone: arguments are not validated. Both ways and all CPU tiers give the
 same bits, except `product`, where each has its own order of summation (the same for any number of threads).
+On a GPU a run over the columns has the same bits; sums of its losses and scales are in torch's order.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from qkern.ops.codebooks import codebook as find_codebook
 from qkern.ops.gptq_update import cuda, reference, triton
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from qkern.schemes import Scheme
 
 __all__ = ["Block", "empty", "gather", "improve", "product", "quantize", "search"]
@@ -113,8 +112,6 @@ def quantize(block: Block, target: Tensor, hinv: Tensor) -> Tensor:
     """Codes for columns that should be `target`, at the scales there are. Returns the loss of each row."""
     if _on_cpu(target):
         return _native_block(block, target, hinv)
-    if _cuda.why_not_cuda(target.device) is None:
-        return _cuda_quantize(block, target, hinv)
     codes, losses = _columns(block, target, hinv, block.scales, block.zeros, block.group_index)
     block.codes.copy_(codes)
     block.change.copy_(block.origin - _values(block, codes, block.scales, block.zeros, block.group_index))
@@ -156,7 +153,9 @@ def improve(
     index, scales, zeros = block.group_index, block.scales, block.zeros
     if fits:
         index, scales, zeros = torch.zeros_like(index), scales[:, group, None], zeros[:, group, None]
-    before = _squares(_through(target - (block.origin - block.change), local), backwards=True)[:, None]
+    before = _row_sums(_through(target - (block.origin - block.change), local).square(), backwards=True)[
+        :, None
+    ]
     best = [before, scales, block.codes]
 
     def consider(losses: Tensor, scales: Tensor, codes: Tensor) -> None:
@@ -170,10 +169,11 @@ def improve(
     for _ in range(fits):
         # For fixed codes the loss is a parabola in the scale.
         unit = _through(_levels(block, best[2], zeros, index), local)
-        fitted = (_sum(reversed((aim * unit).unbind(1))) / _squares(unit, backwards=True))[:, None]
+        lengths = _row_sums(unit.square(), backwards=True)
+        fitted = (_row_sums(aim * unit, backwards=True) / lengths)[:, None]
         fitted = fitted.to(scale_dtype).to(torch.float32)
         fitted = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, best[1])
-        consider(_squares(aim - unit * fitted), fitted, best[2])
+        consider(_row_sums((aim - unit * fitted).square()), fitted, best[2])
         codes, losses = _columns(block, target, hinv, fitted, zeros, index)
         consider(losses, fitted, codes)
     after, scales, codes = best
@@ -188,25 +188,6 @@ def improve(
 
 def _on_cpu(tensor: Tensor) -> bool:
     return _native.why_not_cpu(tensor.device) is None
-
-
-def _cuda_quantize(block: Block, target: Tensor, hinv: Tensor) -> Tensor:
-    scheme = block.scheme
-    losses = torch.empty(target.shape[0], dtype=torch.float32, device=target.device)
-    cuda.run(
-        target,
-        hinv,
-        block.scales,
-        None if scheme.codebook else block.zeros,
-        block.group_index,
-        scheme.bits,
-        scheme.codebook,
-        block.codes,
-        losses,
-    )
-    values = _values(block, block.codes, block.scales, block.zeros, block.group_index)
-    block.change.copy_(block.origin - values)
-    return losses
 
 
 def _native_block(
@@ -260,13 +241,14 @@ def _columns(
 ) -> tuple[Tensor, Tensor]:
     scheme = block.scheme
     problem = (target, hinv, scales, None if scheme.codebook else zeros, index, scheme.bits, scheme.codebook)
-    if _triton.why_not_triton(target.device) is None:
-        codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
-        losses = torch.empty(target.shape[0], dtype=torch.float32, device=target.device)
-        triton.run(*problem, codes, losses)
-        return codes, losses
-    codes, errors = reference.update(*problem)
-    return codes, _squares(errors)
+    kernels = cuda if _cuda.why_not_cuda(target.device) is None else triton
+    if kernels is triton and _triton.why_not_triton(target.device) is not None:
+        codes, errors = reference.update(*problem)
+        return codes, _row_sums(errors.square())
+    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    losses = torch.empty(target.shape[0], dtype=torch.float32, device=target.device)
+    kernels.run(*problem, codes, losses)
+    return codes, losses
 
 
 def _levels(block: Block, codes: Tensor, zeros: Tensor, index: Tensor) -> Tensor:
@@ -281,20 +263,20 @@ def _values(block: Block, codes: Tensor, scales: Tensor, zeros: Tensor, index: T
 
 
 def _through(x: Tensor, upper: Tensor) -> Tensor:
-    """``x @ upper``, every sum in ascending order and rounded at each step."""
+    """``x @ upper``; on a CPU every sum in ascending order and rounded at each step."""
+    if x.device.type != "cpu":
+        return x @ upper
     out = torch.zeros_like(x)
     for k in range(x.shape[1]):
         out = out + x[:, k : k + 1] * upper[k]
     return out
 
 
-def _squares(x: Tensor, *, backwards: bool = False) -> Tensor:
-    columns = x.square().unbind(1)
-    return _sum(reversed(columns) if backwards else columns)
-
-
-def _sum(columns: Iterable[Tensor]) -> Tensor:
-    first, *others = columns
+def _row_sums(x: Tensor, *, backwards: bool = False) -> Tensor:
+    """Sum of each row; on a CPU in order, rounded at each step."""
+    if x.device.type != "cpu":
+        return x.sum(1)
+    first, *others = reversed(x.unbind(1)) if backwards else x.unbind(1)
     total = torch.zeros_like(first) + first
     for column in others:
         total = total + column
