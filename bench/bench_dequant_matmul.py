@@ -127,12 +127,13 @@ def contestants(scheme: str, N: int, K: int, rows: list[int], options: Any) -> l
 
 
 def shares(record: dict[str, Any], ceilings: dict[str, list[float]]) -> tuple[float, float]:
-    """Parts of the read bandwidth and of the peak of its product that a contestant reaches."""
+    """Parts of the memory's bandwidth and of the peak of its product that a contestant reaches."""
     kind = next((kind for start, kind in PRODUCTS.items() if record["contestant"].startswith(start)), "bf16")
     if kind == "int8" and record.get("forced") == "avx2":
         kind = "int8 maddubs"
     peak = ceilings.get(kind) or ceilings.get("fp32", [])
-    return roofline.part(record, "bytes", ceilings.get("read", [])), roofline.part(record, "operations", peak)
+    memory = ceilings.get("read") or ceilings.get("copy", [])  # on a GPU only copying is measured
+    return roofline.part(record, "bytes", memory), roofline.part(record, "operations", peak)
 
 
 def show(records: list[dict[str, Any]]) -> None:

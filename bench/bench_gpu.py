@@ -1,241 +1,339 @@
-"""dequant_matmul on a GPU beside torch's linear and other libraries: interleaved, by graph replay.
+"""Every op on a GPU: beside torch and other libraries, against a copy in the same run, and a table of goals.
 
-    python bench/bench_gpu.py [--shapes 28672x4096,...] [--schemes w4g128,...] [--rows 1,8,64] [--seconds 400]
+    python bench/bench_gpu.py [--seconds 480] [--only dequant_matmul,gptq_update] [--rows 1,8]
 
-Each contestant gets copies of its weight, at least eight and 256 MB of them, and one CUDA graph that goes
-through all of them, so that no weight is in the L2 cache when its turn comes. Times are medians over replays,
-contestants in turns. Every result is checked against float64 before it is timed. The ceiling is a
-device-to-device copy of 1 GiB in the same run, counted as bytes read plus bytes written; the percentage is
-the weight's own bytes (codes, scales, zero points) at that rate over the time measured.
+The contestants of a case take turns in one process, each checked for a right result first. Products are timed
+by graph replay over copies of the weight, at least eight and 256 MB of them: none is in the L2 cache when its
+turn comes. Other ops are timed by events around a call. Times are medians over rounds. The ceiling is a copy
+from device to device of 1 GiB in the same rounds, counted as bytes read plus bytes written.
+
+A contestant that fails is a line. One that takes the process with it, or is silent for minutes, is left
+out by the next process, which goes on with that case. Records are appended to JSON lines, a file an op,
+as they come; when the seconds are over, the cases that are left are counted. Last come pictures, if
+matplotlib is there, and the table of goals, which is in goals.jsonl too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import statistics
+import os
+import queue
+import subprocess
+import sys
+import threading
 import time
+import traceback
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+import measure
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+BENCH = Path(__file__).resolve().parent
+Record = dict[str, Any]
 
-SHAPES = "28672x4096,8192x28672,8192x8192,4096x14336,4096x4096"
-SCHEMES = "w4g128,w4g128z,w8,w3g128,w2g64,nf4g64"
-ROWS = "1,2,4,8,16,64,512,2048"
-ROTATED_BYTES = 256 << 20
-COPIES = 8
-REPLAYS = 15
-
-
-def events(run: Callable[[], None]) -> float:
-    """Seconds of one run on the device."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def copy_rate() -> float:
-    """Bytes a second of a copy, read plus written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    seconds = [events(lambda: target.copy_(source)) for _ in range(12)]
-    return 2 * source.numel() / statistics.median(seconds[2:])
-
-
-class OtherScheme(Exception):
-    """A library does not have this scheme or dtype: no news."""
-
-
-class Contestant:
-    """One way to compute ``x @ W.T``: `calls[i]` uses copy i of its weight and the i-th input."""
-
-    def __init__(self, name: str, calls: list[Callable[[], torch.Tensor]], nbytes: int) -> None:
-        self.name, self.calls, self.nbytes = name, calls, nbytes
-        self.seconds: list[float] = []
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for call in calls:
-                call()
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for call in calls:
-                call()
-        self.graph.replay()
-
-    def measure(self) -> None:
-        """Replay the graph once more."""
-        self.seconds.append(events(self.graph.replay) / len(self.calls))
+LARGE = ("28672x4096", "8192x28672", "8192x8192")
+ROWS = (1, 2, 4, 8, 64, 512, 2048)
+# What is measured, the goals first.
+TASKS: tuple[Record, ...] = (
+    *({"op": "dequant_matmul", "scheme": "w4g128", "shape": s, "rows": ROWS} for s in LARGE),
+    {"op": "gptq_update", "scheme": "w4g128", "shape": "4096x4096"},
+    {"op": "overhead", "scheme": "w4g128", "shape": "256x256"},
+    *(
+        {"op": op, "variant": variant, "shape": "57344x8192"}
+        for op, variants in {
+            "quantize_groupwise": ("w4g128 float16", "w8 float16"),
+            "dequantize_groupwise": ("w4g128 float16",),
+            "pack_bits": ("4 dense", "3 dense", "4 gptq"),
+            "unpack_bits": ("4 dense", "3 dense", "4 gptq"),
+            "quantize_activations": ("float16",),
+        }.items()
+        for variant in variants
+    ),
+    *(
+        {"op": "dequant_matmul", "scheme": scheme, "shape": shape, "rows": (1, 8)}
+        for shape in LARGE[:2]
+        for scheme in ("w8", "w3g128", "w2g64")
+    ),
+    {"op": "int8_matmul", "scheme": "w8", "shape": LARGE[0], "rows": (1, 64, 512, 2048)},
+    {"op": "dequant_matmul", "scheme": "w4g128z", "shape": LARGE[0], "rows": (1, 8)},
+    {"op": "dequant_matmul", "scheme": "nf4g64", "shape": LARGE[0], "rows": (1, 8)},
+    {"op": "dequant_matmul", "scheme": "w4g128", "shape": LARGE[0], "rows": (16, 32, 128, 4096)},
+    {"op": "dequant_matmul", "scheme": "w4g128", "shape": "4096x14336", "rows": ROWS},
+    {"op": "dequant_matmul", "scheme": "w4g128", "shape": "4096x4096", "rows": ROWS},
+)
+OPS = tuple(dict.fromkeys(task["op"] for task in TASKS))
+# A process that says nothing for so long hangs: the longest silence is a peer that compiles itself.
+SILENCE = 180.0
+# How long a process may go on when the time is over.
+GRACE = 15.0
+# Processes that may end without having started on anything.
+FALSE_STARTS = 2
 
 
-def copies_for(nbytes: int) -> int:
-    return max(COPIES, -(-ROTATED_BYTES // nbytes))
+def tasks(options: argparse.Namespace) -> list[Record]:
+    """List what the options choose, a task for each number of rows."""
+    made = []
+    for task in TASKS:
+        chosen = task["op"] in options.only and task.get("scheme") in (*options.schemes, None)
+        if not chosen or task["shape"] not in options.shapes:
+            continue
+        rows = [{"M": M} for M in task.get("rows", ()) if not options.rows or M in options.rows]
+        plain = {key: value for key, value in task.items() if key != "rows"}
+        made += [{**plain, **more, "dtype": options.dtype} for more in (rows if "rows" in task else [{}])]
+    return made
 
 
-def contestants(
-    N: int, K: int, M: int, spelling: str, dtype: torch.dtype
-) -> tuple[list[Contestant], list[str]]:
-    """Those that are here, their results checked, and why the others are not."""
-    from qkern.ops import dequant_matmul, dequantize_groupwise, pack_weight, quantize_groupwise
-    from qkern.schemes import PackedWeight
+def name_of(task: Record) -> str:
+    """Write a task in a line."""
+    words = [str(task[key]) for key in ("op", "scheme", "variant", "shape") if key in task]
+    return " ".join([*words, f"M={task['M']}"] if "M" in task else words)
 
-    generator = torch.Generator(device="cuda").manual_seed(N + K)
-    weight = torch.randn(N, K, device="cuda", generator=generator) * 0.02
-    x = torch.randn(M, K, device="cuda", generator=generator).to(dtype)
-    quantized = quantize_groupwise(weight, spelling)
-    decoded = dequantize_groupwise(quantized)
-    exact = x.double() @ decoded.double().T
-    dense = decoded.to(dtype)
-    found, absent = [], []
 
-    def add(
-        name: str, make: Callable[[int], list[Callable[[], torch.Tensor]]], nbytes: int, allowed: float
-    ) -> None:
-        try:
-            calls = make(copies_for(nbytes))
-            error = float((calls[0]().double() - exact).norm() / exact.norm())
-            if not error <= allowed:
-                absent.append(f"{name}: wrong result, error {error:.2e} of at most {allowed:.2e}")
-                return
-            found.append(Contestant(name, calls, nbytes))
-        except OtherScheme:
+def family(task: Record) -> str:
+    """Name what shares its contestants: the same but for the rows of x."""
+    return name_of({key: value for key, value in task.items() if key != "M"})
+
+
+# The child -----------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Work off the tasks that stdin names, and tell stdout; whatever libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    order = json.loads(sys.stdin.readline())
+    import torch
+
+    from gpu import products, streams, timer
+    from gpu.report import Broken, Report
+
+    torch.set_grad_enabled(False)
+    report = Report(answers, {**order["shared"], "machine": timer.machine()})
+    report.say(machine=report.shared["machine"])
+    runs = {"dequant_matmul": products.dequant_matmul, "int8_matmul": products.int8_matmul}
+    runs |= {"gptq_update": streams.gptq_update, "overhead": streams.overhead}
+    end = time.monotonic() + order["seconds"]
+    for index, task in enumerate(order["tasks"]):
+        if time.monotonic() > end:
             return
-        except Exception as problem:  # a peer may fail in any way; that is a line in the report
-            absent.append(f"{name}: {type(problem).__name__}: {str(problem).splitlines()[0][:120]}")
-
-    error = float((torch.nn.functional.linear(x, dense).double() - exact).norm() / exact.norm())
-    bits = quantized.stored_bits // 8
-
-    def ours(backend: str) -> Callable[[int], list[Callable[[], torch.Tensor]]]:
-        def make(count: int) -> list[Callable[[], torch.Tensor]]:
-            packed = pack_weight(quantized, backend=backend)
-
-            def one() -> Callable[[], torch.Tensor]:
-                own = PackedWeight(
-                    blob=packed.blob.clone(), layout=packed.layout, N=N, K=K, scheme=packed.scheme
-                )
-                return lambda: dequant_matmul(x, own, compute="float")
-
-            return [one() for _ in range(count)]
-
-        return make
-
-    def linear(count: int) -> list[Callable[[], torch.Tensor]]:
-        def one() -> Callable[[], torch.Tensor]:
-            own = dense.clone()
-            return lambda: torch.nn.functional.linear(x, own)
-
-        return [one() for _ in range(count)]
-
-    def int4pack(count: int) -> list[Callable[[], torch.Tensor]]:
-        from qkern.ops import unpack_bits
-
-        if spelling != "w4g128" or dtype != torch.bfloat16:
-            raise OtherScheme
-        codes = unpack_bits(quantized.codes, 4, (N, K))
-        pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
-        packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
-        scales = quantized.scales.to(dtype)
-        both = torch.stack([scales, torch.zeros_like(scales)], -1).permute(1, 0, 2).contiguous()
-
-        def one() -> Callable[[], torch.Tensor]:
-            own = packed.clone()
-            return lambda: torch.ops.aten._weight_int4pack_mm(x, own, 128, both)
-
-        return [one() for _ in range(count)]
-
-    def bitsandbytes(count: int) -> list[Callable[[], torch.Tensor]]:
-        import bitsandbytes.functional as bnb
-
-        if spelling != "nf4g64":
-            raise OtherScheme
-
-        def one() -> Callable[[], torch.Tensor]:
-            own, state = bnb.quantize_4bit(weight.to(dtype), blocksize=64, quant_type="nf4")
-            import bitsandbytes
-
-            return lambda: bitsandbytes.matmul_4bit(x, own.t(), state)
-
-        return [one() for _ in range(count)]
-
-    add("qkern cuda", ours("cuda"), bits, 2 * error)
-    add("qkern triton", ours("triton"), bits, 2 * error)
-    add(f"torch {str(dtype).removeprefix('torch.')}", linear, 2 * N * K, 2 * error)
-    add("torch int4pack", int4pack, bits, 8 * error)
-    add("bitsandbytes", bitsandbytes, bits, 0.2)
-    return found, absent
+        report.begin(task, set(order["skipped"].get(family(task), ())))
+        try:
+            runs.get(task["op"], streams.stream)(task, report)
+            timer.synchronize()
+        except Broken:
+            os._exit(3)
+        except Exception as problem:
+            traceback.print_exc()
+            report.absent("everyone", f"failed: {type(problem).__name__}: {problem}")
+            try:
+                timer.synchronize()
+            except Exception:
+                os._exit(3)
+        report.say(done=index)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", default=SHAPES)
-    parser.add_argument("--schemes", default=SCHEMES)
-    parser.add_argument("--rows", default=ROWS)
-    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
-    parser.add_argument("--seconds", type=float, default=480.0, help="stop, and say so, when they are over")
-    parser.add_argument("--output", type=Path, default=Path("bench/results/gpu/dequant_matmul.jsonl"))
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "bench_gpu.py needs a CUDA device: torch sees none\n")
-    begin, dtype = time.monotonic(), getattr(torch, options.dtype)
-    rate = copy_rate()
-    gpu = torch.cuda.get_device_name()
-    print(f"{gpu}, copy {rate / 1e12:.2f} TB/s, {options.dtype}")
-    records: list[dict[str, Any]] = []
-    cases = [
-        (scheme, shape, int(rows))
-        for scheme in options.schemes.split(",")
-        for shape in options.shapes.split(",")
-        for rows in options.rows.split(",")
-        if scheme == "w4g128" or int(rows) in (1, 8)
-    ]
-    for done, (scheme, shape, M) in enumerate(cases):
-        if time.monotonic() - begin > options.seconds:
-            print(f"stopped after {done} of {len(cases)} cases: time is over")
-            break
-        N, K = map(int, shape.split("x"))
-        found, absent = contestants(N, K, M, scheme, dtype)
-        for _ in range(REPLAYS):
-            for contestant in found:
-                contestant.measure()
-        line = [f"{scheme:8} {shape:12} M={M:<5}"]
-        for contestant in found:
-            seconds = statistics.median(contestant.seconds)
-            share = contestant.nbytes / rate / seconds
-            line.append(f"{contestant.name} {seconds * 1e6:.1f} us {share:.0%}")
-            records.append(
+# The parent ----------------------------------------------------------------------------------------------
+
+
+class Child:
+    """A process that measures, and the lines that it says."""
+
+    def __init__(self, command: list[str], order: Record, log: Path) -> None:
+        with log.open("a") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def next(self, seconds: float) -> Record | str:
+        """Return what it says next, or why it will say nothing more."""
+        try:
+            line = self.lines.get(timeout=seconds)
+        except queue.Empty:
+            return f"silent for {seconds:.0f} s"
+        return f"ended with code {self.process.wait()}" if line is None else json.loads(line)
+
+    def close(self) -> None:
+        """End the process, if it has not ended."""
+        self.process.kill()
+        self.process.wait()
+        self.reader.join(timeout=5.0)
+        if not self.reader.is_alive():  # else a grandchild has the pipe
+            self.process.stdout.close()
+
+
+def supervise(
+    todo: list[Record], options: argparse.Namespace, command: list[str], shared: Record
+) -> list[Record]:
+    """Have the tasks worked off in as many processes as it takes; records are written as they come."""
+    end = time.monotonic() + options.seconds
+    records: list[Record] = []
+    skipped: dict[str, list[str]] = {}
+    told: set[str] = set()
+    false_starts = 0
+
+    def write(record: Record) -> None:
+        records.append(record)
+        with (options.output / f"{record['op']}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        news = f"    {record['contestant']}: {record.get('absent')}"
+        if "absent" in record and news not in told:
+            told.add(news)
+            print(news, flush=True)
+
+    while todo and time.monotonic() < end and false_starts < FALSE_STARTS:
+        left = end - time.monotonic()
+        order = {"tasks": todo, "skipped": skipped, "seconds": left, "shared": shared}
+        child = Child(command, order, options.output / "bench_gpu.log")
+        done: set[int] = set()
+        at, fresh = None, []
+        while True:
+            wait = min(SILENCE, max(end + GRACE - time.monotonic(), 1.0))
+            said = child.next(wait)
+            if isinstance(said, str):
+                break
+            if "machine" in said:
+                print(", ".join(f"{key} {value}" for key, value in said["machine"].items()), flush=True)
+            elif "at" in said:
+                at = said["at"]
+            elif "record" in said:
+                fresh.append(said["record"])
+            else:
+                index = said["done"]
+                done.add(index)
+                print(line(todo[index], fresh), flush=True)
+                for record in fresh:
+                    write(record)
+                at, fresh = None, []
+        child.close()
+        false_starts = false_starts + 1 if at is None and not done else 0
+        todo = [task for index, task in enumerate(todo) if index not in done]
+        late = time.monotonic() >= end
+        if at is not None and todo and not late:
+            # What the others did in this case is done again, without the one that ended it.
+            case = {key: value for key, value in todo[0].items() if key not in ("op", "scheme", "shape")}
+            named = {key: todo[0][key] for key in ("op", "scheme", "shape") if key in todo[0]}
+            reason = next((r["absent"] for r in fresh if r["contestant"] == at and "absent" in r), "failed")
+            reason = f"{reason}; its process {said}"
+            write(
                 {
-                    "op": "dequant_matmul",
-                    "gpu": gpu,
-                    "torch": torch.__version__,
-                    "dtype": options.dtype,
-                    "copy_rate": rate,
-                    "scheme": scheme,
-                    "shape": shape,
-                    "M": M,
-                    "contestant": contestant.name,
-                    "seconds": seconds,
-                    "of_copy": share,
-                    "spread": statistics.pstdev(contestant.seconds) / seconds,
+                    **shared,
+                    **named,
+                    "case": case,
+                    "module": "gpu",
+                    "contestant": at,
+                    "version": "",
+                    "absent": reason,
                 }
             )
-        print("  ".join(line))
-        for reason in absent:
-            print(f"    absent: {reason}")
-        del found
-        torch.cuda.empty_cache()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    print(f"{len(records)} records written to {options.output}")
+            skipped.setdefault(family(todo[0]), []).append(at)
+            if skipped[family(todo[0])].count(at) > 1 or at in ("all together", "the weight", "the Hessian"):
+                print(f"{name_of(todo[0])}: given up")
+                todo = todo[1:]
+        elif todo and not late and not done:
+            print(f"the process that measures {said}; {options.output / 'bench_gpu.log'} shows why")
+    if todo:
+        print(f"not measured: {len(todo)} cases, of which the first is {name_of(todo[0])}")
+    return records
+
+
+def line(task: Record, records: list[Record]) -> str:
+    """Write a case and its times."""
+    words = [f"{name_of(task)}:"]
+    for record in records:
+        if "seconds" in record and record["module"] != "roofline":
+            share = f" {record['of_copy']:.0%}" if "of_copy" in record else ""
+            words.append(f"{record['contestant']} {record['seconds'] * 1e6:.1f} us{share};")
+    return " ".join(words)
+
+
+def commit() -> str:
+    """Name the commit: as the environment says where there is no git."""
+    with contextlib.suppress(OSError):
+        return os.environ.get("QKERN_COMMIT") or measure.commit() or "unknown"
+    return "unknown"
+
+
+def words(allowed: tuple[str, ...]) -> Any:
+    """Type of an option that is words out of `allowed`, separated by commas."""
+
+    def convert(text: str) -> tuple[str, ...]:
+        for part in text.split(","):
+            if part not in allowed:
+                raise argparse.ArgumentTypeError(f"unknown: got {part!r}, allowed are {', '.join(allowed)}")
+        return tuple(text.split(","))
+
+    return convert
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    schemes = tuple(dict.fromkeys(task["scheme"] for task in TASKS if "scheme" in task))
+    made.add_argument("--only", type=words(OPS), default=OPS, help=f"of {', '.join(OPS)}")
+    made.add_argument("--schemes", type=words(schemes), default=schemes, help=f"of {', '.join(schemes)}")
+    shapes = tuple(dict.fromkeys(task["shape"] for task in TASKS))
+    made.add_argument("--shapes", type=words(shapes), default=shapes, help=f"of {', '.join(shapes)}")
+    made.add_argument("--rows", type=measure.numbers, default=[], help="of x, separated by commas")
+    made.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"), help="of x")
+    made.add_argument("--seconds", type=float, default=480.0, help="after which no case is begun")
+    made.add_argument("--output", type=Path, default=measure.RESULTS / "gpu", help="folder")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> None:
+    if arguments is None and sys.argv[1:] == ["--child"]:
+        serve()
+        return
+    made = parser()
+    options = made.parse_args(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        made.exit(1, "bench_gpu.py needs a CUDA device: torch sees none\n")
+    todo = tasks(options)
+    if not todo:
+        made.error("no case has all that was asked for")
+    options.output.mkdir(parents=True, exist_ok=True)
+    shared = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
+    records = supervise(todo, options, [sys.executable, str(BENCH / "bench_gpu.py"), "--child"], shared)
+    finish(records, options.output)
+    sys.exit(0 if any("seconds" in record for record in records) else 1)
+
+
+def finish(records: list[Record], output: Path) -> None:
+    """Write tables and draw pictures of the products; write and print the table of goals."""
+    from gpu import goals
+
+    cases = dict.fromkeys((r["shape"], r["scheme"]) for r in records if r["op"] == "dequant_matmul")
+    try:
+        import plot
+
+        tables = [(case, plot.table("dequant_matmul", [*case], output)) for case in cases]
+        text = "".join(f"## {' '.join(case)}\n\n{table}\n" for case, table in tables)
+        (output / "dequant_matmul.md").write_text(text, encoding="utf-8")
+        for path in plot.pictures(output):
+            print(path)
+    except Exception as problem:  # matplotlib may be missing; the goals must come
+        print(f"no tables or no pictures: {type(problem).__name__}: {problem}")
+    judged = goals.judge(records)
+    with (output / "goals.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(goal) + "\n" for goal in judged)
+    print(goals.table(judged))
 
 
 if __name__ == "__main__":

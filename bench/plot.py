@@ -17,6 +17,7 @@ matplotlib, which is in the extra `plot`.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -59,19 +60,28 @@ def number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
+def where(record: Record) -> str:
+    """Name the GPU, or the CPU and how many of its cores, that a record is of."""
+    machine = record["machine"]
+    return machine.get("gpu") or f"{machine['cpu']}, {record['threads']} of {machine['cores']} cores"
+
+
 def caption(records: list[Record]) -> str:
     """Tell on what, with what and against which ceilings a table was measured."""
     first, machine = records[0], records[0]["machine"]
     peers = [record for record in records if record["module"] != "roofline"]
     names = dict.fromkeys(record["version"] for record in peers if record["version"])
-    others = statistics.median(record["others"] for record in records if "others" in record)
     limits = roofline.summary(records)
     measured = f"Ceilings in the same run, GB/s and GOP/s: {limits}. " if limits else ""
-    how = f"{'with real-time priority, ' if first['realtime'] else ''}while other processes had {others:.2f}"
+    if "gpu" in machine:
+        how = "graphs over rotated weights"
+    else:
+        others = statistics.median(record["others"] for record in records if "others" in record)
+        urgent = "with real-time priority, " if first["realtime"] else ""
+        how = f"{urgent}while other processes had {others:.2f} cores"
     return (
-        f"{machine['cpu']}, {first['threads']} of {machine['cores']} cores, commit {first['commit']}, "
-        f"{first['time'][:10]}; medians of interleaved runs, {how} cores. "
-        f"{measured}{'; '.join(names)}.\n"
+        f"{where(first)}, commit {first['commit']}, {first['time'][:10]}; "
+        f"medians of interleaved runs, {how}. {measured}{'; '.join(names)}.\n"
     )
 
 
@@ -107,7 +117,10 @@ def product_table(records: list[Record]) -> str:
             continue
         ours = {M: timed[name, M] for M in rows if (name, M) in timed}
         parts = {M: shares(record, limits) for M, record in ours.items()}
-        for label, index in (("of read bandwidth", 0), ("of peak", 1)):
+        memory = "read" if "read" in limits else "copy"
+        for label, index in ((f"of {memory} bandwidth", 0), ("of peak", 1)):
+            if all(math.isnan(part[index]) for part in parts.values()):
+                continue
             cells = [f"{100 * parts[M][index]:.0f} %" if M in parts else "" for M in rows]
             lines.append([f"{name}, {label}", *cells])
         cells = [faster(timed, M, name) for M in rows]
@@ -233,18 +246,20 @@ def pictures(results: Path) -> list[Path]:
             gops = [r["operations"] / r["seconds"] / 1e9 for r in points]
             speed.plot([r["case"]["M"] for r in points], gops, **style)
             roof.plot([r["operations"] / r["bytes"] for r in points], gops, **style)
-        reach = [2.0**i for i in range(0, 13)]
+        reach, memory = [2.0**i for i in range(0, 13)], limits.get("read", limits.get("copy", math.nan))
         for product in ("int8", "bf16", "fp32"):
             if product in limits:
-                line = [min(limits[product], x * limits["read"]) for x in reach]
+                line = [min(limits[product], x * memory) for x in reach]
                 roof.plot(reach, line, color="gray", linestyle="--", linewidth=0.8)
                 roof.annotate(product, (reach[-1], limits[product]), ha="right", va="bottom", fontsize=8)
+        if "copy" in limits and "read" not in limits:
+            roof.plot(reach, [x * memory for x in reach], color="gray", linestyle="--", linewidth=0.8)
         for axes, label in ((speed, "M, rows of x"), (roof, "operations a byte of weight")):
             axes.set(xscale="log", yscale="log", xlabel=label, ylabel="GOP/s")
             axes.set_xscale("log", base=2)
             axes.grid(visible=True, which="major", alpha=0.3)
         speed.legend(fontsize=7)
-        figure.suptitle(f"{shape} {scheme}, {chosen[0]['threads']} threads, {chosen[0]['machine']['cpu']}")
+        figure.suptitle(f"{shape} {scheme}, {where(chosen[0])}")
         figure.tight_layout()
         path = results / f"dequant_matmul-{shape}-{scheme}.svg"
         figure.savefig(path, metadata={"Date": None})

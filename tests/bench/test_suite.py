@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -50,16 +49,6 @@ TABLES = (
     "quantize_activations",
     "quantize_groupwise",
 )
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Import a module of bench/ as its scripts see it."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield importlib.import_module
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(str(BENCH)):
-            monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture
