@@ -191,7 +191,7 @@ def supervise(
         records.append(record)
         with (options.output / f"{record['op']}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        news = f"    {record['contestant']}: {record.get('absent')}"
+        news = f"    {record['contestant']}: {record.get('absent')}"[:160]
         if "absent" in record and news not in told:
             told.add(news)
             print(news, flush=True)

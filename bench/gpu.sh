@@ -16,10 +16,9 @@
 #     pip download --no-deps --no-binary :all: -d wheelhouse gemlite  (0.2 MB; tunes itself for minutes)
 #     pip download --no-deps -d wheelhouse bitsandbytes               (43 MB)
 #
-# $QKERN_COMMIT names the commit where there is no git. $QKERN_BENCH_SECONDS (480) and $QKERN_SANITIZE_SECONDS (230)
-# bound the benchmarks and each tool of compute-sanitizer, $QKERN_BENCH_OPTIONS go to bench_gpu.py. Without a GPU,
-# `build` runs, `test` runs what the emulator and Triton's interpreter can, and the others say that they need one, and
-# fail.
+# $QKERN_COMMIT names the commit where there is no git. $QKERN_TEST_SECONDS (510), $QKERN_SANITIZE_SECONDS (230, of each
+# tool) and $QKERN_BENCH_SECONDS (480) bound the stages, $QKERN_BENCH_OPTIONS go to bench_gpu.py. Without a GPU, `build`
+# runs, `test` runs what the emulator and Triton's interpreter can, and the others say that they need one, and fail.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=${QKERN_BENCH_OUTPUT:-bench/results/gpu}
@@ -32,6 +31,8 @@ done
 export PATH PYTHONUNBUFFERED=1
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
 [[ $capability =~ ^[0-9]+\.[0-9]+$ ]] || capability=
+
+nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader 2>/dev/null
 
 has_gpu() {
     [ -n "$capability" ] && return
@@ -82,15 +83,17 @@ PY
 run_tests() {
     # With a GPU not the emulator: CI runs that. Several processes, because compiling Triton's kernels takes longer
     # than running them. GGUF has CPU kernels alone, and its tests need a package.
-    local select="cuda or triton or gpu" workers=()
+    local select="cuda or triton or gpu" workers=() limit=${QKERN_TEST_SECONDS:-510}
     if [ -n "$capability" ]; then
         select="cuda-gpu or triton or test_gpu"
         "$python" -c "import xdist" 2>/dev/null && workers=(-n 6)
     fi
-    timeout -s INT -k 20 510 "$python" -m pytest -q -p no:cacheprovider -p no:benchmark --timeout 240 "${workers[@]}" \
-        --continue-on-collection-errors --junitxml "$out/test.xml" -k "$select" \
+    rm -f "$out/test.xml"
+    timeout -s INT -k 20 "$limit" "$python" -m pytest -q -p no:cacheprovider -p no:benchmark --timeout 240 \
+        "${workers[@]}" --continue-on-collection-errors --junitxml "$out/test.xml" -k "$select" \
         --ignore-glob "*/test_gguf_*" tests/ops >"$out/test.log" 2>&1
     local status=$?
+    [ $status -eq 124 ] && echo "stopped after $limit s: not all tests ran"
     grep -E "^(FAILED|ERROR)" "$out/test.log" | cut -c1-200 | head -20
     tail -3 "$out/test.log"
     "$python" bench/gpu/count_tests.py "$out/test.xml" ${capability:+--gpu} || status=1
@@ -98,19 +101,18 @@ run_tests() {
 }
 
 sanitized() {
-    local tool=$1 status=0 backend seconds log options=()
+    local tool=$1 status=0 backend seconds log
     has_gpu "$tool" || return 1
     command -v compute-sanitizer >/dev/null || {
         echo "$tool needs compute-sanitizer, which is not on PATH nor in /usr/local/cuda"
         return 1
     }
-    [ "$tool" = memcheck ] && options=(--leak-check no)
     for backend in cuda triton; do
         seconds=$((${QKERN_SANITIZE_SECONDS:-230} / 3))
         [ $backend = cuda ] && seconds=$((2 * seconds))
         log=$out/$tool-$backend.log
         # A third of the time is for what is no case: to start under the tool, and to end.
-        timeout -k 10 "$seconds" compute-sanitizer --tool "$tool" --error-exitcode 9 "${options[@]}" \
+        timeout -k 10 "$seconds" compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "$python" bench/gpu/sanitize.py --backend $backend --seconds $((2 * seconds / 3)) >"$log" 2>&1 || status=1
         grep -E "wrong|no case|stopped|Error|^========= (Invalid|Uninit|Race|Warning|Barrier|ERROR SUM|RACECHECK SUM)" \
             "$log" | cut -c1-200 | sort | uniq -c | sort -rn | head -12

@@ -32,6 +32,12 @@ WRONG = {"bitsandbytes": 0.2}
 WRONG_AT_ALL = 0.02
 # Rows of x at which gemlite, which tunes itself for minutes, takes part.
 FEW_SIZES = {"gemlite": (1, 8, 64)}
+# Dtype of x where it is not that of the case.
+DTYPES = {
+    "torch float16": torch.float16,
+    "torch bfloat16": torch.bfloat16,
+    "torch int4pack": torch.bfloat16,
+}
 
 
 @dataclass
@@ -55,8 +61,8 @@ class Weight:
             count = timer.copies_of(2 * self.decoded.numel() if dense else self.nbytes)
             try:
                 self.made[name] = CONTESTANTS[name](self, count)
-            except Exception as problem:  # once is enough to know
-                self.made[name] = problem
+            except Exception as problem:  # once is enough to know; its frames hold memory of the device
+                self.made[name] = problem.with_traceback(None)
         made = self.made[name]
         if isinstance(made, Exception):
             raise made
@@ -90,10 +96,7 @@ def qkern(backend: str, weight: Weight, count: int) -> list[Run]:
 def linear(dtype: torch.dtype, weight: Weight, count: int) -> list[Run]:
     dense = weight.decoded.to(dtype)
 
-    def one(own: Tensor) -> Run:
-        return lambda x: torch.nn.functional.linear(x if x.dtype == dtype else x.to(dtype), own)
-
-    return [one(dense.clone()) for _ in range(count)]
+    return [functools.partial(torch.nn.functional.linear, weight=dense.clone()) for _ in range(count)]
 
 
 def int4pack(weight: Weight, count: int) -> list[Run]:
@@ -114,7 +117,7 @@ def int4pack(weight: Weight, count: int) -> list[Run]:
     both = torch.stack([scales, torch.zeros_like(scales)], -1).permute(1, 0, 2).contiguous()
 
     def one(own: Tensor) -> Run:
-        return lambda x: torch.ops.aten._weight_int4pack_mm(x.bfloat16(), own, scheme.group_size, both)
+        return lambda x: torch.ops.aten._weight_int4pack_mm(x, own, scheme.group_size, both)
 
     return [one(packed.clone()) for _ in range(count)]
 
@@ -207,9 +210,9 @@ def dequant_matmul(task: Record, report: Report) -> None:
         if name in report.skipped or M not in FEW_SIZES.get(name, (M,)):
             continue
         with report.attempt(name):
-            runs = weight.runs(name)
-            calls = [functools.partial(run, x) for run in runs]
-            error, allowed = checked(calls[0], exact, weight.dtype), WRONG.get(name, WRONG_AT_ALL)
+            own = x.to(DTYPES.get(name, x.dtype))
+            calls = [functools.partial(run, own) for run in weight.runs(name)]
+            error, allowed = checked(calls[0], exact, own.dtype), WRONG.get(name, WRONG_AT_ALL)
             if error <= allowed:
                 replay, last = timer.captured(calls)
                 last.fill_(torch.nan)

@@ -6,6 +6,8 @@ import argparse
 import io
 import itertools
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 
 from qkern.ops import _cuda
 
+BENCH = Path(__file__).parents[2] / "bench"
 SHARED = {"time": "2026-01-01T00:00:00", "commit": "abc", "machine": {"gpu": "A GPU", "torch": "2"}}
 
 
@@ -194,6 +197,44 @@ def test_a_process_that_dies_or_hangs_costs_one_contestant(bench, tmp_path, monk
     assert out.count("the process that measures ended with code 5") == gpu.FALSE_STARTS
 
 
+# The child of bench_gpu.py on a CPU: CUDA kernels cannot run, torch's can.
+SERVE = """
+import sys, time
+sys.path.insert(0, {bench!r})
+import bench_gpu
+from gpu import timer
+def seconds_of(run):
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+def captured(calls):
+    last = calls[-1]()
+    return lambda: last.copy_(calls[-1]()), last
+numbers = dict(DEVICE="cpu", ROUNDS=3, COPIES=2, ROTATED_BYTES=0, COPIED_BYTES=1 << 16)
+functions = dict(seconds_of=seconds_of, captured=captured, synchronize=lambda: None)
+vars(timer).update(numbers, **functions, machine=lambda: dict(gpu="a CPU"))
+bench_gpu.serve()
+"""
+
+
+def test_the_process_that_measures_and_the_one_that_listens(bench, tmp_path, capsys):
+    gpu = bench("bench_gpu")
+    (tmp_path / "child.py").write_text(SERVE.format(bench=str(BENCH)))
+    task = {"op": "dequant_matmul", "scheme": "w4g32", "shape": "72x128", "dtype": "float16"}
+    todo = [{**task, "M": 1}, {**task, "M": 3}, {"op": "pack_bits", "variant": "4 dense", "shape": "8x8"}]
+    options = argparse.Namespace(seconds=120.0, output=tmp_path)
+    records = gpu.supervise(todo, options, [sys.executable, str(tmp_path / "child.py")], SHARED)
+    found = {(r["contestant"], r["case"].get("M")): r for r in records}
+    for M in (1, 3):
+        assert found["torch float16", M]["error"] < 1e-3
+        assert "not on a CUDA device" in found["qkern cuda", M]["absent"]
+        assert found["torch float16", M]["machine"] == {"gpu": "a CPU"}
+    assert found["qkern cuda", None]["absent"].startswith("failed: ")
+    out = capsys.readouterr().out
+    assert "dequant_matmul w4g32 72x128 M=3: torch float16 " in out
+    assert out.count("    qkern cuda: failed: UnsupportedError") == 2
+
+
 def test_what_options_choose(bench, capsys):
     gpu = bench("bench_gpu")
 
@@ -315,3 +356,54 @@ def test_tables_and_pictures_take_the_records_of_a_gpu(bench, tmp_path, capsys):
             f"dequant_matmul-{shape}-w4g128.svg" for shape in ("28672x4096", "8192x28672")
         ]
         assert b"A GPU" in pictures[0].read_bytes() or b"<svg" in pictures[0].read_bytes()
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.ops.test_pack_bits" name="test_a[cuda-gpu]"/>
+<testcase classname="tests.ops.test_pack_bits" name="test_a[cuda-emulated]"><skipped/></testcase>
+<testcase classname="tests.ops.test_triton" name="test_b">{}</testcase>
+<testcase classname="tests.ops.test_gpu" name="test_c"/>
+</testsuite></testsuites>"""
+
+
+def test_no_tests_on_the_gpu_are_a_failure(bench, tmp_path, capsys):
+    path, count = tmp_path / "test.xml", bench("gpu.count_tests")
+
+    def status(text: str | None, *options: str) -> int:
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(SystemExit) as stopped:
+            count.main([str(path), *options])
+        return stopped.value.code
+
+    assert status(None) == 1
+    assert "did not come to their end" in capsys.readouterr().err
+    assert status(JUNIT.format(""), "--gpu") == 0
+    assert "CUDA on the GPU: 1 passed, 0 failed, 0 skipped" in capsys.readouterr().out
+    assert status(JUNIT.format("<failure/>"), "--gpu") == 1
+    assert status(JUNIT.format("<skipped/>")) == 0
+    assert status(JUNIT.format("<skipped/>"), "--gpu") == 1
+    assert "no test ran of the kind Triton" in capsys.readouterr().out
+    assert status("<testsuites/>") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_script_says_what_it_lacks_and_goes_on(tmp_path):
+    def run(*stages: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"QKERN_BENCH_OUTPUT": str(tmp_path / "out"), "PYTHON": sys.executable}
+        script = str(BENCH / "gpu.sh")
+        return subprocess.run(["bash", script, *stages], env=environment, capture_output=True, text=True)
+
+    done = run("sanitize", "bench")
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    for stage in ("memcheck", "racecheck", "bench"):
+        assert f"{stage} needs a GPU: nvidia-smi names none" in lines
+    assert [line.split()[:2] for line in lines[-3:]] == [
+        ["memcheck", "FAILED"],
+        ["racecheck", "FAILED"],
+        ["bench", "FAILED"],
+    ]
+    done = run("nonsense")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "unknown stage nonsense: allowed are build, test" in done.stderr
