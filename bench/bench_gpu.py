@@ -310,6 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
         made.error("no case has all that was asked for")
     options.output.mkdir(parents=True, exist_ok=True)
     shared = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
+    print(f"commit {shared['commit']}, {len(todo)} cases in {options.seconds:.0f} s", flush=True)
     records = supervise(todo, options, [sys.executable, str(BENCH / "bench_gpu.py"), "--child"], shared)
     finish(records, options.output)
     sys.exit(0 if any("seconds" in record for record in records) else 1)
