@@ -1,6 +1,6 @@
-"""The CUDA backend inside torch: the torch op, compilers, graphs, streams, devices, the layer's direct call.
+"""The CUDA backend inside torch: the torch op, compilers, devices, the layer's direct call.
 
-On the emulator with tensors on the CPU, and on a GPU where there is one; graphs and streams need the latter.
+On the emulator with tensors on the CPU, and on a GPU where there is one; test_gpu.py has what needs one.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
     from qkern.schemes import PackedWeight
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=needs_gpu)])
+@pytest.fixture(params=["cuda-emulated", pytest.param("cuda-gpu", marks=needs_gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Where tensors of the CUDA backend lie; layers pack for it."""
     monkeypatch.setattr("qkern.nn.linear.pack_weight", lambda weight: pack_weight(weight, backend="cuda"))
-    if request.param == "gpu":
+    if request.param == "cuda-gpu":
         yield torch.device("cuda", 0)
     else:
         with _cuda.emulated(request.getfixturevalue("cuda_emulator")):
@@ -211,52 +210,3 @@ def test_a_device_that_failed_is_asked_again(monkeypatch):
     assert "cudaErrorMemoryAllocation on cuda:3, an sm_90" in first
     assert _cuda.why_not_cuda(torch.device("cuda", 3)) is None
     assert _cuda.why_not_cuda(torch.device("cuda", 3)) is None
-
-
-# ---- a GPU alone ----------------------------------------------------------------------------------------
-
-
-@needs_gpu
-@pytest.mark.parametrize("rows", [1, 20, 70])
-def test_graphs_replay_with_new_inputs(rows):
-    made = layer("w4g128z", 512, 1024, "cuda")
-    x = activations(rows, 1024, device="cuda")
-    with torch.no_grad():
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            made(x)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = made(x)
-        for seed in range(3):
-            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
-            graph.replay()
-            assert torch.equal(y, made(x))
-
-
-@needs_gpu
-def test_two_streams_at_once():
-    layers = [layer("w4g128", 2048, 2048, "cuda").pack(), layer("w4g128z", 2048, 2048, "cuda").pack()]
-    inputs = [activations(rows, 2048, device="cuda") for rows in (1, 20)]
-    with torch.no_grad():
-        expected = [made(x) for made, x in zip(layers, inputs, strict=True)]
-        torch.cuda.synchronize()
-        streams = [torch.cuda.Stream() for _ in layers]
-        results: list[list[torch.Tensor]] = [[], []]
-        for _ in range(50):
-            for i, stream in enumerate(streams):
-                with torch.cuda.stream(stream):
-                    results[i].append(layers[i](inputs[i]))
-        torch.cuda.synchronize()
-    for i in range(2):
-        assert all(torch.equal(y, expected[i]) for y in results[i])
-
-
-@needs_two
-def test_a_weight_on_the_second_device():
-    here, there = (layer("w4g128", 256, 512, f"cuda:{i}") for i in range(2))
-    x = activations(3, 512, device="cuda:1")
-    with torch.no_grad():
-        assert torch.equal(there(x).cpu(), here(x.to("cuda:0")).cpu())
-    assert torch.cuda.current_device() == 0
