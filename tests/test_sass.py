@@ -77,8 +77,9 @@ def test_no_register_goes_to_local_memory():
     assert {kernel: found for kernel, found in spilled.items() if found} == {}
 
 
-def test_products_run_on_tensor_cores_and_weights_arrive_16_bytes_at_a_time():
-    for kernel, counts in of("matmul_kernel").items():
+@pytest.mark.parametrize("name", ["matmul_kernel", "matmul_batch_kernel"])
+def test_products_run_on_tensor_cores_and_weights_arrive_16_bytes_at_a_time(name):
+    for kernel, counts in of(name).items():
         if "sm_7" in kernel:
             continue
         assert sum(count for name, count in counts.items() if name.startswith("HMMA.16816.F32")) >= 16, kernel

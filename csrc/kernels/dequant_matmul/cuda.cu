@@ -255,15 +255,9 @@ int run(Params p, Stream stream) {
     using Part = Stage<kBits, kTokens>;
     p.stages = stages<kBits, kTokens>();
     if (shared_limit() < kRingBytes) p.stages = 1;
-    Launch how{};
-    how.grid = grid_of(p, kPanelRows, 8 * kTokens);
-    how.threads = kThreads;
-    how.shared_bytes = sizeof(Part) * static_cast<size_t>(kWarps * p.stages);
-    if (how.shared_bytes < sizeof(Shared<kTokens>)) how.shared_bytes = sizeof(Shared<kTokens>);
-    how.cluster = p.partials ? 1 : p.splits;
-    how.stream = stream;
-    const int status = launch(how, matmul_kernel<T, kBits, kBook, kShift, kTokens>, p);
-    return status != 0 || !p.partials ? status : launch_add_partials<T>(p, stream);
+    const size_t ring = sizeof(Part) * static_cast<size_t>(kWarps * p.stages), sums = sizeof(Shared<kTokens>);
+    const BlockSize block{kPanelRows, 8 * kTokens, kThreads, ring < sums ? sums : ring};
+    return launch_product<T>(p, matmul_kernel<T, kBits, kBook, kShift, kTokens>, block, stream);
 }
 
 }  // namespace

@@ -259,15 +259,9 @@ int run(Params p, Stream stream) {
     p.stages = stages<kBits, kTokens>();
     const int fit = shared_limit() / static_cast<int>(sizeof(Part));
     if (fit < p.stages) p.stages = fit;
-    Launch how{};
-    how.grid = grid_of(p, kRows, 8 * kTokens);
-    how.threads = kThreads;
-    how.shared_bytes = sizeof(Part) * static_cast<size_t>(p.stages);
-    if (how.shared_bytes < sizeof(Shared<kTokens>)) how.shared_bytes = sizeof(Shared<kTokens>);
-    how.cluster = p.partials ? 1 : p.splits;
-    how.stream = stream;
-    const int status = launch(how, matmul_batch_kernel<T, kBits, kBook, kZeros, kTokens>, p);
-    return status != 0 || !p.partials ? status : launch_add_partials<T>(p, stream);
+    const size_t ring = sizeof(Part) * static_cast<size_t>(p.stages), sums = sizeof(Shared<kTokens>);
+    const BlockSize block{kRows, 8 * kTokens, kThreads, ring < sums ? sums : ring};
+    return launch_product<T>(p, matmul_batch_kernel<T, kBits, kBook, kZeros, kTokens>, block, stream);
 }
 
 }  // namespace

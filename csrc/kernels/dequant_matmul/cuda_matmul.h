@@ -119,15 +119,6 @@ QK_KERNEL void add_partials(const Params p) {
     store_result<T>(p, e / p.N, e % p.N, sum);
 }
 
-template <class T>
-int launch_add_partials(const Params& p, Stream stream) {
-    Launch how{};
-    how.grid = dim3(static_cast<unsigned>((p.M * p.N + 255) / 256));
-    how.threads = 256;
-    how.stream = stream;
-    return launch(how, add_partials<T>, p);
-}
-
 // Which block this is: `splits` blocks along K, which are a cluster, have the same rows of the weight.
 struct Place {
     unsigned split;
@@ -140,9 +131,28 @@ QK_DEVICE Place place_of(int splits, int tokens) {
     return {blockIdx.x % count, static_cast<int64_t>(blockIdx.x / count), int64_t{blockIdx.y} * tokens};
 }
 
-inline dim3 grid_of(const Params& p, int rows, int tokens) {
-    return dim3(static_cast<unsigned>((p.N + rows - 1) / rows * p.splits),
-                static_cast<unsigned>((p.M + tokens - 1) / tokens));
+// What a block of a kernel takes.
+struct BlockSize {
+    int rows, tokens, threads;
+    size_t shared_bytes;
+};
+
+template <class T>
+int launch_product(const Params& p, void (*kernel)(Params), const BlockSize& block, Stream stream) {
+    Launch how{};
+    how.grid = dim3(static_cast<unsigned>((p.N + block.rows - 1) / block.rows * p.splits),
+                    static_cast<unsigned>((p.M + block.tokens - 1) / block.tokens));
+    how.threads = block.threads;
+    how.shared_bytes = block.shared_bytes;
+    how.cluster = p.partials ? 1 : p.splits;
+    how.stream = stream;
+    const int status = launch(how, kernel, p);
+    if (status != 0 || !p.partials) return status;
+    Launch sum{};
+    sum.grid = dim3(static_cast<unsigned>((p.M * p.N + 255) / 256));
+    sum.threads = 256;
+    sum.stream = stream;
+    return launch(sum, add_partials<T>, p);
 }
 
 // The sums of a block, `sum(token, row)`, become its part of y; with the blocks of a cluster, whose sums lie at
