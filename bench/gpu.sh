@@ -74,7 +74,10 @@ assert not loaded, f"qkern.ops and qkern.nn imported {loaded}"
 import torch
 print("torch", torch.__version__, "CUDA", torch.version.cuda, "Python", sys.version.split()[0])
 why = _cuda.probe()
-print("kernels for", _cuda.ARCHITECTURES, "-", why or "run here")
+print("kernels for", _cuda.ARCHITECTURES, "-", why or f"run here as those of sm_{_cuda.compiled_for()}")
+# Clusters are taken from sm_90 on: what the runtime tells of a kernel's architecture has to be that.
+hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+assert not hopper or _cuda.compiled_for() == 90
 sys.exit(bool(why) and torch.cuda.is_available())
 PY
     )

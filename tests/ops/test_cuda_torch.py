@@ -143,8 +143,19 @@ def test_a_layer_says_what_is_wrong(device):
     handle = made._handle
     with pytest.raises(InputError, match="wrong device: got meta"):
         handle(torch.ones(3, 64, dtype=torch.float16, device="meta"))
-    with pytest.raises(InputError, match="bias is on the wrong device"):
-        handle(torch.ones(3, 64, dtype=torch.float16, device=device), torch.ones(24, device="meta"))
+    x = torch.ones(3, 64, dtype=torch.float16, device=device)
+    wrong = [
+        torch.ones(24, device="meta"),
+        torch.ones(23, device=device),
+        torch.ones(24, dtype=torch.bfloat16, device=device),
+        torch.ones(48, device=device)[::2],
+    ]
+    for bias in wrong:
+        with pytest.raises(InputError, match="bias must be contiguous"):
+            handle(x, bias)
+    static = (made.layout, 24, 64, "w4g32", "float")
+    with pytest.raises(InputError, match=r"wrong shape: got \[3, 128\]"):
+        torch.ops.qkern.dequant_matmul(torch.cat([x, x], 1), made.blob, None, *static)
 
 
 def test_a_handle_follows_a_blob_that_moves(device):

@@ -46,14 +46,17 @@ QK_DEVICE void begin_copy(const Params& p, const Place& place, int64_t panels, i
                           Stage<kBits, kTokens>& stage) {
     constexpr int kLines = kPanels * kBits * kWarp, kActivations = kTokens * 2 * kWarp;
     const int thread = static_cast<int>(threadIdx.x) % kRunThreads;
-    for (int e = thread; e < kLines; e += kRunThreads) {
+    QK_UNROLL for (int turn = 0; turn < (kLines + kRunThreads - 1) / kRunThreads; ++turn) {
+        const int e = thread + turn * kRunThreads;
+        if (kLines % kRunThreads != 0 && e >= kLines) break;
         // Beyond the last panel the last once more; its results are not stored.
         const int64_t wanted = place.rows * kPanels + e / (kBits * kWarp);
         const int64_t panel = wanted < panels ? wanted : panels - 1;
         copy_async(&stage.codes[run][0][0][0] + e,
                    p.codes + (panel * p.tiles + tile) * (kBits * kWarp) + e % (kBits * kWarp));
     }
-    for (int e = thread; e < kActivations; e += kRunThreads) {
+    QK_UNROLL for (int turn = 0; turn < kActivations / kRunThreads; ++turn) {
+        const int e = thread + turn * kRunThreads;
         const int lane = e % kWarp, half = e / kWarp % 2;
         const int64_t token = place.token_base + e / (2 * kWarp) * 8 + lane / 4;
         const int64_t column = int64_t{tile} * kTileColumns + 32 * half + 8 * (lane % 4);
@@ -244,7 +247,7 @@ QK_DEVICE void multiply_panels(const Params& p) {
 }
 
 template <class T, int kBits, bool kBook, bool kZeros, int kTokens>
-QK_KERNEL void QK_BOUNDS(kThreads) matmul_batch_kernel(const Params p) {
+QK_KERNEL void QK_BOUNDS(kThreads, 1) matmul_batch_kernel(const Params p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     // No bf16 in the tensor cores: the caller takes another way (ops/dequant_matmul/cuda.py).
     if constexpr (!IsSame<T, BF16>::value) multiply_panels<T, kBits, kBook, kZeros, kTokens>(p);

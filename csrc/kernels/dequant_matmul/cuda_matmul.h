@@ -89,11 +89,14 @@ QK_DEVICE uint4 load_four(DType dtype, const void* from, int64_t at) {
 }
 
 QK_DEVICE void to_floats(DType dtype, const uint4& words, float* values) {
-    QK_UNROLL for (int i = 0; i < 4; ++i) {
-        const auto bits = static_cast<uint16_t>(word_of(words, i / 2) >> (16 * (i % 2)));
-        values[i] = dtype == DType::f32   ? as_float(word_of(words, i))
-                    : dtype == DType::f16 ? from_f16(bits)
-                                          : from_bf16(bits);
+    const auto half = [&](int i) { return static_cast<uint16_t>(word_of(words, i / 2) >> (16 * (i % 2))); };
+    // One branch, not one a value.
+    if (dtype == DType::f32) {
+        QK_UNROLL for (int i = 0; i < 4; ++i) values[i] = as_float(word_of(words, i));
+    } else if (dtype == DType::f16) {
+        QK_UNROLL for (int i = 0; i < 4; ++i) values[i] = from_f16(half(i));
+    } else {
+        QK_UNROLL for (int i = 0; i < 4; ++i) values[i] = from_bf16(half(i));
     }
 }
 
@@ -185,7 +188,7 @@ QK_DEVICE void hand_out(const Params& p, const Place& place, const float* block,
             }
             store_result<T>(p, m, n, total);
         });
-        sync_cluster();  // nobody's memory goes before all have read it
+        leave_cluster();  // nobody's memory goes before all have read it
     }
 }
 

@@ -148,7 +148,7 @@ QK_DEVICE void store_scaled(const Weight& weight, const Int8Output& output, int6
 QK_KERNEL void QK_BOUNDS(256) scale_kernel(const ScaleSumsArgs args) {
     const int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
     if (e >= args.M * args.rows) return;
-    const int64_t m = e / args.rows, row = e % args.rows, n = args.first_row + row;
+    const int64_t m = quotient(e, args.rows), row = e - m * args.rows, n = args.first_row + row;
     const int64_t part = args.M * args.sums_stride;
     const int32_t* sums = args.sums + m * args.sums_stride + row;
     const auto segment = [&](int64_t s) {
@@ -280,7 +280,7 @@ QK_KERNEL void QK_BOUNDS(kThreads, 2) int8_kernel(const Params p) {
         for (int rank = 0; rank < splits; ++rank) sum += read_cluster(here, static_cast<unsigned>(rank));
         store(e / kPanelRows, e % kPanelRows, sum);
     }
-    sync_cluster();  // nobody's memory goes before all have read it
+    leave_cluster();  // nobody's memory goes before all have read it
 }
 
 template <bool kShift, int kTokens>
@@ -353,6 +353,7 @@ int int8_matmul(const Int8MatmulArgs& args, void* stream) {
 }
 
 int scale_sums(const ScaleSumsArgs& args, void* stream) {
+    if (args.M * args.rows > UINT32_MAX) return kErrorBadLaunch;
     Launch how{};
     how.grid = dim3(static_cast<unsigned>((args.M * args.rows + 255) / 256));
     how.threads = 256;

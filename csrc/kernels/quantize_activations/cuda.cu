@@ -60,14 +60,15 @@ QK_DEVICE uint32_t largest_of_team(uint32_t mine, int team) {
 }
 
 template <bool kBlock>
-QK_KERNEL void QK_BOUNDS(kMaxThreads) quantize_group(const Params p) {
+QK_KERNEL void QK_BOUNDS(kMaxThreads, 1) quantize_group(const Params p) {
     const QuantizeActivationsArgs& args = p.args;
     const int team = kBlock ? static_cast<int>(blockDim.x) : p.team;
     const int member = static_cast<int>(threadIdx.x) % team;
-    const int64_t at = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / team;
+    const int64_t at = int64_t{blockIdx.x} * (static_cast<int>(blockDim.x) / team) + static_cast<int>(threadIdx.x) / team;
     // Threads beyond the last group go along to where their warp meets.
     const bool inside = at < args.M * args.groups;
-    const int64_t row = inside ? at / args.groups : 0, begin = inside ? at % args.groups * args.group_size : 0;
+    const int64_t row = inside ? quotient(at, args.groups) : 0;
+    const int64_t begin = inside ? (at - row * args.groups) * args.group_size : 0;
     const int64_t end = !inside ? 0 : args.K - begin < args.group_size ? args.K : begin + args.group_size;
 
     uint32_t largest = 0;
@@ -145,6 +146,7 @@ int power_for(int64_t chunks, int least, int most) {
 
 int quantize_activations(const QuantizeActivationsArgs& args, void* stream) {
     if (args.M * args.groups == 0) return 0;
+    if (args.M * args.groups > UINT32_MAX) return kErrorBadLaunch;
     const int64_t bytes = args.dtype == DType::f32 ? 4 : 2;
     const bool whole = args.groups == 1 || args.group_size % kChunk == 0;
     Params p{};

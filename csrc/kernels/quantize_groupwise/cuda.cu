@@ -128,7 +128,7 @@ QK_KERNEL void QK_BOUNDS(kThreads) choose_minmax(const QuantizeArgs args) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int64_t at = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
     if (at >= args.rows * args.groups) return;
-    const int64_t row = at / args.groups, begin = at % args.groups * args.group_size;
+    const int64_t row = quotient(at, args.groups), begin = (at - row * args.groups) * args.group_size;
     const int64_t end = begin + args.group_size < args.K ? begin + args.group_size : args.K;
     float low = 0.0f, high = 0.0f;
     bool sound = true;
@@ -222,14 +222,14 @@ QK_DEVICE Shrinks shrinks_of(const QuantizeArgs& args) {
     }
 }
 
-QK_KERNEL void QK_BOUNDS(kThreads) choose_mse(const QuantizeArgs args) {
+QK_KERNEL void QK_BOUNDS(kThreads, 1) choose_mse(const QuantizeArgs args) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     const int64_t total = args.rows * args.groups;
     const int64_t index = int64_t{blockIdx.x} * (kThreads / kLanes) + threadIdx.x / kLanes;
     // The other half of the warp goes along where there is no group.
     const int64_t at = index < total ? index : total - 1;
-    const int64_t begin = at % args.groups * args.group_size;
-    const Group group{at / args.groups, begin, begin + args.group_size < args.K ? begin + args.group_size : args.K};
+    const int64_t row = quotient(at, args.groups), begin = (at - row * args.groups) * args.group_size;
+    const Group group{row, begin, begin + args.group_size < args.K ? begin + args.group_size : args.K};
     float low = 0.0f, high = 0.0f;
     bool sound = true;
     for (int64_t column = group.begin + lane; column < group.end; column += kLanes) {
@@ -298,6 +298,7 @@ int quantize_groupwise(const QuantizeArgs& args, void* stream) {
                           (lanes & (lanes - 1)) == 0;
     if (one_pass) return run_encode<true>(args, static_cast<int>(lanes), on);
     if (!args.grid_given && args.groups > 0) {
+        if (args.rows * args.groups > UINT32_MAX) return kErrorBadLaunch;
         Launch how{};
         how.threads = kThreads;
         how.stream = on;

@@ -233,6 +233,7 @@ T shuffle(T value, int lane) {
 
 inline unsigned cluster_rank() { return emulator().block().rank; }
 inline void sync_cluster() { emulator().meet_cluster(); }
+inline void leave_cluster() { emulator().meet_cluster(); }
 template <class T>
 T read_cluster(const T* here, unsigned rank) {
     const auto offset = reinterpret_cast<const unsigned char*>(here) - emulator().block().shared;

@@ -40,6 +40,7 @@ struct IsSame<A, A> {
 #if defined(__CUDACC__)
 
 using Stream = cudaStream_t;
+constexpr int kErrorBadLaunch = cudaErrorInvalidConfiguration;
 
 // The dynamic shared memory of the block as one object.
 template <class T>
@@ -76,6 +77,13 @@ QK_DEVICE void sync_cluster() {
 #endif
 }
 
+// Waits until all blocks of the cluster have come here, after which they may end. Nobody waits for what they wrote.
+QK_DEVICE void leave_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 // Four bytes of another block's shared memory, at the place where `here` lies in this block's.
 QK_DEVICE uint32_t read_cluster(const uint32_t* here, unsigned rank) {
     uint32_t value = 0;
@@ -93,7 +101,7 @@ QK_DEVICE float read_cluster(const float* here, unsigned rank) {
 
 // ---- memory -------------------------------------------------------------------------------------------
 
-// 16 bytes that are read once: past L1, and first to leave L2.
+// 16 bytes that are read once: past L1.
 QK_DEVICE uint4 load_stream(const uint4* at) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -324,6 +332,11 @@ int launch(const Launch& how, void (*kernel)(Parameters...), Arguments... argume
 #endif  // __CUDACC__
 
 // ---- both ---------------------------------------------------------------------------------------------
+
+// a / b of what 32 bits hold: a division of 64-bit numbers is a call, around which registers are spilled.
+QK_DEVICE int64_t quotient(int64_t a, int64_t b) {
+    return static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+}
 
 QK_DEVICE float from_bf16(uint16_t bits) { return as_float(static_cast<uint32_t>(bits) << 16); }
 

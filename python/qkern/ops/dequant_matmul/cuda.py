@@ -32,9 +32,15 @@ _SHIFT_CODES: Final = {"none": 0, "zeros": 1, "offsets": 2}
 _SLAB_BYTES: Final = 24 << 20
 _MAX_SPLITS: Final = 8
 _ALIGNED: Final = 16
-# Of a block for few rows of x, and for more: rows of the weight, warps along K, blocks of a multiprocessor.
-_FEW_BLOCK: Final = (cuda_layout.ROWS, 8, 2)
-_BATCH_BLOCK: Final = (2 * cuda_layout.ROWS, 2, 1)
+# By rows of x, up to the number on the left: rows of the weight and warps along K of a block, and how many
+# blocks fit on a multiprocessor.
+_BLOCKS: Final = {
+    8: (cuda_layout.ROWS, 8, 2),
+    16: (cuda_layout.ROWS, 8, 1),
+    64: (2 * cuda_layout.ROWS, 2, 1),
+}
+# Blocks beyond those that run at once, as a share of them, which are better than half a device without work.
+_MARGIN: Final = 1.1
 
 
 def why_not(request: Request) -> str | None:
@@ -84,24 +90,24 @@ class _Weight:
         self.plain = self.columns is None and K % 8 == 0  # x can be read where it lies
         capability = _cuda.capability(self.device)
         self.has_bf16, self.clusters = capability >= (8, 0), capability >= (9, 0)
-        few, most = _cuda.module().FEW_TOKENS, _cuda.module().MATMUL_TOKENS
         # Sums for offsets need registers that many rows of x leave to nobody.
-        self.few, self.most = few, few if self.form.shift == "offsets" else most
-        self.splits_of_few, self.splits_of_most = self.splits_for(few), self.splits_for(most)
+        native = _cuda.module()
+        self.most = native.FEW_TOKENS if self.form.shift == "offsets" else native.MATMUL_TOKENS
+        self.splits_by_rows = [self.splits_for(M) for M in range(1, self.most + 1)]
 
     def splits(self, blocks: int, warps: int, resident: int) -> int:
-        """Blocks along K: enough to fill the device with `blocks` for each, if a warp has two tiles.
+        """Blocks along K: as many as run at once with `blocks` for each, if a warp has two tiles.
 
         `warps` of a block share K, `resident` blocks fit on a multiprocessor.
         """
-        wanted, splits = resident * _cuda.processors(self.device), 1
-        while splits < _MAX_SPLITS and blocks * splits < wanted and self.form.tiles >= 4 * splits * warps:
+        most, splits = _MARGIN * resident * _cuda.processors(self.device), 1
+        while splits < _MAX_SPLITS and 2 * blocks * splits <= most and self.form.tiles >= 4 * splits * warps:
             splits *= 2
         return splits
 
     def splits_for(self, M: int) -> int:
         """Blocks along K of the float product of `M` rows."""
-        rows, warps, resident = _FEW_BLOCK if self.few >= M else _BATCH_BLOCK
+        rows, warps, resident = next(block for limit, block in _BLOCKS.items() if limit >= M)
         return self.splits(-(-self.N // rows), warps, resident)
 
     def multiply(self, x: Tensor, M: int, bias: Tensor | None, out: Tensor) -> None:
@@ -127,7 +133,7 @@ class _Weight:
                 stream=stream,
             )
             x, address, K = ordered, ordered.data_ptr(), stride
-        splits = self.splits_of_few if self.few >= M else self.splits_of_most
+        splits = self.splits_by_rows[M - 1]
         partials = None
         if splits > 1 and not self.clusters:
             partials = torch.empty(splits, M, self.N, dtype=torch.float32, device=self.device)
@@ -171,7 +177,7 @@ class _Weight:
             x = padded[:, torch.where(self.columns < 0, self.K, self.columns)]
         for rows, slab in self.slabs(x.dtype):
             part = x @ slab[:, : x.shape[1]].T
-            # A bias of fp32 is added in fp32 and rounded once.
+            # A bias of fp32 is added in fp32.
             out[:, rows] = part if bias is None else (part + bias[rows]).to(out.dtype)
         return out
 
@@ -196,6 +202,9 @@ def _weight(blob: Tensor, layout: str, N: int, K: int, spelling: str) -> _Weight
     known = _KNOWN.get(key)
     if known is not None and known[0]() is blob and known[1] == address and known[2] == what:
         return known[3]
+    reason = _cuda.why_not_cuda(blob.device)
+    if reason is not None:
+        raise InputError(f"the weight is packed for CUDA, which cannot run: {reason}; pack it again")
     weight = _Weight(blob, layout, N, K, Scheme.parse(spelling))
     _KNOWN[key] = ref(blob, lambda _: _KNOWN.pop(key, None)), address, what, weight
     return weight
@@ -206,12 +215,11 @@ def matmul(
 ) -> Tensor:
     """``x [..., K] @ W.T + bias``; shapes and dtypes are validated by the caller."""
     weight = _weight(blob, layout, N, K, spelling)
-    _check_device("x", x, weight.device)
+    check_input(x, K, weight.device)
     x = x.detach()
     if compute == "float" or x.numel() == 0 or N == 0:
         return _product(weight, x, bias)
-    if bias is not None:
-        _check_device("bias", bias, weight.device)
+    _check_bias(bias, weight, x.dtype)
     rows, scheme = x.reshape(x.shape[:-1].numel(), K), Scheme.parse(spelling)
     if reference.activations_by_token(scheme, weight.form.groups):
         codes, scales = quantize_activations.quantize(rows, K)
@@ -225,17 +233,20 @@ def matmul(
     return out.view(*x.shape[:-1], N)
 
 
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
+def _check_bias(bias: Tensor | None, weight: _Weight, dtype: torch.dtype) -> None:
+    if bias is None:
+        return
+    fits = bias.shape == (weight.N,) and bias.dtype in (dtype, torch.float32) and bias.is_contiguous()
+    if not fits or bias.device != weight.device:
         raise InputError(
-            f"{name} is on the wrong device: got {tensor.device}, allowed is {device}, where the weight is"
+            f"bias must be contiguous [{weight.N}] of x's dtype or fp32 on {weight.device}, where the weight "
+            f"is: got {bias.dtype} {tuple(bias.shape)} on {bias.device}"
         )
 
 
 def _product(weight: _Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x [..., K] @ W.T + bias`` in floats."""
-    if bias is not None:
-        _check_device("bias", bias, weight.device)
+    _check_bias(bias, weight, x.dtype)
     shape, dtype, K = (*x.shape[:-1], weight.N), x.dtype, weight.K
     M = x.numel() // max(K, 1)
     if M == 0 or weight.N == 0:

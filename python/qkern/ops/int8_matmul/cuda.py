@@ -64,9 +64,6 @@ def matmul(
                 f"{name} is on the wrong device: got {tensor.device}, allowed is {device}, where the "
                 "weight is"
             )
-    reason = _cuda.why_not_cuda(device)
-    if reason is not None:
-        raise InputError(f"the weight is packed for CUDA, which cannot run: {reason}; pack it again")
     weight = dequant_matmul._weight(blob, layout, N, K, spelling)
     check_groups(weight.form.groups)
     offsets = weight.form.shift == "offsets"
