@@ -28,7 +28,8 @@ __all__ = [
     "why_not_triton",
 ]
 
-_OLDEST = (3, 2)
+# Before it compiled divisions lose subnormal numbers, which the reference keeps.
+_OLDEST = (3, 6)
 
 
 @functools.cache
@@ -36,10 +37,10 @@ def _why_not_installed() -> str | None:
     try:
         import triton
     except ImportError as error:
-        return f"Triton cannot be imported ({error}): pip install 'triton>=3.2'"
+        return f"Triton cannot be imported ({error}): pip install 'triton>=3.6'"
     version: str = triton.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
-        return f"Triton is too old: got {version}, allowed is 3.2 or newer"
+        return f"Triton is too old: got {version}, allowed is 3.6 or newer"
     return None
 
 
@@ -98,9 +99,17 @@ def capability(device: torch.device) -> tuple[int, int]:
     return properties.major, properties.minor
 
 
+@functools.cache
+def _shared_memory(index: int) -> int:
+    import triton
+
+    # torch tells it on CUDA alone, and not before 2.7.
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program can have; the interpreter knows no limit."""
-    return 1 << 30 if interpreted(device) else int(_properties(device.index).shared_memory_per_block_optin)
+    return 1 << 30 if interpreted(device) else _shared_memory(device.index)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

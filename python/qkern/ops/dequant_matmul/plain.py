@@ -54,7 +54,7 @@ def _nested_head(raw: Tensor) -> tuple[int, float, int]:
 
 
 def nested_from_bytes(raw: Tensor) -> NestedScales:
-    """Undo `nested_to_bytes`; the codes are a view of the bytes, table and absmax are copies.
+    """Undo `nested_to_bytes`; the tensors are copies.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def nested_from_bytes(raw: Tensor) -> NestedScales:
     table_end = size + 4 * _TABLE
     absmax_end = table_end + 4 * absmax
     return NestedScales(
-        codes=raw[absmax_end:],
+        codes=raw[absmax_end:].clone(),
         table=raw[size:table_end].clone().view(torch.float32),
         absmax=raw[table_end:absmax_end].clone().view(torch.float32),
         offset=offset,

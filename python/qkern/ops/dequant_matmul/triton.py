@@ -70,6 +70,8 @@ _WIDEST_BYTES: Final = 96 << 10
 # What QKERN_TRITON_AUTOTUNE=1 tries beside the table.
 _OTHER_ROWS: Final = (8, 16, 32, 64, 128)
 _OTHER_WARPS: Final = (2, 4, 8)
+# Of a thread, where a tile is summed up: with more the compiler takes half a minute.
+_MOST_SUMS: Final = 128
 
 
 def why_not(request: Request) -> str | None:
@@ -123,6 +125,9 @@ class _Weight:
         if dtype == torch.float32:
             # Twice the bytes of every tile of x.
             found = replace(found, tokens=min(found.tokens, 32), stages=1)
+        if self.scheme.codebook is not None:
+            # Each stage would hold what every code looks up, four bytes a weight.
+            found = replace(found, stages=1)
         return replace(found, words=words)
 
     def splits(self, config: Config, M: int, chunks: int) -> int:
@@ -187,6 +192,8 @@ class _Weight:
             tried: list[tuple[float, int, Config]] = []
             for order, (rows, warps) in enumerate(itertools.product(_OTHER_ROWS, _OTHER_WARPS)):
                 candidate = replace(config, rows=rows, warps=warps)
+                if config.tokens <= _FEW and config.tokens * rows * config.words > _MOST_SUMS * 32 * warps:
+                    continue
                 try:
                     time = triton.testing.do_bench(lambda c=candidate: launch(c))
                 except triton.runtime.errors.OutOfResources:

@@ -50,7 +50,7 @@ def _scale(scales, shifts, at, inside, BITS: tl.constexpr, SHIFT: tl.constexpr):
     return scale, zero, offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunks"])
 def multiply_few(
     x,
     x_stride,
@@ -108,6 +108,8 @@ def multiply_few(
         scale, zero, offset = _scale(scales, shifts, at, inside, BITS, SHIFT)
         part = tl.zeros([BM, BN, BW], dtype=tl.float32)
         sum_x = tl.zeros([BM, BW], dtype=tl.float32)
+        # To the layout of `part` once, and not plane by plane.
+        words, high, zero = words[None, :, :], high[None, :, :], zero[None, :, :]
         for p in tl.static_range(P):
             column = _column(word, p, BLOCK, P)
             column_ok = word_ok
@@ -117,7 +119,7 @@ def multiply_few(
             ok = token_ok[:, None] & (column_ok & (column < K))[None, :]
             values = tl.load(from_x + column[None, :], mask=ok, other=0.0).to(tl.float32)
             plane = _plane(words, high, table, zero, p, BITS, BOOK)
-            part += plane[None, :, :] * values[:, None, :]
+            part += plane * values[:, None, :]
             if SHIFT == 2:
                 sum_x += values
         total += part * scale[None, :, :]
@@ -130,7 +132,7 @@ def multiply_few(
     tl.store(to, y.to(out.dtype.element_ty), mask=token_ok[:, None] & row_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunks"])
 def multiply_many(
     x,
     x_stride,

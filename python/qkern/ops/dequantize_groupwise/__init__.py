@@ -64,7 +64,7 @@ def dequantize_groupwise(
     Returns
     -------
     Tensor
-        ``[N, K]`` or ``[E, N, K]`` of `dtype`; the same bits from every backend.
+        ``[N, K]`` or ``[E, N, K]`` of `dtype`; the same bits from every backend, but that a NaN may be any.
 
     Raises
     ------

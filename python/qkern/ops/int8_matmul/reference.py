@@ -68,6 +68,8 @@ def check_groups(groups: int) -> None:
 def segment_columns(K: int, *, weight_zeros: bool, x_zeros: bool, offsets: bool, sums_only: bool) -> int:
     """Columns whose sums are added in int32 before fp32 takes over; a multiple of 128, or all.
 
+    No sum may leave int32 within them: some tensor cores would saturate it.
+
     Raises
     ------
     InputError

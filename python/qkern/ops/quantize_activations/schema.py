@@ -33,7 +33,7 @@ def run(
     x: Tensor, group_size: int | None, scale: Tensor | None, zero: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Flatten the leading dimensions, choose a backend, call it."""
-    static = scale is None or (scale.dtype == torch.float32 and scale.numel() == 1)
+    static = scale is None or (scale.dtype == torch.float32 and scale.numel() == 1 and group_size is None)
     if (group_size is not None and group_size < 1) or not static:
         raise InputError(
             "the arguments of torch.ops.qkern.quantize_activations do not fit together; call "
