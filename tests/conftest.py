@@ -114,6 +114,7 @@ def emulator(cuda_emulator: ModuleType) -> Iterator[ModuleType]:
     with _cuda.emulated(cuda_emulator):
         yield cuda_emulator
     cuda_emulator.set_seed(0)
+    cuda_emulator.set_small(False)
 
 
 def moved(values: Any, device: str) -> Any:

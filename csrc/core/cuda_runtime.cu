@@ -41,6 +41,7 @@ std::string error_name(int status) {
 }
 
 void set_seed(uint64_t seed) { gpu::emulator().seed = seed; }
+void set_small(bool small) { gpu::emulator().small = small; }
 
 #endif
 

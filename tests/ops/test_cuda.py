@@ -76,7 +76,23 @@ def test_devices_without_clusters_give_the_same_bits(emulator, monkeypatch, bias
     bias = torch.randn(130, generator=torch.Generator().manual_seed(1)).to(bias_dtype)
     shared = dequant_matmul(x, weight, bias, compute="float")
     monkeypatch.setattr(_cuda, "capability", lambda device: (8, 0))
+    weight = replace(weight, blob=weight.blob.clone())  # what is known of it has clusters
+    assert not cuda._weight(weight.blob, weight.layout, 130, 2048, weight.spelling).clusters
     assert torch.equal(dequant_matmul(x, weight, bias, compute="float"), shared)
+
+
+@pytest.mark.parametrize("spelling", ["w3g32z", "w4g64", "w8", "nf4g64"])
+@pytest.mark.parametrize("M", [3, 12, 20, 64])
+def test_little_shared_memory_and_no_asynchronous_copies(emulator, monkeypatch, spelling, M):
+    weight = packed(spelling, 130, 1056)
+    x = torch.randn(M, 1056, generator=torch.Generator().manual_seed(0)).half()
+    expected = dequant_matmul(x, weight, compute="float")
+    monkeypatch.setattr(_cuda, "capability", lambda device: (7, 5))
+    weight = replace(weight, blob=weight.blob.clone())
+    emulator.set_small(True)
+    for seed in (0, 1):
+        emulator.set_seed(seed)
+        assert torch.equal(dequant_matmul(x, weight, compute="float"), expected)
 
 
 def test_bf16_on_devices_without_it(emulator, monkeypatch):

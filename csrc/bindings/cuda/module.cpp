@@ -27,6 +27,8 @@ PYBIND11_MODULE(_cuda, module) {
 #if defined(QKERN_CUDA_EMULATED)
     module.attr("EMULATED") = true;
     module.def("set_seed", &qk::cuda::set_seed, py::arg("seed"), "Of the order in which threads take turns; 0: in order.");
+    module.def("set_small", &qk::cuda::set_small, py::arg("small"),
+               "As sm_75: 64 KiB of shared memory, no asynchronous copies.");
 #else
     module.attr("EMULATED") = false;
 #endif

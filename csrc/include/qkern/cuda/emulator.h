@@ -82,6 +82,9 @@ class Emulator {
     }
 
     uint64_t seed = 0;  // of the order of turns; 0: in order
+    bool small = false;  // as sm_75: 64 KiB of shared memory, and copies that the thread itself waits for
+
+    size_t shared_limit() const { return small ? 64u << 10 : 227u << 10; }
 
     Block& block() { return *now_->block; }
     Warp& warp() { return now_->block->warps[static_cast<size_t>(now_->thread / 32)]; }
@@ -102,7 +105,7 @@ class Emulator {
 
     int run(dim3 grid, int threads, size_t shared_bytes, unsigned cluster, std::function<void()> body) {
         if (threads <= 0 || threads % 32 != 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
-            grid.x % cluster != 0 || shared_bytes > (227u << 10) || grid.y > 65535 || grid.z > 65535) {
+            grid.x % cluster != 0 || shared_bytes > shared_limit() || grid.y > 65535 || grid.z > 65535) {
             return kErrorBadLaunch;
         }
         body_ = std::move(body);
@@ -251,29 +254,34 @@ inline void store_16(void* to, uint4 value) {
     memcpy(to, &value, 16);
 }
 
+inline void make_copy(const Fiber::Copy& copy) {
+    if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
+    memset(static_cast<unsigned char*>(copy.to) + copy.bytes, 0, copy.zeros);
+}
 // A copy is made when it is waited for, so that a wait that is missing shows.
+inline void copy_later(const Fiber::Copy& copy) {
+    if (emulator().small) return make_copy(copy);
+    emulator().fiber().batches.back().push_back(copy);
+}
 inline void copy_async(uint4* to, const uint4* from, bool valid = true) {
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) abort();
-    emulator().fiber().batches.back().push_back({to, from, valid ? 16u : 0u, valid ? 0u : 16u});
+    copy_later({to, from, valid ? 16u : 0u, valid ? 0u : 16u});
 }
 inline void copy_async(uint2* to, const uint2* from, int bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 8 != 0 || bytes < 0 || bytes > 8) abort();
     const auto size = static_cast<size_t>(bytes);
-    emulator().fiber().batches.back().push_back({to, from, size, 8 - size});
+    copy_later({to, from, size, 8 - size});
 }
 inline void close_batch() { emulator().fiber().batches.emplace_back(); }
 template <int kOpen>
 void wait_batches() {
     auto& batches = emulator().fiber().batches;
     while (static_cast<int>(batches.size()) - 1 > kOpen) {
-        for (const Fiber::Copy& copy : batches.front()) {
-            if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
-            memset(static_cast<unsigned char*>(copy.to) + copy.bytes, 0, copy.zeros);
-        }
+        for (const Fiber::Copy& copy : batches.front()) make_copy(copy);
         batches.pop_front();
     }
 }
-inline int shared_limit() { return 227 << 10; }
+inline int shared_limit() { return static_cast<int>(emulator().shared_limit()); }
 
 template <class T>
 T load_once(const T* at) {
