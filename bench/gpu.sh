@@ -92,7 +92,7 @@ run_tests() {
         "$python" -c "import xdist" 2>/dev/null && workers=(-n 6)
     fi
     rm -f "$out/test.xml"
-    timeout -s INT -k 20 "$limit" "$python" -m pytest -q -p no:cacheprovider -p no:benchmark --timeout 240 \
+    timeout --foreground -s INT -k 20 "$limit" "$python" -m pytest -q -p no:cacheprovider -p no:benchmark --timeout 240 \
         "${workers[@]}" --continue-on-collection-errors --junitxml "$out/test.xml" -k "$select" \
         --ignore-glob "*/test_gguf_*" tests/ops >"$out/test.log" 2>&1
     local status=$?

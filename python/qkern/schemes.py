@@ -333,7 +333,7 @@ class PackedWeight:
     blob : Tensor
         uint8, one dimension; the layout's own header comes first.
     layout : str
-        Layout id, for example ``cpu.vnni64``; names backend and tier family.
+        Layout id, for example ``cpu.k4x16``; names backend and tier family.
     N, K : int
         Output and input features.
     scheme : Scheme

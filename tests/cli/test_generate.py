@@ -33,6 +33,12 @@ def test_greedy_text(capsys, model_and_tokenizer):
     assert (code, out) == (0, expected + "\n")
 
 
+def test_a_device_that_is_unknown(capsys):
+    code, out, err = run(capsys, MODEL, "--prompt", PROMPT, "--device", "gpu0")
+    assert (code, out) == (1, "")
+    assert "device 'gpu0' cannot be used here" in err
+
+
 def test_chat_uses_the_template(capsys, model_and_tokenizer):
     code, out, _ = run(capsys, MODEL, "--prompt", PROMPT, "--chat", "--max-tokens", 4)
     inputs = model_and_tokenizer[1].apply_chat_template(

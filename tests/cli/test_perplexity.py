@@ -79,6 +79,7 @@ def test_gguf_is_run_by_llama_cpp(capsys, text, tmp_path):
         (("no-such-folder-here",), "no-such-folder-here"),
         (("missing.gguf",), "no GGUF file at missing.gguf"),
         (("missing.gguf", "--compute", "int8"), "does not apply to a GGUF"),
+        (("missing.gguf", "--device", "cpu"), "does not apply to a GGUF"),
     ],
 )
 def test_failures_are_one_line(capsys, text, arguments, message):

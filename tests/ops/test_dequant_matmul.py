@@ -1,4 +1,4 @@
-"""dequant_matmul: packing exact, products within DESIGN's budgets on every tier, the torch op, bad input."""
+"""dequant_matmul: packing exact, products within their budgets on every tier, the torch op, bad input."""
 
 from __future__ import annotations
 

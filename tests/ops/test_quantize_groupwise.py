@@ -74,7 +74,7 @@ def importance_cases(
 
 
 def grid_of(group: np.ndarray, scheme: Scheme, scale_dtype: np.dtype) -> tuple[np.float32, np.float32]:
-    """Scale and zero point of one group by DESIGN's formula, in fp32."""
+    """Scale and zero point of one group by the formula, in fp32."""
     f32 = np.float32
     low, high = min(f32(0), group.min(initial=0)), max(f32(0), group.max(initial=0))
     if scheme.zero_point:

@@ -176,11 +176,18 @@ def quantized_folder(
     return save(model, tmp_path / "out", format=format)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("device", ["cuda", "gpu0"])
+def test_a_device_that_is_not_there(tmp_path: Path, device: str) -> None:
+    with pytest.raises(InputError, match=f"device '{device}' cannot be used here .*use auto or cpu"):
+        load(tmp_path, device=device)
+
+
 def test_dtype_and_device(tmp_path: Path) -> None:
     model = model_of("qwen2")
     replace_linears(model, "w4g32", scale_dtype=torch.bfloat16)
     save(model, tmp_path / "out", format="compressed-tensors")
-    loaded = load(tmp_path / "out", dtype=torch.float32, device="cpu")
+    loaded = load(tmp_path / "out", dtype=torch.float32, device="auto")
     assert loaded.dtype == torch.float32
     assert loaded.config.dtype == torch.float32
     linear = loaded.model.layers[0].self_attn.q_proj

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def load_model(path: str) -> tuple[Any, Any]:
+def load_model(path: str, device: str) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub id, quantized or not."""
     from qkern.calibration import load_tokenizer
     from qkern.checkpoints import model_folder
@@ -13,5 +13,5 @@ def load_model(path: str) -> tuple[Any, Any]:
 
     folder = model_folder(path)
     # The model first: its errors say what is wrong with a folder.
-    model = load(folder)
+    model = load(folder, device=device)
     return model, load_tokenizer(folder)

@@ -14,13 +14,14 @@ def command(
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
 ) -> None:
     """Generate text from a prompt, streaming to stdout."""
     import torch
 
     from qkern.cli._loading import load_model
 
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, device)
     inputs = _encode(tokenizer, prompt, chat).to(loaded.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:

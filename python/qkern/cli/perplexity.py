@@ -25,6 +25,7 @@ def command(
     compute: Annotated[
         Compute, typer.Option(help="Keep activations, or quantize them to int8 (not for a GGUF).")
     ] = Compute.FLOAT,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps (not for a GGUF).")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity of a model on a text.
@@ -36,7 +37,9 @@ def command(
 
     content = read_text(text)
     run, ids, bos, source = (
-        _open_gguf(model, content, window, compute) if model.endswith(".gguf") else _open(model, content)
+        _open_gguf(model, content, window, compute, device)
+        if model.endswith(".gguf")
+        else _open(model, content, device)
     )
     losses = token_losses(run, ids, window=window, bos=bos, compute=compute.value)
     result = {
@@ -59,21 +62,27 @@ def command(
         )
 
 
-def _open(model: str, text: str) -> tuple[Any, Any, int | None, str]:
+def _open(model: str, text: str, device: str) -> tuple[Any, Any, int | None, str]:
     from qkern.cli._loading import load_model
     from qkern.evaluation import bos_if_added, token_ids
 
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, device)
     return loaded, token_ids(tokenizer, text), bos_if_added(tokenizer), "qkern"
 
 
-def _open_gguf(model: str, text: str, window: int, compute: Compute) -> tuple[Any, Any, int | None, str]:
+def _open_gguf(
+    model: str, text: str, window: int, compute: Compute, device: str
+) -> tuple[Any, Any, int | None, str]:
     from qkern.errors import UnsupportedError
     from qkern.evaluation.llama_cpp import LlamaCpp
 
     if compute is Compute.INT8:
         raise UnsupportedError(
             "--compute int8 does not apply to a GGUF, which llama.cpp runs by itself; leave --compute out"
+        )
+    if device != "auto":
+        raise UnsupportedError(
+            "--device does not apply to a GGUF, which llama.cpp runs by itself; leave --device out"
         )
     llama = LlamaCpp(model, context=window)
     return llama, llama.tokenize(text), llama.bos, "llama.cpp"

@@ -92,7 +92,7 @@ def command(
     scale_only: Annotated[
         bool, typer.Option("--scale-only", help="AWQ: write the 16-bit model with the scales folded in.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on from <output>.partial, or remove it.")

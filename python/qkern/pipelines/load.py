@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["config_dtype", "load", "load_whole"]
+__all__ = ["config_dtype", "load", "load_whole", "usable_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def load(
         Dtype of everything that is not quantized; None: the one that config.json names. Scales are never
         cast.
     device : torch.device or str
-        Where the model goes.
+        Where the model goes; ``"auto"`` is a GPU where torch has CUDA, else the CPU.
     compute : str or None
         ``"auto"``, ``"float"`` or ``"int8"`` for every `QuantLinear`; None leaves them at ``"auto"``.
 
@@ -75,6 +75,7 @@ def load(
             f"dtype must be a torch.dtype: got {dtype!r}, allowed are {', '.join(map(str, FLOAT_DTYPES))} "
             "and None for that of config.json"
         )
+    device = usable_device(device)
     with QuantizedCheckpoint(path) as checkpoint:
         config = _read_config(checkpoint)
         if checkpoint.format is None:
@@ -86,6 +87,26 @@ def load(
         linear.compute = compute or "auto"
     fuse_forwards(model)
     return model.eval().to(device)
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """Return the device of that name, once something could be put on it.
+
+    Raises
+    ------
+    InputError
+        If torch does not know it or cannot use it here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); allowed are auto, "
+            "cpu, and cuda, cuda:N or mps where torch has them: use auto or cpu"
+        ) from error
 
 
 def _read_config(checkpoint: QuantizedCheckpoint) -> Any:

@@ -23,6 +23,7 @@ from qkern.models import Structure, describe, known_architectures
 from qkern.nn import QuantLinear
 from qkern.pipelines.checks import Targets, checked_format, checked_settings, choose_targets, target_names
 from qkern.pipelines.layerwise import Finished, LayerRecord, Settings, quantize_head, quantize_layer
+from qkern.pipelines.load import usable_device
 from qkern.pipelines.partial import Partial
 from qkern.pipelines.recipe import QuantizationReport, recipe_layers
 from qkern.pipelines.source import Source, open_source
@@ -139,7 +140,7 @@ def quantize(
         format_named(format)
         if folder is None or scale_only:
             raise InputError(f"format {format!r} needs an output folder and quantized weights: drop format")
-    target_device = _device(device)
+    target_device = usable_device(device)
     source = open_source(model)
     structure = describe(source.model)
     if method == "awq" and structure.architecture is None:
@@ -237,20 +238,6 @@ def _say_no_folding(model_type: str, scale_only: bool) -> None:
         "linear), only its clipping is applied",
         model_type,
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); allowed are auto, cpu, "
-            "and cuda, cuda:N or mps where torch has them: use auto or cpu"
-        ) from error
-    return device
 
 
 def _calibration(

@@ -98,7 +98,7 @@ def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
 
 
 def resolve_compute(compute: str, x: Tensor, scheme: Scheme, *, needs_grad: bool) -> str:
-    """Decide between ``"float"`` and ``"int8"`` as DESIGN's rule has it.
+    """Decide between ``"float"`` and ``"int8"``: int8 for inference on a CPU and for schemes that say a8.
 
     Parameters
     ----------

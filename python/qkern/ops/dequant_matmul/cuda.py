@@ -204,7 +204,10 @@ def _weight(blob: Tensor, layout: str, N: int, K: int, spelling: str) -> _Weight
         return known[3]
     reason = _cuda.why_not_cuda(blob.device)
     if reason is not None:
-        raise InputError(f"the weight is packed for CUDA, which cannot run: {reason}; pack it again")
+        raise InputError(
+            f"the weight is packed for CUDA, which cannot run: {reason}; pack it for where it is now, with "
+            "pack_weight(unpack_weight(weight))"
+        )
     weight = _Weight(blob, layout, N, K, Scheme.parse(spelling))
     _KNOWN[key] = ref(blob, lambda _: _KNOWN.pop(key, None)), address, what, weight
     return weight
