@@ -24,9 +24,9 @@ from qkern.ops.pack_bits.reference import pack_dense, unpack_dense
 from qkern.schemes import PackedWeight, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-__all__ = ["PREFIX", "Form", "form_of", "pack", "sections", "unpack"]
+__all__ = ["PREFIX", "Form", "form_of", "pack", "restored", "sections", "unpack", "views_of"]
 
 PREFIX: Final = "cuda.m64/"
 ROWS: Final = 64
@@ -295,6 +295,26 @@ def parts(blob: Tensor, layout: str, N: int, K: int, scheme: Scheme) -> tuple[Fo
     form = form_of(layout)
     where = sections(form, N, scheme)
     size = where.pop("end")[0]
+    return form, views_of(blob, layout, form, where, size, N, K, scheme)
+
+
+def views_of(
+    blob: Tensor,
+    layout: str,
+    form: Form,
+    where: Mapping[str, tuple[int, tuple[int, ...], torch.dtype]],
+    size: int,
+    N: int,
+    K: int,
+    scheme: Scheme,
+) -> dict[str, Tensor]:
+    """View the parts of a blob of `size` bytes that lie at `where`.
+
+    Raises
+    ------
+    InputError
+        If the layout does not go with the blob.
+    """
     if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() != size or not blob.is_contiguous():
         raise InputError(
             f"packed weight is not sound: the blob of a {scheme} weight [{N}, {K}] in the layout {layout} "
@@ -306,10 +326,10 @@ def parts(blob: Tensor, layout: str, N: int, K: int, scheme: Scheme) -> tuple[Fo
             f"packed weight is not sound: the layout {layout} is not that of a {scheme} weight [{N}, {K}]; "
             "pack it again from the quantized weight"
         )
-    views = {}
-    for name, (at, shape, dtype) in where.items():
-        views[name] = blob[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-    return form, views
+    return {
+        name: blob[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for name, (at, shape, dtype) in where.items()
+    }
 
 
 def unpack(blob: Tensor, layout: str, N: int, K: int, scheme: Scheme) -> QuantizedWeight:
@@ -322,6 +342,29 @@ def unpack(blob: Tensor, layout: str, N: int, K: int, scheme: Scheme) -> Quantiz
     """
     form, views = parts(blob, layout, N, K, scheme)
     codes = _gather(views["codes"], scheme)[:N]
+    rows = 1 if scheme.per_tensor else N
+    scales = _lanes_to_rows(views["scales"], rows)
+    shifts = None if form.shift == "none" else _lanes_to_rows(views["shifts"], rows)
+    return restored(form, views, codes, scales, shifts, (N, K), scheme)
+
+
+def restored(
+    form: Form,
+    views: Mapping[str, Tensor],
+    codes: Tensor,
+    scales: Tensor,
+    shifts: Tensor | None,
+    shape: tuple[int, int],
+    scheme: Scheme,
+) -> QuantizedWeight:
+    """Return form 2 of codes uint8 ``[N, columns]`` that are in the layout's order.
+
+    Raises
+    ------
+    InputError
+        If the columns that the layout names are not those of the weight.
+    """
+    K = shape[1]
     group_index = None
     if form.order == "plain":
         codes = codes[:, :K]
@@ -330,18 +373,15 @@ def unpack(blob: Tensor, layout: str, N: int, K: int, scheme: Scheme) -> Quantiz
         used = (columns >= 0).nonzero().flatten()
         if used.numel() != K or (K and not 0 <= int(columns.max()) < K):
             raise InputError("packed weight is not sound: its columns are out of range; pack it again")
-        back = torch.empty(K, dtype=torch.int64, device=blob.device)
+        back = torch.empty(K, dtype=torch.int64, device=codes.device)
         back[columns[used].long()] = used
         codes = codes[:, back]
         if form.order == "index":
             group_index = (back // form.group_columns).to(torch.int32)
-    rows = 1 if scheme.per_tensor else N
-    scales = _lanes_to_rows(views["scales"], rows)
-    shifts = None if form.shift == "none" else _lanes_to_rows(views["shifts"], rows)
     return QuantizedWeight(
         codes=pack_dense(codes.contiguous(), scheme.bits),
         scales=scales,
-        shape=(N, K),
+        shape=shape,
         scheme=scheme,
         zeros=shifts if form.shift == "zeros" else None,
         offsets=shifts if form.shift == "offsets" else None,

@@ -25,7 +25,7 @@ from qkern.errors import InputError
 from qkern.ops.codebooks import codebook
 from qkern.ops.dequant_matmul import cuda_layout
 from qkern.ops.dequant_matmul.cuda_layout import Form
-from qkern.ops.dequant_matmul.plain import nested_from_bytes, nested_to_bytes
+from qkern.ops.dequant_matmul.plain import nested_to_bytes
 from qkern.ops.pack_bits.reference import pack_dense, unpack_dense
 from qkern.schemes import PackedWeight, QuantizedWeight, Scheme
 
@@ -191,21 +191,7 @@ def parts(blob: Tensor, layout: str, N: int, K: int, scheme: Scheme) -> tuple[Fo
     """
     form = form_of(layout)
     where, size = sections(form, N, scheme)
-    if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() != size or not blob.is_contiguous():
-        raise InputError(
-            f"packed weight is not sound: the blob of a {scheme} weight [{N}, {K}] in the layout {layout} "
-            f"must be contiguous uint8 [{size}]: got {blob.dtype} {list(blob.shape)}; pack it again from the "
-            "quantized weight"
-        )
-    if (form.order == "plain" and form.columns < K) or (form.shift == "none") == scheme.zero_point:
-        raise InputError(
-            f"packed weight is not sound: the layout {layout} is not that of a {scheme} weight [{N}, {K}]; "
-            "pack it again from the quantized weight"
-        )
-    views = {}
-    for name, (at, shape, dtype) in where.items():
-        views[name] = blob[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-    return form, views
+    return form, cuda_layout.views_of(blob, layout, form, where, size, N, K, scheme)
 
 
 def unpack(blob: Tensor, layout: str, N: int, K: int, scheme: Scheme) -> QuantizedWeight:
@@ -218,27 +204,5 @@ def unpack(blob: Tensor, layout: str, N: int, K: int, scheme: Scheme) -> Quantiz
     """
     form, views = parts(blob, layout, N, K, scheme)
     codes = _unpack_codes(views, form, scheme.bits)
-    group_index = None
-    if form.order == "plain":
-        codes = codes[:, :K]
-    else:
-        columns = views["columns"]
-        used = (columns >= 0).nonzero().flatten()
-        if used.numel() != K or (K and not 0 <= int(columns.max()) < K):
-            raise InputError("packed weight is not sound: its columns are out of range; pack it again")
-        back = torch.empty(K, dtype=torch.int64, device=blob.device)
-        back[columns[used].long()] = used
-        codes = codes[:, back]
-        if form.order == "index":
-            group_index = (back // form.group_columns).to(torch.int32)
     shifts = None if form.shift == "none" else views["shifts"].clone()
-    return QuantizedWeight(
-        codes=pack_dense(codes.contiguous(), scheme.bits),
-        scales=views["scales"].clone(),
-        shape=(N, K),
-        scheme=scheme,
-        zeros=shifts if form.shift == "zeros" else None,
-        offsets=shifts if form.shift == "offsets" else None,
-        group_index=group_index,
-        nested=nested_from_bytes(views["extra"]) if form.extra_bytes else None,
-    )
+    return cuda_layout.restored(form, views, codes, views["scales"].clone(), shifts, (N, K), scheme)
