@@ -89,7 +89,9 @@ class _Weight:
         )
         self.plain = self.columns is None and K % 8 == 0  # x can be read where it lies
         capability = _cuda.capability(self.device)
-        self.has_bf16, self.clusters = capability >= (8, 0), capability >= (9, 0)
+        # Those that the tensor cores multiply.
+        self.dtypes = {torch.float16, torch.bfloat16} if capability >= (8, 0) else {torch.float16}
+        self.clusters = capability >= (9, 0)
         # Sums for offsets need registers that many rows of x leave to nobody.
         native = _cuda.module()
         self.most = native.FEW_TOKENS if self.form.shift == "offsets" else native.MATMUL_TOKENS
@@ -222,7 +224,8 @@ def matmul(
     x = x.detach()
     if compute == "float" or x.numel() == 0 or N == 0:
         return _product(weight, x, bias)
-    _check_bias(bias, weight, x.dtype)
+    if bias is not None:
+        _check_bias(bias, weight, x.dtype)
     rows, scheme = x.reshape(x.shape[:-1].numel(), K), Scheme.parse(spelling)
     if reference.activations_by_token(scheme, weight.form.groups):
         codes, scales = quantize_activations.quantize(rows, K)
@@ -236,9 +239,7 @@ def matmul(
     return out.view(*x.shape[:-1], N)
 
 
-def _check_bias(bias: Tensor | None, weight: _Weight, dtype: torch.dtype) -> None:
-    if bias is None:
-        return
+def _check_bias(bias: Tensor, weight: _Weight, dtype: torch.dtype) -> None:
     fits = bias.shape == (weight.N,) and bias.dtype in (dtype, torch.float32) and bias.is_contiguous()
     if not fits or bias.device != weight.device:
         raise InputError(
@@ -249,22 +250,23 @@ def _check_bias(bias: Tensor | None, weight: _Weight, dtype: torch.dtype) -> Non
 
 def _product(weight: _Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x [..., K] @ W.T + bias`` in floats."""
-    _check_bias(bias, weight, x.dtype)
-    shape, dtype, K = (*x.shape[:-1], weight.N), x.dtype, weight.K
-    M = x.numel() // max(K, 1)
-    if M == 0 or weight.N == 0:
-        out = x.new_zeros(shape)
+    if bias is not None:
+        _check_bias(bias, weight, x.dtype)
+    N, K, dtype = weight.N, weight.K, x.dtype
+    M = x.numel() // K if K else 0
+    if M == 0 or N == 0:
+        out = x.new_zeros(*x.shape[:-1], N)
         return out if bias is None else out + bias.to(dtype)
-    # The tensor cores of sm_75 have no bf16.
-    widened = dtype == torch.bfloat16 and not weight.has_bf16
     with _cuda.on_device(weight.device):
-        if weight.most >= M and dtype != torch.float32 and not widened:
-            out = x.new_empty(*shape)  # a third faster than a tuple
+        if weight.most >= M and dtype in weight.dtypes:
+            out = x.new_empty(*x.shape[:-1], N)
             weight.multiply(x, M, bias, out)
             return out
         rows = x.reshape(M, K)
+        # The tensor cores of sm_75 have no bf16.
+        widened = dtype == torch.bfloat16 and dtype not in weight.dtypes
         out = weight.by_slabs(rows.float() if widened else rows, bias)
-    return out.to(dtype).view(shape)
+    return out.to(dtype).view(*x.shape[:-1], N)
 
 
 class LinearHandle:
