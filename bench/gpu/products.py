@@ -234,6 +234,7 @@ def dequant_matmul(task: Record, report: Report) -> None:
 
 def int8_matmul(task: Record, report: Report) -> None:
     """Time int8 activations by an 8-bit weight; torch's own product makes the sums alone, without scales."""
+    from qkern.errors import UnsupportedError
     from qkern.ops import int8_matmul as product
     from qkern.ops import pack_weight, registry, unpack_bits
 
@@ -253,7 +254,7 @@ def int8_matmul(task: Record, report: Report) -> None:
         request = registry.Request(device=codes.device, scheme=quantized.scheme, dtype=torch.int8)
         reason = registry.explain("int8_matmul", registry.Backend(backend), request)
         if reason is not None:
-            raise NotImplementedError(reason)
+            raise UnsupportedError(reason)
         packed = pack_weight(quantized, backend=backend)
         return [
             functools.partial(product, x_scales=scales, weight=clone(packed), out_dtype=torch.float16)
