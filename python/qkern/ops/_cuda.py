@@ -22,6 +22,7 @@ __all__ = [
     "build",
     "capability",
     "emulated",
+    "is_current",
     "module",
     "on_device",
     "pointer",
@@ -134,11 +135,14 @@ def stream(device: torch.device) -> int:
     return raw
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether `device`, on which there is a tensor, is the current one, as a launch demands."""
+    return _emulated is not None or torch._C._cuda_getDevice() == device.index
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make `device` the current one, as a launch demands; costs next to nothing where it is already."""
-    if _emulated is not None or torch.cuda.current_device() == device.index:
-        return _NOTHING
-    return torch.cuda.device(device)
+    """Make `device` the current one; costs next to nothing where it is already."""
+    return _NOTHING if is_current(device) else torch.cuda.device(device)
 
 
 @contextlib.contextmanager

@@ -112,8 +112,8 @@ class _Weight:
         rows, warps, resident = next(block for limit, block in _BLOCKS.items() if limit >= M)
         return self.splits(-(-self.N // rows), warps, resident)
 
-    def multiply(self, x: Tensor, M: int, bias: Tensor | None, out: Tensor) -> None:
-        """``out = x [..., K] @ W.T + bias`` for `M` rows of fp16 or bf16, at most `most`."""
+    def multiply(self, x: Tensor, dtype: torch.dtype, M: int, bias: Tensor | None, out: Tensor) -> None:
+        """``out = x [..., K] @ W.T + bias`` for `M` rows of `dtype`, fp16 or bf16, at most `most`."""
         stream, address, K = _cuda.stream(self.device), x.data_ptr(), self.K
         stride = K
         if not (self.plain and x.is_contiguous()):
@@ -142,7 +142,7 @@ class _Weight:
         # Names would cost a microsecond: see the binding.
         self.native(
             address,
-            DTYPE_CODES[x.dtype],
+            DTYPE_CODES[dtype],
             M,
             K,
             stride,
@@ -252,21 +252,24 @@ def _product(weight: _Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x [..., K] @ W.T + bias`` in floats."""
     if bias is not None:
         _check_bias(bias, weight, x.dtype)
+    if not _cuda.is_current(weight.device):
+        with torch.cuda.device(weight.device):
+            return _product(weight, x, bias)
     N, K, dtype = weight.N, weight.K, x.dtype
+    *leading, _ = x.shape
     M = x.numel() // K if K else 0
+    if weight.most >= M > 0 and N and dtype in weight.dtypes:
+        out = x.new_empty(*leading, N)
+        weight.multiply(x, dtype, M, bias, out)
+        return out
     if M == 0 or N == 0:
-        out = x.new_zeros(*x.shape[:-1], N)
+        out = x.new_zeros(*leading, N)
         return out if bias is None else out + bias.to(dtype)
-    with _cuda.on_device(weight.device):
-        if weight.most >= M and dtype in weight.dtypes:
-            out = x.new_empty(*x.shape[:-1], N)
-            weight.multiply(x, M, bias, out)
-            return out
-        rows = x.reshape(M, K)
-        # The tensor cores of sm_75 have no bf16.
-        widened = dtype == torch.bfloat16 and dtype not in weight.dtypes
-        out = weight.by_slabs(rows.float() if widened else rows, bias)
-    return out.to(dtype).view(*x.shape[:-1], N)
+    rows = x.reshape(M, K)
+    # The tensor cores of sm_75 have no bf16.
+    widened = dtype == torch.bfloat16 and dtype not in weight.dtypes
+    out = weight.by_slabs(rows.float() if widened else rows, bias)
+    return out.to(dtype).view(*leading, N)
 
 
 class LinearHandle:
@@ -285,16 +288,16 @@ class LinearHandle:
         If the layout does not go with the blob.
     """
 
-    __slots__ = ("_packed", "_weight", "auto", "device")
+    __slots__ = ("_blob", "_packed", "_weight", "auto", "device")
 
     def __init__(self, packed: PackedWeight) -> None:
-        self._packed, self.device = packed, packed.blob.device
+        self._packed, self._blob, self.device = packed, packed.blob, packed.blob.device
         self.auto: Final = "float" if packed.scheme.act_bits is None else "int8"
-        self._attach()
+        self._weight = self._attached()
 
-    def _attach(self) -> None:
+    def _attached(self) -> _Weight:
         packed = self._packed
-        self._weight = _weight(packed.blob, packed.layout, packed.N, packed.K, packed.spelling)
+        return _weight(packed.blob, packed.layout, packed.N, packed.K, packed.spelling)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None, compute: str = "float") -> Tensor:
         """``x [..., K] @ W.T + bias`` in x's dtype; x and bias on the weight's device.
@@ -304,14 +307,15 @@ class LinearHandle:
         InputError
             On a wrong shape, dtype or device.
         """
-        packed = self._packed
-        if x.dim() == 0 or x.size(-1) != packed.K or x.dtype not in DTYPE_CODES or x.device != self.device:
-            check_input(x, packed.K, self.device)
+        weight, shape = self._weight, x.shape
+        if not shape or shape[-1] != weight.K or x.dtype not in DTYPE_CODES or x.device != self.device:
+            check_input(x, weight.K, self.device)
         if compute != "float":
-            return matmul(x, packed.blob, bias, packed.layout, packed.N, packed.K, packed.spelling, compute)
-        if packed.blob.data_ptr() != self._weight.address:
-            self._attach()
-        return _product(self._weight, x, bias)
+            packed = self._packed
+            return matmul(x, self._blob, bias, packed.layout, packed.N, packed.K, packed.spelling, compute)
+        if self._blob.data_ptr() != weight.address:
+            weight = self._weight = self._attached()
+        return _product(weight, x, bias)
 
 
 def input_gradient(grad: Tensor, blob: Tensor, layout: str, N: int, K: int, spelling: str) -> Tensor:
