@@ -71,31 +71,34 @@ void bind_gptq_update(py::module_& module) {
         "gptq_product",
         [](uintptr_t a, int64_t a_stride, int64_t N, int64_t K, uintptr_t b, int64_t b_row_stride,
            int64_t b_column_stride, int64_t columns, uintptr_t base, int64_t base_stride, uintptr_t out,
-           int64_t out_stride, int threads) {
+           int64_t out_stride, bool fixed, int threads) {
             const qk::KernelTable& table = qk::kernels();
-            if (!table.product) return false;
-            const int64_t padded = (columns + table.product_width - 1) / table.product_width * table.product_width;
-            py::gil_scoped_release release;
-            float* panels = reinterpret_cast<float*>(qk::workspace(static_cast<size_t>(K * padded) * sizeof(float)));
-            const qk::ProductPackArgs pack{reinterpret_cast<const float*>(b), b_row_stride, b_column_stride, K, columns,
-                                           panels};
+            const bool can = fixed && K > 0 && table.fixed_product.multiply;
+            const qk::ProductKernel& kernel = can ? table.fixed_product : table.product;
+            if (!kernel.multiply) return false;
+            const int64_t panels = (columns + kernel.width - 1) / kernel.width;
             const int64_t slices = (K + qk::kProductDepth - 1) / qk::kProductDepth;
+            py::gil_scoped_release release;
+            void* packed = qk::workspace(static_cast<size_t>(slices * panels * kernel.panel_bytes));
+            const qk::ProductPackArgs pack{reinterpret_cast<const float*>(b), b_row_stride, b_column_stride, K, columns,
+                                           packed};
             qk::parallel_for(slices, 1, qk::kProductDepth * columns, threads,
-                             [&](int64_t begin, int64_t end) { table.pack_product(pack, begin, end); });
-            const qk::ProductArgs args{reinterpret_cast<const float*>(a), a_stride, K, panels, columns,
+                             [&](int64_t begin, int64_t end) { kernel.pack(pack, begin, end); });
+            const qk::ProductArgs args{reinterpret_cast<const float*>(a), a_stride, K, packed, columns,
                                        reinterpret_cast<const float*>(base), base_stride,
                                        reinterpret_cast<float*>(out), out_stride};
             // Few pieces: each fetches all of b, from L3 or from memory.
-            const int64_t tiles = (N + table.product_height - 1) / table.product_height;
-            const int64_t piece = (tiles + 2 * threads - 1) / (2 * threads) * table.product_height;
+            const int64_t tiles = (N + kernel.height - 1) / kernel.height;
+            const int64_t piece = (tiles + 2 * threads - 1) / (2 * threads) * kernel.height;
             qk::parallel_for(N, piece, K * columns / 8 + 1, threads,
-                             [&](int64_t begin, int64_t end) { table.product(args, begin, end); });
+                             [&](int64_t begin, int64_t end) { kernel.multiply(args, begin, end); });
             return true;
         },
         py::arg("a"), py::arg("a_stride"), py::arg("N"), py::arg("K"), py::arg("b"), py::arg("b_row_stride"),
         py::arg("b_column_stride"), py::arg("columns"), py::arg("base"), py::arg("base_stride"), py::arg("out"),
-        py::arg("out_stride"), py::arg("threads"),
-        "out = base + a @ b in fp32; false, and nothing is done, if the active tier leaves products to torch.");
+        py::arg("out_stride"), py::arg("fixed"), py::arg("threads"),
+        "out = base + a @ b in fp32 or, with fixed and where that is faster, in 16-bit fixed point; false, and nothing "
+        "is done, if the active tier leaves products to torch.");
     module.def(
         "gptq_gather",
         [](uintptr_t matrix, int64_t row_bytes, int item_bytes, uintptr_t rows, int64_t N, uintptr_t columns, int64_t K,

@@ -91,6 +91,7 @@ def gptq_product(
     base_stride: int,
     out: int,
     out_stride: int,
+    fixed: bool,
     threads: int,
 ) -> bool: ...
 def gptq_update(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkern.ops import _cuda
+from qkern.ops import _cuda, _native
 from qkern.ops.codebooks import codebook
 from qkern.ops.gptq_update import block as ops
 from qkern.ops.gptq_update.block import Block
@@ -202,6 +202,76 @@ def test_product_does_not_depend_on_threads(cpu_tier: str) -> None:
     if cpu_tier != "scalar":  # torch's own product there
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
+
+
+def noise_of_fixed_point(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Ten times what rounding to the units of 64 rows usually costs each element."""
+
+    def lengths_and_units(of: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        length = torch.linalg.vector_norm(of, dim=dim, keepdim=True)
+        most = of.abs().amax(dim, keepdim=True)
+        # The squares of very small and very large numbers are no floats: then it is a bound.
+        known = torch.where((length > 1e-15) & (length < 1e19), length, 8 * most)
+        return length, torch.maximum(known / 46000, most / 32760)
+
+    noise = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64)
+    for k in range(0, a.shape[1], 64):
+        row_length, row_unit = lengths_and_units(a[:, k : k + 64].double(), 1)
+        column_length, column_unit = lengths_and_units(b[k : k + 64].double(), 0)
+        noise += (row_length * column_unit) ** 2 + (row_unit * column_length) ** 2
+    return 10 * (noise / 12).sqrt()
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 0, 4), (0, 5, 3), (6, 255, 32), (31, 257, 33), (920, 1030, 80)]
+)
+def test_fixed_point_is_as_exact_as_it_says(cpu_tier: str, shape: tuple[int, int, int]) -> None:
+    N, K, columns = shape
+    g = torch.Generator().manual_seed(0)
+    # Rows and columns of very different sizes, each with some numbers much larger than the rest.
+    sizes = torch.logspace(-20, 15, N)[:, None], torch.logspace(-15, 10, columns)
+    a = sizes[0] * torch.randn(N, K, generator=g) ** 3
+    b, base = sizes[1] * torch.randn(K, columns, generator=g) ** 3, sizes[0] * sizes[1]
+    if K > 5:
+        a[:, 3] = b[5] = 0
+        a[N // 2] = 0
+    for added in (None, base):
+        made = ops.product(a, b, added, fixed=True)
+        exact = a.double() @ b.double() + (0 if added is None else added.double())
+        allowed = noise_of_fixed_point(a, b) + 1e-6 * exact.abs()
+        assert ((made.double() - exact).abs() <= allowed).all()
+        if cpu_tier == "scalar":
+            continue
+        # Other strides, fewer rows and other threads change no bit.
+        half = N // 2
+        strided = b.T.contiguous().T
+        rest = None if added is None else added[half:]
+        assert torch.equal(ops.product(a[half:], strided, rest, fixed=True), made[half:])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            assert torch.equal(ops.product(a, b, added, fixed=True), made)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_fixed_point_is_another_kernel_where_it_is_faster() -> None:
+    a, b = torch.randn(32, 512), torch.randn(512, 32)
+    fixed = _native.core().active_tier() in ("avx512vnni", "avx512bf16")
+    assert torch.equal(ops.product(a, b, fixed=True), ops.product(a, b)) == (not fixed)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row_and_column(cpu_tier: str, bad: float) -> None:
+    a, b = torch.rand(20, 300) + 1, torch.rand(300, 40) + 1
+    plain = ops.product(a, b, fixed=True)
+    a[7, 270] = bad
+    b[290, 33] = bad
+    made = ops.product(a, b, fixed=True)
+    lost = torch.zeros(20, 40, dtype=torch.bool)
+    lost[7] = lost[:, 33] = True
+    assert not torch.isfinite(made[lost]).any()
+    assert torch.equal(made[~lost], plain[~lost]) or cpu_tier == "scalar"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.float64])

@@ -117,8 +117,8 @@ struct GptqArgs {
 // improve reads codes and change as well, and rewrites them in the rows that it betters.
 using GptqUpdateFn = void (*)(const GptqArgs& args, int64_t begin, int64_t end);
 
-// The products between blocks: out = base + a @ b, fp32 with FMA. b is packed first, in slices of kProductDepth
-// rows; sums run over a slice, then over the slices in order, whatever the tier and the threads.
+// The products between blocks: out = base + a @ b. b is packed first, in slices of kProductDepth rows; sums run
+// over a slice, then over the slices in order, whatever the tier and the threads.
 constexpr int64_t kProductDepth = 256;
 
 struct ProductPackArgs {
@@ -127,7 +127,7 @@ struct ProductPackArgs {
     int64_t column_stride;
     int64_t K;
     int64_t columns;
-    float* panels;  // [K, columns rounded up to product_width]
+    void* panels;
 };
 using ProductPackFn = void (*)(const ProductPackArgs& args, int64_t begin, int64_t end);
 
@@ -135,7 +135,7 @@ struct ProductArgs {
     const float* a;  // [rows, a_stride]
     int64_t a_stride;
     int64_t K;
-    const float* panels;
+    const void* panels;
     int64_t columns;
     const float* base;  // [rows, base_stride], or null
     int64_t base_stride;
@@ -143,6 +143,14 @@ struct ProductArgs {
     int64_t out_stride;
 };
 using ProductFn = void (*)(const ProductArgs& args, int64_t begin, int64_t end);
+
+struct ProductKernel {
+    ProductPackFn pack = nullptr;  // slices [begin, end)
+    ProductFn multiply = nullptr;  // rows [begin, end)
+    int width = 0;                 // columns and rows of a tile
+    int height = 0;
+    int64_t panel_bytes = 0;  // of a slice of b, `width` columns of it
+};
 
 // quantize_activations ----------------------------------------------------------------------------------
 
@@ -310,10 +318,8 @@ struct KernelTable {
     GptqUpdateFn gptq_update = nullptr;
     GptqUpdateFn gptq_search = nullptr;
     GptqUpdateFn gptq_improve = nullptr;
-    ProductPackFn pack_product = nullptr;  // null where torch's matmul is faster
-    ProductFn product = nullptr;
-    int product_width = 0;  // columns and rows of a tile
-    int product_height = 0;
+    ProductKernel product;        // fp32 with FMA; none where torch's matmul is faster
+    ProductKernel fixed_product;  // 16-bit fixed point; none where that is slower
 };
 
 }  // namespace qk

@@ -20,7 +20,7 @@ void pack_product(const ProductPackArgs& args, int64_t begin, int64_t end) {
     const int64_t padded = (args.columns + kWidth - 1) / kWidth * kWidth;
     for (int64_t first = begin * kDepth; first < end * kDepth && first < args.K; first += kDepth) {
         const int64_t depth = args.K - first < kDepth ? args.K - first : kDepth;
-        float* to = args.panels + first * padded;
+        float* to = static_cast<float*>(args.panels) + first * padded;
         const float* from = args.b + first * args.row_stride;
         for (int64_t column = 0; column < padded; column += kWidth, to += depth * kWidth) {
             const int64_t width = args.columns - column < kWidth ? args.columns - column : kWidth;
@@ -96,7 +96,7 @@ void product(const ProductArgs& args, int64_t begin, int64_t end) {
         const int64_t last = chunk + kChunk < end ? chunk + kChunk : end;
         for (int64_t first = 0; first < args.K || first == 0; first += kDepth) {
             const int64_t depth = args.K - first < kDepth ? args.K - first : kDepth;
-            const float* panels = args.panels + first * padded;
+            const float* panels = static_cast<const float*>(args.panels) + first * padded;
             for (int64_t n = chunk; n < last; n += kTall) {
                 const int64_t rows = last - n < kTall ? last - n : kTall;
                 for (int64_t r = 0; r < kTall; ++r) {
@@ -122,10 +122,8 @@ void product(const ProductArgs& args, int64_t begin, int64_t end) {
 }
 
 void enter_product(qk::KernelTable* table) {
-    table->pack_product = &pack_product;
-    table->product = &product;
-    table->product_width = static_cast<int>(kWidth);
-    table->product_height = kTall;
+    const int64_t bytes = kDepth * kWidth * static_cast<int64_t>(sizeof(float));
+    table->product = {&pack_product, &product, static_cast<int>(kWidth), kTall, bytes};
 }
 
 }  // namespace

@@ -321,7 +321,9 @@ class _Run:
         """
         if stop > self.far_stop:
             self.far_start, self.far_stop = start, min(max(stop, start + FAR_COLUMNS), self.groups.numel())
-            self.far = block.product(self.difference[:, :start], self.root[:start, start : self.far_stop])
+            self.far = block.product(
+                self.difference[:, :start], self.root[:start, start : self.far_stop], fixed=True
+            )
         assert self.far is not None
         far = self.far[:, start - self.far_start : stop - self.far_start]
         if start == self.far_start:
