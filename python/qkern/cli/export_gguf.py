@@ -23,12 +23,38 @@ def command(
     pre_tokenizer: Annotated[
         str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, where it is not recognized.")
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Weigh errors by the activations of this text: a file, .jsonl of 'text' or 'messages', or a "
+            "Hugging Face dataset."
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Weigh errors by this importance matrix, qkern's or llama.cpp's.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence, at most the model's.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration's draw.")] = 0,
+    device: Annotated[str, typer.Option(help="Of the calibration: auto, cpu, cuda, cuda:1, mps")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a model as one GGUF file that llama.cpp runs."""
     from qkern.pipelines.export_gguf import export_gguf
 
-    report = export_gguf(model, output, kind, pure=pure, pre_tokenizer=pre_tokenizer)
+    report = export_gguf(
+        model,
+        output,
+        kind,
+        pure=pure,
+        pre_tokenizer=pre_tokenizer,
+        calibration=calibration,
+        imatrix=imatrix,
+        samples=samples,
+        length=length,
+        seed=seed,
+        device=device,
+    )
     if as_json:
         typer.echo(
             json.dumps(

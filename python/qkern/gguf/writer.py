@@ -16,12 +16,12 @@ from qkern.errors import InputError, OutputError, advice_on_writing, reason_of
 from qkern.ops.gguf_encode import gguf_encode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from qkern.ops.gguf_types import GGUFType
 
-__all__ = ["PlannedTensor", "write_gguf"]
+__all__ = ["PlannedTensor", "check_new_file", "write_gguf"]
 
 # fp32 bytes that are converted at a time: bounds memory beside the tensor itself.
 _CHUNK_BYTES: Final = 64 << 20
@@ -44,7 +44,7 @@ class PlannedTensor:
     read : callable
         Returns the tensor in any float dtype; called once, when its turn comes.
     importance : Tensor or None
-        ``[K]`` weights for the encoder.
+        Weights of the columns for the encoder, ``[K]``, or ``[E, K]`` for a stack of matrices.
     """
 
     name: str
@@ -68,6 +68,24 @@ class PlannedTensor:
     def bytes(self) -> int:
         """Size in the file, padding left out."""
         return math.prod(self.shape[:-1]) * self.row_bytes
+
+
+def check_new_file(path: Path) -> None:
+    """Refuse a path that no new file can have.
+
+    Raises
+    ------
+    InputError
+        If it exists, or its folder does not.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file, for example --output {path / 'model.gguf'}")
+    if path.exists():
+        raise InputError(f"{path} exists: remove it or choose another --output")
+    if path.parent.is_file():
+        raise InputError(f"{path} cannot be made: {path.parent} is a file; choose another --output")
+    if not path.parent.is_dir():
+        raise InputError(f"the folder {path.parent} of the output file does not exist; make it first")
 
 
 def write_gguf(
@@ -95,14 +113,7 @@ def write_gguf(
     """
     import gguf
 
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file, for example --output {path / 'model.gguf'}")
-    if path.exists():
-        raise InputError(f"{path} exists: remove it or choose another --output")
-    if path.parent.is_file():
-        raise InputError(f"{path} cannot be made: {path.parent} is a file; choose another --output")
-    if not path.parent.is_dir():
-        raise InputError(f"the folder {path.parent} of the output file does not exist; make it first")
+    check_new_file(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(partial, architecture)
     try:
@@ -135,13 +146,24 @@ def _encode(tensor: PlannedTensor) -> Tensor:
         raise InputError(f"{tensor.source} must be {tensor.shape}: got {tuple(values.shape)}")
     rows = values.reshape(-1, tensor.shape[-1])
     blocks = torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8, device="cpu")
-    step = max(1, _CHUNK_BYTES // (4 * tensor.shape[-1]))
-    for begin in range(0, len(rows), step):
-        chunk = rows[begin : begin + step].float()
+    for begin, end, importance in _chunks(tensor, len(rows)):
+        chunk = rows[begin:end].float()
         if not bool(torch.isfinite(chunk).all()):
             raise InputError(f"{tensor.source} has NaN or Inf values; repair the checkpoint")
         try:
-            blocks[begin : begin + step] = gguf_encode(chunk, tensor.type.name, importance=tensor.importance)
+            blocks[begin:end] = gguf_encode(chunk, tensor.type.name, importance=importance)
         except InputError as error:
             raise InputError(f"{tensor.source}: {error}") from None
     return blocks
+
+
+def _chunks(tensor: PlannedTensor, rows: int) -> Iterator[tuple[int, int, Tensor | None]]:
+    """Runs of rows that are encoded at a time, and their importance; each matrix of a stack may have its own."""
+    importance = tensor.importance
+    stacked = importance is not None and importance.dim() > 1
+    height = tensor.shape[-2] if stacked else rows
+    step = max(1, _CHUNK_BYTES // (4 * tensor.shape[-1]))
+    for top in range(0, rows, max(1, height)):
+        weights = importance[top // height] if importance is not None and stacked else importance
+        for begin in range(top, top + height, step):
+            yield begin, min(begin + step, top + height), weights

@@ -16,9 +16,13 @@ from qkern.checkpoints import QuantizedCheckpoint
 from qkern.errors import FormatError, InputError
 from qkern.gguf import PlannedTensor, add_tokenizer, architecture_for, mixture_for, write_gguf
 from qkern.gguf.architectures import rope_factors
+from qkern.gguf.imatrix import Imatrix, read_imatrix
 from qkern.gguf.mixture import choose_type
+from qkern.gguf.writer import check_new_file
 from qkern.ops import dequantize_groupwise
 from qkern.ops.gguf_types import gguf_type
+from qkern.pipelines.imatrix import imatrix as collect_imatrix
+from qkern.pipelines.imatrix import with_importance
 from qkern.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -71,6 +75,12 @@ def export_gguf(
     *,
     pure: bool = False,
     pre_tokenizer: str | None = None,
+    calibration: Any = None,
+    imatrix: str | Path | Imatrix | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    device: str = "auto",
 ) -> GGUFReport:
     """Write a model as one GGUF file, a tensor at a time.
 
@@ -89,6 +99,11 @@ def export_gguf(
         The mixture's base type for every matrix.
     pre_tokenizer : str, optional
         llama.cpp's name of the pre-tokenizer, where it is not recognized.
+    calibration : optional
+        Texts as in `qkern.imatrix`, whose parameters `samples`, `length`, `seed` and `device` are: the error
+        of each column counts by how strongly they drive it. The model must then be a 16-bit one.
+    imatrix : str, Path or Imatrix, optional
+        The same from an importance matrix that was made before, by qkern or by llama.cpp.
 
     Returns
     -------
@@ -100,11 +115,17 @@ def export_gguf(
     UnsupportedError
         If type or architecture are not offered.
     InputError
-        If the folder is missing, the file exists, or weights are NaN or Inf.
+        If the folder is missing, the file exists, weights are NaN or Inf, or the importance matrix was made
+        for another model.
     FormatError
-        If the checkpoint is incomplete or damaged.
+        If the checkpoint or the importance matrix is incomplete or damaged.
     """
     mixture = mixture_for(type)
+    if calibration is not None and imatrix is not None:
+        raise InputError(
+            "calibration and imatrix are two sources of the same importance: give one (--calibration FILE or "
+            "--imatrix FILE)"
+        )
     path = Path(output)
     if (
         path.suffix != ".gguf"
@@ -115,10 +136,18 @@ def export_gguf(
             f"{path} lies in the model folder {model}, where only a .gguf is told from the model's own "
             f"files: name it {path.with_suffix('.gguf').name}, or choose another --output"
         )
+    check_new_file(path)
+    matrix = read_imatrix(imatrix) if isinstance(imatrix, (str, Path)) else imatrix
+    if calibration is not None:
+        matrix = collect_imatrix(
+            model, calibration=calibration, samples=samples, length=length, seed=seed, device=device
+        )
     with QuantizedCheckpoint(model) as checkpoint:
         architecture = architecture_for(str(checkpoint.config.get("model_type")))
         config = _full_config(checkpoint)
         tensors = _plan(checkpoint, architecture, config, mixture, pure=pure)
+        if matrix is not None:
+            tensors = with_importance(tensors, matrix)
 
         def add_metadata(writer: Any) -> None:
             # Of a path or hub id the last part: where a folder lies is nobody else's business.
@@ -126,11 +155,23 @@ def export_gguf(
             writer.add_file_type(mixture.file_type)
             writer.add_quantization_version(2)
             writer.add_quantized_by(f"qkern {__version__}")
+            if matrix is not None:
+                _add_imatrix(writer, matrix, imatrix)
             architecture.add_metadata(writer, config)
             add_tokenizer(writer, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
 
         write_gguf(path, architecture.name, tensors, add_metadata)
     return _report(path, mixture, tensors)
+
+
+def _add_imatrix(writer: Any, matrix: Imatrix, source: str | Path | Imatrix | None) -> None:
+    """Say where the importance came from, under the keys of llama.cpp's quantizer."""
+    if isinstance(source, (str, Path)):
+        writer.add_string("quantize.imatrix.file", Path(source).name)
+    if matrix.datasets:
+        writer.add_string("quantize.imatrix.dataset", matrix.datasets[0])
+    writer.add_uint32("quantize.imatrix.entries_count", len(matrix.entries))
+    writer.add_uint32("quantize.imatrix.chunks_count", matrix.chunk_count)
 
 
 def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
