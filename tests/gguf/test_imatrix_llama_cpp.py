@@ -113,9 +113,7 @@ def collect(path, ids):
     callback = llama_cpp.ggml_backend_sched_eval_callback(collector.see)
     parameters.cb_eval = callback
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(
-        str(path).encode(), llama_cpp.llama_model_default_params()
-    )
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
     context = llama_cpp.llama_init_from_model(model, parameters)
     batch = llama_cpp.llama_batch_init(ids.shape[1], 0, 1)
     for row in ids.tolist():

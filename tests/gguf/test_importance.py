@@ -82,7 +82,12 @@ def test_each_matrix_of_a_stack_has_its_own_importance(tmp_path, monkeypatch):
     importance = torch.rand(3, 64, generator=generator).square()
     importance[1] = 0
     planned = PlannedTensor(
-        name="t", source="t", type=gguf_type("q4_0"), shape=(3, 5, 64), read=lambda: stack, importance=importance
+        name="t",
+        source="t",
+        type=gguf_type("q4_0"),
+        shape=(3, 5, 64),
+        read=lambda: stack,
+        importance=importance,
     )
     write_gguf(tmp_path / "x.gguf", "none", [planned], lambda writer: None)
     expected = [gguf_encode(stack[i], "q4_0", importance=importance[i]) for i in (0, 2)]
@@ -134,9 +139,16 @@ def test_experts_that_no_token_reached_are_named(caplog):
 def test_an_importance_matrix_of_another_model_is_refused(matrix, shipped, exported, tmp_path):
     entry = matrix.entries["blk.0.attn_q.weight"]
     wide = ImatrixEntry(sums=torch.ones(1, 512), counts=entry.counts)
+    stranger = {"blk.0.ssm_in.weight": entry}
     for other, message in (
-        (without(matrix, **{"blk.0.attn_q.weight": wide}), r"blk\.0\.attn_q\.weight is \(256, 256\), .* 1 x 512"),
-        (replace(matrix, entries={"blk.0.ssm_in.weight": entry}), r"it has blk\.0\.ssm_in\.weight, the model has"),
+        (
+            without(matrix, **{"blk.0.attn_q.weight": wide}),
+            r"blk\.0\.attn_q\.weight is \(256, 256\), .* 1 x 512",
+        ),
+        (
+            replace(matrix, entries=stranger),
+            r"it has blk\.0\.ssm_in\.weight, the model has",
+        ),
     ):
         with pytest.raises(InputError, match=f"made for another model: {message}"):
             export_gguf(shipped, tmp_path / "m.gguf", imatrix=other)
@@ -169,8 +181,8 @@ def test_command_line(matrix, shipped, tmp_path, capsys):
         assert stop.value.code == 0
     ours, theirs = raw(tmp_path / "file.gguf"), raw(tmp_path / "text.gguf")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    both = ["--imatrix", tmp_path / "m.dat", "--calibration", text]
     with pytest.raises(SystemExit) as stop:
-        both = ["--imatrix", tmp_path / "m.dat", "--calibration", text]
         main(["export-gguf", str(shipped), "--output", str(tmp_path / "n.gguf"), *map(str, both)])
     assert stop.value.code == 1
     assert "give one (--calibration FILE or --imatrix FILE)" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Collect an importance matrix, which weighs errors in export-gguf and in llama.cpp's quantizer."""
+    """Collect an importance matrix: how much the errors of each column count when a GGUF is made."""
     from qkern.pipelines import imatrix
 
     matrix = imatrix(

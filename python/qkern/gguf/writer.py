@@ -158,7 +158,7 @@ def _encode(tensor: PlannedTensor) -> Tensor:
 
 
 def _chunks(tensor: PlannedTensor, rows: int) -> Iterator[tuple[int, int, Tensor | None]]:
-    """Runs of rows that are encoded at a time, and their importance; each matrix of a stack may have its own."""
+    """Cut rows into runs to encode at a time, with their importance; matrices of a stack may have their own."""
     importance = tensor.importance
     stacked = importance is not None and importance.dim() > 1
     height = tensor.shape[-2] if stacked else rows

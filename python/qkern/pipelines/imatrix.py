@@ -78,6 +78,12 @@ def imatrix(
         On arguments, texts or weights that cannot be used; nothing is written.
     UnsupportedError
         If the architecture is not exported to GGUF, or computes in a way that is not followed.
+
+    Notes
+    -----
+    Counts are of tokens, experts each have their own, and routers have entries although they are never
+    quantized: all as llama.cpp's tool has it. That tool also puts a BOS in the place of the first token of
+    each sequence, where the model has one; here sequences are what the calibration of every method reads.
     """
     path = None if output is None else Path(output)
     if path is not None:
@@ -162,7 +168,9 @@ class _Products(TorchFunctionMode):
                 continue
             matrices = parameter if parameter.dim() == 3 else parameter[None]
             # float64 on the CPU, because not every device has it.
-            self.sums[name] = torch.zeros(len(matrices), matrices.shape[-1], dtype=torch.float64, device="cpu")
+            self.sums[name] = torch.zeros(
+                len(matrices), matrices.shape[-1], dtype=torch.float64, device="cpu"
+            )
             self.counts[name] = torch.zeros(len(matrices), dtype=torch.int64, device="cpu")
             for index, matrix in enumerate(matrices):
                 self._owners[matrix.data_ptr()] = name, index
@@ -241,7 +249,7 @@ def _entry(name: str, sums: Tensor, counts: Tensor) -> ImatrixEntry:
 
 
 def with_importance(tensors: Sequence[PlannedTensor], matrix: Imatrix) -> list[PlannedTensor]:
-    """The tensors of an export with the importance of their columns; what has none is named in a warning.
+    """Give the tensors of an export the importance of their columns; what has none is named in a warning.
 
     Raises
     ------
@@ -253,8 +261,8 @@ def with_importance(tensors: Sequence[PlannedTensor], matrix: Imatrix) -> list[P
     ]
     if all(tensor.importance is None for tensor in weighted):
         raise InputError(
-            f"the importance matrix was made for another model: it has {', '.join(list(matrix.entries)[:3])}, "
-            f"the model has {', '.join(tensor.name for tensor in tensors[:3])}"
+            f"the importance matrix was made for another model: it has {_some(list(matrix.entries))}, the "
+            f"model has {_some([tensor.name for tensor in tensors])}"
         )
     # llama.cpp's own files have none of embeddings and heads.
     missing = [
@@ -276,7 +284,7 @@ def with_importance(tensors: Sequence[PlannedTensor], matrix: Imatrix) -> list[P
 
 
 def _unreached(tensor: PlannedTensor) -> list[str]:
-    """The matrices of a tensor whose importance is zero throughout."""
+    """Name the matrices of a tensor whose importance is zero throughout."""
     if tensor.importance is None or tensor.type.block == 1:
         return []
     dark = (tensor.importance == 0).all(-1)
