@@ -1,7 +1,7 @@
 """Importance matrices in llama.cpp's two file forms: how strongly each column of a matrix is driven.
 
-The GGUF form holds ``<tensor>.in_sum2``, sums of squared activations, and ``<tensor>.counts``, the tokens
-that they are over. The old binary form holds means times a number of chunks, one number for a whole tensor::
+The GGUF form holds ``<tensor>.in_sum2``, sums of squared activations, and ``<tensor>.counts``, of how many
+tokens. The old binary form holds means times a number of chunks, one number for a whole tensor::
 
     int32 entries, then for each: int32 length, name, int32 chunks, int32 values, float32[values]
     int32 chunks of the run, int32 length, name of the text        (files of the first versions end before)
