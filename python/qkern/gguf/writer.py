@@ -158,7 +158,7 @@ def _encode(tensor: PlannedTensor) -> Tensor:
 
 
 def _chunks(tensor: PlannedTensor, rows: int) -> Iterator[tuple[int, int, Tensor | None]]:
-    """Cut rows into runs to encode at a time, each with its importance, which a stack has for every matrix."""
+    """Cut rows into runs to encode at a time, each with its importance; a stack has one a matrix."""
     importance = tensor.importance
     stacked = importance is not None and importance.dim() > 1
     height = tensor.shape[-2] if stacked else rows
