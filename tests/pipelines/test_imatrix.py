@@ -123,6 +123,41 @@ def test_an_expert_that_no_token_reaches_has_a_count_of_zero(mixtral):
     assert bool((entry.mean[entry.counts > 0] > 0).any())
 
 
+DENSE = set(NAMES.values())
+ATTENTION = {name for name in DENSE if name.startswith("attn")}
+EXPERTS = {"ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
+SHARED = {"ffn_gate_inp_shexp", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"}
+OTHERS = {
+    "gemma2": ("gemma2", DENSE),
+    "phi3": ("phi3", {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
+    "mixtral": ("llama", ATTENTION | EXPERTS),
+    "qwen2_moe": ("qwen2moe", ATTENTION | EXPERTS | SHARED),
+    "qwen3_moe": ("qwen3moe", ATTENTION | EXPERTS),
+}
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_names_are_those_of_llama_cpp(model_type, monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name, expected = OTHERS[model_type]
+    known = replace(architecture_for("qwen2"), model_type=model_type, name=name)
+    monkeypatch.setitem(ARCHITECTURES, model_type, known)
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "pad_token_id": 0}
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **sizes,
+    )
+    matrix = qkern.imatrix(AutoModelForCausalLM.from_config(config), calibration=IDS)
+    assert set(matrix.entries) == {f"blk.0.{name}.weight" for name in expected}
+
+
 def test_a_product_that_is_not_followed_is_refused(mixtral, monkeypatch):
     for layer in mixtral.model.layers:
         weight = layer.mlp.gate.weight
