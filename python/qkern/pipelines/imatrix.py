@@ -140,7 +140,8 @@ class _Names:
         names = [self._table.get_name(name) for name in modules]
         if None in names:
             raise UnsupportedError(
-                f"the gguf package has no name for {parameter} of {self.architecture}; upgrade gguf"
+                f"the gguf package has no name for {parameter} of {self.architecture}: upgrade gguf, or "
+                "export without calibration"
             )
         return [f"{name}.weight" for name in names]
 
