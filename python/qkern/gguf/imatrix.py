@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -154,7 +155,7 @@ def _parse_gguf(file: GGUFFile) -> Imatrix:
     if kind != "imatrix":
         raise FormatError(f"general.type is {kind!r}, expected 'imatrix'")
     datasets = file.metadata.get(_DATASETS, [])
-    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
+    if isinstance(datasets, str) or not isinstance(datasets, Sequence):
         raise FormatError(f"{_DATASETS} must be a list of names: got {datasets!r:.60}")
     sums = _with_ending(file, _SUMS)
     counts = _with_ending(file, _COUNTS)
@@ -163,7 +164,7 @@ def _parse_gguf(file: GGUFFile) -> Imatrix:
         raise FormatError(f"it needs pairs of {_SUMS} and {_COUNTS}: got {len(sums)}, incomplete are {odd}")
     return Imatrix(
         entries={name: _entry(name, sums[name], counts[name]) for name in sums},
-        datasets=tuple(datasets),
+        datasets=tuple(map(str, datasets)),
         chunk_count=_metadata_count(file, _CHUNK_COUNT),
         chunk_size=_metadata_count(file, _CHUNK_SIZE),
     )
