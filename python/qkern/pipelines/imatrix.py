@@ -200,7 +200,7 @@ class _Products(TorchFunctionMode):
 
 def _squares(x: Tensor) -> Tensor:
     """Sum of squares of each column of activations ``[..., K]``, float64 on the CPU."""
-    return x.detach().float().reshape(-1, x.shape[-1]).square().sum(0).to("cpu", torch.float64)
+    return x.detach().float().reshape(-1, x.shape[-1]).square().sum(0).cpu().double()
 
 
 def _collect(
