@@ -142,9 +142,8 @@ def main(argv: list[str] | None = None) -> None:
                 target.unlink()
     per_layer = layers // arguments.layers
     whole = LAYERS * per_layer + 2 * VOCABULARY * HIDDEN
-    print(
-        f"{arguments.type}, {arguments.layers} layers, {layers / 1e9:.2f} G weights, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"{arguments.type}, {arguments.layers} layers, {layers / 1e9:.2f} G weights, {threads} threads")
     print("| made by | seconds | peak GB | whole model, seconds (extrapolated) |\n|---|---|---|---|")
     for maker, runs in found.items():
         seconds = statistics.median(seconds for seconds, _ in runs)
