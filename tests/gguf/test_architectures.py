@@ -7,9 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gguf
+from qkern.checkpoints import CheckpointWriter
 from qkern.errors import FormatError, UnsupportedError
 from qkern.gguf import ARCHITECTURES, GGUFFile
+from qkern.ops import dequantize_groupwise, quantize_groupwise
 from qkern.pipelines import export_gguf
+from qkern.schemes import Scheme
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -182,3 +185,23 @@ def test_a_missing_expert_is_named(model_folder, tmp_path):
     ):
         export_gguf(folder, tmp_path / "model.gguf", "f32")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_of_a_quantized_checkpoint_are_decoded(model_folder, tmp_path):
+    folder, model = model_folder("qwen3_moe", hidden_size=128, moe_intermediate_size=64)
+    expected = {}
+    with CheckpointWriter(tmp_path / "quantized", format="compressed-tensors") as writer:
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            if ".experts." in name:
+                weight = quantize_groupwise(tensor, Scheme.parse("w4g32"))
+                writer.add_quantized(name.removesuffix(".weight"), weight)
+                expected[name] = dequantize_groupwise(weight).float()
+            else:
+                writer.add_tensor(name, tensor)
+                expected[name] = tensor
+        writer.finish(model.config, tokenizer_from=folder)
+    export_gguf(tmp_path / "quantized", tmp_path / "model.gguf", "f32")
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        weights = dict(file.state_dict())
+    assert set(weights) == set(expected)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
