@@ -181,7 +181,9 @@ def gemma_like(text):
     from tokenizers.processors import TemplateProcessing
 
     _, vocabulary, merges = sentencepiece_like(text)
-    vocabulary = {token: number for number, token in enumerate([*vocabulary, "\u2581\u2581", "\n\n"])}
+    vocabulary = {
+        token: number for number, token in enumerate([*vocabulary, "<turn>", "\u2581\u2581", "\n\n"])
+    }
     merges = [("\u2581", "\u2581"), *merges]
     tokenizer = Tokenizer(
         models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
@@ -191,6 +193,7 @@ def gemma_like(text):
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     for token in ("\u2581\u2581", "\n\n"):
         tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    tokenizer.add_special_tokens(["<turn>"])
     return tokenizer, vocabulary, merges
 
 
@@ -202,15 +205,17 @@ def test_runs_of_spaces_are_tokens_where_they_were_added(
     folder, _ = model_folder("gemma2", sliding_window=8, vocab_size=len(vocabulary))
     fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     if from_file:
-        whole = sentencepiece_bytes(vocabulary, merges, added=("\u2581\u2581", "\n\n"), prefix=0)
+        whole = sentencepiece_bytes(vocabulary, merges, added=("\u2581\u2581", "\n\n", "<turn>"), prefix=0)
         (folder / "tokenizer.model").write_bytes(whole)
-        (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
+        turn = {str(vocabulary["<turn>"]): {"content": "<turn>", "special": True}}
+        settings = {"add_bos_token": True, "added_tokens_decoder": turn}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     export_gguf(folder, tmp_path / "model.gguf", "f32")
     with GGUFFile(tmp_path / "model.gguf") as file:
         assert file.metadata["tokenizer.ggml.add_space_prefix"] is False
         tokens, kinds = (file.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
     assert tokens[-2:] == ["  ", "\n\n"]
-    assert kinds[-2:] == [TokenType.USER_DEFINED] * 2
+    assert kinds[-3:] == [TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.USER_DEFINED]
     runner = run_gguf(tmp_path / "model.gguf")
     for text in [*TEXTS, "And  he   said\n\nunto    them", "  x"]:
         assert runner.tokenize(text).tolist() == fast(text)["input_ids"]

@@ -282,7 +282,8 @@ def _add_sentencepiece_file(writer: Any, folder: Path, vocab_size: int) -> None:
     settings = _json(folder / "tokenizer_config.json")
     for number, token in settings.get("added_tokens_decoder", {}).items():
         known = pieces.tokens.get(int(number))
-        if known is None or known[1] is TokenType.NORMAL:
+        # Gemma's file calls the marks of a turn user-defined, its settings special: they are not to be printed.
+        if known is None or known[1] in (TokenType.NORMAL, TokenType.USER_DEFINED):
             role = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
             pieces.tokens[int(number)] = (token["content"], role)
     _add_pieces(writer, pieces, vocab_size)
