@@ -49,8 +49,7 @@ def model_folder(tiny, shipped, tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(shipped)
 
     def make(model_type, **overrides):
-        # Not by the type: llama.cpp demands Phi-3's special tokens of every file with phi3 in its name.
-        folder = tmp_path_factory.mktemp("model")
+        folder = tmp_path_factory.mktemp(model_type)
         settings = {
             "vocab_size": len(tokenizer),
             "eos_token_id": tokenizer.eos_token_id,

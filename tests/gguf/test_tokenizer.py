@@ -221,6 +221,27 @@ def test_runs_of_spaces_are_tokens_where_they_were_added(
         assert runner.tokenize(text).tolist() == fast(text)["input_ids"]
 
 
+@pytest.mark.parametrize("called", ["phi3", "tiny", "Phi-3-mini"])
+@pytest.mark.parametrize("strips", [False, True])
+def test_white_space_after_special_tokens_is_dropped_where_the_tokenizer_does(
+    strips, called, shipped, model_folder, run_gguf, tmp_path
+):
+    from tokenizers import AddedToken
+
+    tokenizer, vocabulary, _ = sentencepiece_like(read_text(shipped / "search.txt")[:30_000])
+    marks = ["<|endoftext|>", "<|user|>", "<|end|>"]
+    # Phi-3's own tokens are there and strip; or they are not, and llama.cpp must not ask for them.
+    added = [AddedToken(mark, rstrip=strips, normalized=False, special=True) for mark in marks[not strips :]]
+    tokenizer.add_special_tokens([*(["<unk>", "<s>", "</s>"] if strips else []), *added])
+    folder, _ = model_folder("phi3", vocab_size=len(vocabulary) + len(added))
+    fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    export_gguf(folder.rename(tmp_path / called), tmp_path / "model.gguf", "q8_0")
+    runner = run_gguf(tmp_path / "model.gguf")
+    chat = "<|user|>\n Who is God?<|end|>\n<|user|>x  y"
+    found = runner.llama.tokenize(chat.encode(), add_bos=False, special=True)
+    assert found == fast(chat, add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.parametrize("from_file", [False, True])
 def test_of_several_chat_templates_the_default_is_written(from_file, shipped, model_folder, tmp_path):
     tokenizer, vocabulary, merges = sentencepiece_like(read_text(shipped / "search.txt")[:5_000])

@@ -8,6 +8,7 @@ not known is refused: a file with the wrong one would split text in another way 
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.calibration import load_tokenizer
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["PRE_TOKENIZERS", "add_tokenizer"]
+__all__ = ["PRE_TOKENIZERS", "add_tokenizer", "name_of_model"]
 
+_PHI3: Final = re.compile("(phi)-?3", re.IGNORECASE)
+_PHI3_TOKENS: Final = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 _CONTRACTIONS: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _WORDS: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -100,6 +103,22 @@ def _add_template(writer: Any, template: Any) -> None:
         template = template.get("default")
     if isinstance(template, str):
         writer.add_chat_template(template)
+
+
+def name_of_model(name: str, folder: Path) -> str:
+    """Return the name that a file gives the model, which llama.cpp takes for a fact about its tokenizer.
+
+    In a model that is called phi3 llama.cpp drops the white space after special tokens, as Phi-3's tokenizer
+    does, and it demands certain tokens. The name is made to say so if, and only if, it is true.
+    """
+    added = _json(folder / "tokenizer.json").get("added_tokens")
+    if added is None:
+        added = _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).values()
+    strips = any(token.get("special") and token.get("rstrip") for token in added)
+    strips = strips and {token.get("content") for token in added} >= _PHI3_TOKENS
+    if strips:
+        return name if _PHI3.search(name) else f"{name} (phi3)"
+    return _PHI3.sub(lambda match: f"{match[1]} 3", name)
 
 
 def _is_byte_level(folder: Path) -> bool:
@@ -282,7 +301,7 @@ def _add_sentencepiece_file(writer: Any, folder: Path, vocab_size: int) -> None:
     settings = _json(folder / "tokenizer_config.json")
     for number, token in settings.get("added_tokens_decoder", {}).items():
         known = pieces.tokens.get(int(number))
-        # Gemma's file calls the marks of a turn user-defined, its settings special: they are not to be printed.
+        # The marks of Gemma's turns are user-defined in the file and special in the settings, which hold.
         if known is None or known[1] in (TokenType.NORMAL, TokenType.USER_DEFINED):
             role = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
             pieces.tokens[int(number)] = (token["content"], role)

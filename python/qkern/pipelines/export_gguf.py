@@ -19,6 +19,7 @@ from qkern.gguf.mixture import choose_type
 from qkern.gguf.modelfile import ollama_modelfile
 from qkern.gguf.pooling import pooling_of
 from qkern.gguf.rope import rope_tensors
+from qkern.gguf.tokenizer import name_of_model
 from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines.gguf_sources import find_sources, stored_names
 
@@ -140,7 +141,8 @@ def export_gguf(
 
         def add_metadata(writer: Any) -> None:
             # Of a path or hub id the last part: where a folder lies is nobody else's business.
-            writer.add_name(Path(model).resolve().name if Path(model).is_dir() else Path(model).name)
+            name = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
+            writer.add_name(name_of_model(name, checkpoint.folder))
             writer.add_file_type(mixture.file_type)
             writer.add_quantization_version(2)
             writer.add_quantized_by(f"qkern {__version__}")
