@@ -40,8 +40,6 @@ class GGUFArchitecture:
         q, k and v always have a bias.
     optional_bias : bool
         llama.cpp reads the biases that ``attention_bias`` switches on.
-    seventy_b : bool
-        80 layers with grouped queries are the model whose value matrices get more bits.
     """
 
     model_type: str
@@ -50,7 +48,6 @@ class GGUFArchitecture:
     qk_norm: bool = False
     qkv_bias: bool = False
     optional_bias: bool = True
-    seventy_b: bool = False
 
     def shapes(self, config: Config, *, tied: bool) -> dict[str, tuple[int, ...]]:
         """Every tensor of the model by transformers' name, in the order of the file."""
@@ -127,11 +124,6 @@ class GGUFArchitecture:
             return int(config["num_key_value_heads"])
         return None
 
-    def is_70b(self, config: Config) -> bool:
-        """Whether llama.cpp takes the model for a 70B one."""
-        grouped = config["num_attention_heads"] != config["num_key_value_heads"]
-        return self.seventy_b and config["num_hidden_layers"] == 80 and grouped
-
     def add_metadata(self, writer: Any, config: Config) -> None:
         """Write the hyperparameters.
 
@@ -167,9 +159,9 @@ class GGUFArchitecture:
 ARCHITECTURES: Final[dict[str, GGUFArchitecture]] = {
     architecture.model_type: architecture
     for architecture in (
-        GGUFArchitecture(model_type="llama", name="llama", interleaved_rope=True, seventy_b=True),
-        GGUFArchitecture(model_type="mistral", name="llama", interleaved_rope=True, seventy_b=True),
-        GGUFArchitecture(model_type="qwen2", name="qwen2", qkv_bias=True, seventy_b=True),
+        GGUFArchitecture(model_type="llama", name="llama", interleaved_rope=True),
+        GGUFArchitecture(model_type="mistral", name="llama", interleaved_rope=True),
+        GGUFArchitecture(model_type="qwen2", name="qwen2", qkv_bias=True),
         GGUFArchitecture(model_type="qwen3", name="qwen3", qk_norm=True, optional_bias=False),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from qkern.ops.gguf_types import GGUFType
 
-__all__ = ["PlannedTensor", "write_gguf"]
+__all__ = ["PlannedTensor", "gguf_bytes", "write_gguf"]
 
 # fp32 bytes that are converted at a time: bounds memory beside the tensor itself.
 _CHUNK_BYTES: Final = 64 << 20
@@ -107,14 +108,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(partial, architecture)
     try:
         add_metadata(writer)
-        for tensor in tensors:
-            kind = gguf.GGMLQuantizationType(tensor.type.id)
-            writer.add_tensor_info(
-                tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=kind
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        _write_header(writer, tensors)
         for tensor in track(tensors, "Writing GGUF", unit="tensor"):
             writer.write_tensor_data(_encode(tensor).numpy())
         writer.close()
@@ -126,6 +120,33 @@ def write_gguf(
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
+
+
+def gguf_bytes(
+    architecture: str, tensors: Sequence[PlannedTensor], add_metadata: Callable[[Any], None]
+) -> int:
+    """Size of the file that `write_gguf` would write; no tensor is read, nothing is written."""
+    import gguf
+
+    writer = gguf.GGUFWriter(None, architecture)
+    add_metadata(writer)
+    header = io.BytesIO()
+    writer.fout, writer.state = [header], gguf.WriterState.EMPTY
+    _write_header(writer, tensors)
+    parts = (header.tell(), *(tensor.bytes for tensor in tensors))
+    return sum(int(writer.ggml_pad(part, writer.data_alignment)) for part in parts)
+
+
+def _write_header(writer: Any, tensors: Sequence[PlannedTensor]) -> None:
+    """Write all that comes before the first tensor's blocks, padding left out."""
+    import gguf
+
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType(tensor.type.id)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 def _encode(tensor: PlannedTensor) -> Tensor:

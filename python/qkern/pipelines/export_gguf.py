@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -16,19 +15,22 @@ from qkern.checkpoints import QuantizedCheckpoint
 from qkern.errors import FormatError, InputError
 from qkern.gguf import PlannedTensor, add_tokenizer, architecture_for, mixture_for, write_gguf
 from qkern.gguf.architectures import rope_factors
-from qkern.gguf.mixture import choose_type
+from qkern.gguf.mixture import ModelFacts, choose_types
+from qkern.gguf.overrides import parse_overrides
+from qkern.gguf.writer import gguf_bytes
 from qkern.ops import dequantize_groupwise
 from qkern.ops.gguf_types import gguf_type
 from qkern.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import Tensor
 
     from qkern.gguf import GGUFArchitecture, Mixture
+    from qkern.gguf.overrides import Override
 
-__all__ = ["GGUFReport", "export_gguf"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["GGUFReport", "TensorReport", "export_gguf"]
 
 _HEAD: Final = "lm_head"
 _EMBEDDING: Final = "model.embed_tokens"
@@ -37,8 +39,30 @@ _COMPUTED: Final = ("rotary_emb.inv_freq", "self_attn.masked_bias")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TensorReport:
+    """One tensor of a file.
+
+    Parameters
+    ----------
+    name : str
+        llama.cpp's name.
+    type : str
+        Its type.
+    shape : tuple of int
+        As torch has it.
+    bytes : int
+        Its size, padding left out.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GGUFReport:
-    """What was written.
+    """What was written, or would be.
 
     Parameters
     ----------
@@ -54,6 +78,10 @@ class GGUFReport:
         Size of the file.
     bpw_file : float
         All bits of the file over all weights.
+    tensors : tuple of TensorReport
+        In the order of the file.
+    is_dry_run : bool
+        Whether nothing was written.
     """
 
     path: Path
@@ -62,6 +90,8 @@ class GGUFReport:
     weights: dict[str, int]
     file_bytes: int
     bpw_file: float
+    tensors: tuple[TensorReport, ...]
+    is_dry_run: bool = False
 
 
 def export_gguf(
@@ -69,8 +99,10 @@ def export_gguf(
     output: str | Path,
     type: str = "q4_k_m",
     *,
+    tensor_types: Mapping[str, str] | None = None,
     pure: bool = False,
     pre_tokenizer: str | None = None,
+    dry_run: bool = False,
 ) -> GGUFReport:
     """Write a model as one GGUF file, a tensor at a time.
 
@@ -82,29 +114,35 @@ def export_gguf(
     output : str or Path
         The file; must not exist. In the model's folder its name must end in ``.gguf``.
     type : str
-        ``q8_0``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q4_k_m``, ``q6_k``, ``f16``, ``bf16`` or ``f32``.
-        The quantized ones are llama.cpp's mixtures: the output matrix, and in ``q4_k_m`` some others,
-        get more bits.
+        One of `qkern.gguf.MIXTURES`, such as ``q4_k_m``, ``q8_0`` or ``f16``. The quantized ones are
+        llama.cpp's mixtures: the output matrix, and in most some others, get more bits.
+    tensor_types : mapping, optional
+        From regular expression to type, such as ``{"ffn_down": "q6_k"}``: types of the tensors in whose
+        name (llama.cpp's) the expression is found, in place of the mixture's. The first that matches wins.
     pure : bool
-        The mixture's base type for every matrix.
+        The mixture's base type for every matrix that `tensor_types` does not name.
     pre_tokenizer : str, optional
         llama.cpp's name of the pre-tokenizer, where it is not recognized.
+    dry_run : bool
+        Write nothing and encode nothing; the report has the sizes all the same, to the byte.
 
     Returns
     -------
     GGUFReport
-        What was written.
+        What was written, or would be.
 
     Raises
     ------
     UnsupportedError
         If type or architecture are not offered.
     InputError
-        If the folder is missing, the file exists, or weights are NaN or Inf.
+        If the folder is missing, the file exists, weights are NaN or Inf, `tensor_types` fits no tensor or
+        not the rows of one, or the mixture needs an importance matrix.
     FormatError
         If the checkpoint is incomplete or damaged.
     """
     mixture = mixture_for(type)
+    overrides = parse_overrides(tensor_types or {})
     path = Path(output)
     if (
         path.suffix != ".gguf"
@@ -118,7 +156,7 @@ def export_gguf(
     with QuantizedCheckpoint(model) as checkpoint:
         architecture = architecture_for(str(checkpoint.config.get("model_type")))
         config = _full_config(checkpoint)
-        tensors = _plan(checkpoint, architecture, config, mixture, pure=pure)
+        tensors = _plan(checkpoint, architecture, config, mixture, overrides, pure=pure)
 
         def add_metadata(writer: Any) -> None:
             # Of a path or hub id the last part: where a folder lies is nobody else's business.
@@ -129,8 +167,12 @@ def export_gguf(
             architecture.add_metadata(writer, config)
             add_tokenizer(writer, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
 
-        write_gguf(path, architecture.name, tensors, add_metadata)
-    return _report(path, mixture, tensors)
+        if dry_run:
+            size = gguf_bytes(architecture.name, tensors, add_metadata)
+        else:
+            write_gguf(path, architecture.name, tensors, add_metadata)
+            size = path.stat().st_size
+    return _report(path, mixture, tensors, size, is_dry_run=dry_run)
 
 
 def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
@@ -152,6 +194,7 @@ def _plan(
     architecture: GGUFArchitecture,
     config: dict[str, Any],
     mixture: Mixture,
+    overrides: Sequence[Override],
     *,
     pure: bool,
 ) -> list[PlannedTensor]:
@@ -182,18 +225,15 @@ def _plan(
                 read=lambda: factors,
             )
         )
+    types = choose_types(
+        mixture,
+        {names[name]: shape for name, shape in shapes.items()},
+        ModelFacts.from_config(architecture.name, config),
+        overrides=overrides,
+        pure=pure,
+    )
     for name, shape in shapes.items():
-        kind = choose_type(
-            mixture,
-            names[name],
-            shape,
-            layers=config["num_hidden_layers"],
-            tied=tied,
-            is_70b=architecture.is_70b(config),
-            pure=pure,
-        )
-        if kind.name == "f16" and mixture.base not in ("f16", "f32"):
-            logger.warning("%s stays f16: no quantized type divides its rows of %d", name, shape[-1])
+        kind = types[names[name]]
         read = partial(_read, checkpoint, stored[name], name, architecture, config)
         tensors.append(PlannedTensor(name=names[name], source=name, type=kind, shape=shape, read=read))
     return tensors
@@ -233,13 +273,14 @@ def _read(
     return architecture.to_file_order(name, tensor, config)
 
 
-def _report(path: Path, mixture: Mixture, tensors: list[PlannedTensor]) -> GGUFReport:
+def _report(
+    path: Path, mixture: Mixture, tensors: list[PlannedTensor], size: int, *, is_dry_run: bool
+) -> GGUFReport:
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     for tensor in tensors:
         counts[tensor.type.name] += 1
         weights[tensor.type.name] += tensor.weights
-    size = path.stat().st_size
     return GGUFReport(
         path=path,
         type=mixture.name,
@@ -247,4 +288,9 @@ def _report(path: Path, mixture: Mixture, tensors: list[PlannedTensor]) -> GGUFR
         weights=dict(weights),
         file_bytes=size,
         bpw_file=8 * size / weights.total(),
+        tensors=tuple(
+            TensorReport(name=tensor.name, type=tensor.type.name, shape=tensor.shape, bytes=tensor.bytes)
+            for tensor in tensors
+        ),
+        is_dry_run=is_dry_run,
     )
