@@ -125,7 +125,10 @@ def test_the_first_override_wins_and_holds_in_a_pure_file_too():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"attn_v": "q6_k"}, r"attn_v=q6_k: the pattern is in no tensor's name; there are token_embd.weight, blk"),
+        (
+            {"attn_v": "q6_k"},
+            r"attn_v=q6_k: the pattern is in no tensor's name; there are token_embd.weight, blk",
+        ),
         ({"ffn_d[": "q6_k"}, r"ffn_d\[=q6_k: 'ffn_d\[' is no regular expression \(unterminated"),
         ({"ffn_up": "q9_k"}, "unknown GGUF tensor type: got 'q9_k', allowed are f32"),
         ({"norm": "q8_0"}, "norm=q8_0: .* stay f32, .*blk.0.attn_norm.weight; leave it out"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qkern.checkpoints import QuantizedCheckpoint
 from qkern.errors import InputError
 from qkern.gguf import GGUFFile
 from qkern.pipelines import export_gguf
@@ -36,11 +37,11 @@ def test_tensors_get_the_types_that_are_named(shipped, exported, tmp_path):
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k_m", "bf16", "f32"])
 def test_a_dry_run_knows_the_size_to_the_byte(kind, model_folder, tmp_path, monkeypatch):
-    # Rows of 24 and 3 tokens more: no tensor fills its last 32 bytes.
+    # Rows of 24 and 40 weights: few tensors fill their last 32 bytes.
     folder, _ = model_folder("qwen2", tie_word_embeddings=False, hidden_size=40, intermediate_size=24)
     options = {"tensor_types": {"ffn_down": "f16"}}
     written = export_gguf(folder, tmp_path / "written.gguf", kind, **options)
-    monkeypatch.setattr("qkern.pipelines.export_gguf._read", None)  # reads no tensor
+    monkeypatch.delattr(QuantizedCheckpoint, "__getitem__")  # no tensor is read
     planned = export_gguf(folder, tmp_path / "planned.gguf", kind, dry_run=True, **options)
     assert planned.is_dry_run
     assert not written.is_dry_run
@@ -82,6 +83,25 @@ def test_command_line(shipped, exported, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_ends_come_before_the_patterns(model_folder, tmp_path, capsys):
+    folder, _ = model_folder("qwen2", tie_word_embeddings=False)
+    command = [
+        "export-gguf",
+        folder,
+        "--output",
+        tmp_path / "m.gguf",
+        "--type",
+        "q4_0",
+        "--dry-run",
+        "--json",
+    ]
+    ends = ["--token-embedding-type", "f16", "--output-tensor-type", "Q5_1"]
+    assert run_cli(*command, *ends, "--tensor-type", "^(token|output|blk.0).*weight=q8_0") == 0
+    planned = {tensor["name"]: tensor["type"] for tensor in json.loads(capsys.readouterr().out)["plan"]}
+    assert (planned["token_embd.weight"], planned["output.weight"]) == ("f16", "q5_1")
+    assert planned["blk.0.ffn_up.weight"] == "q8_0"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -90,6 +110,7 @@ def test_command_line(shipped, exported, tmp_path, capsys):
         (["--tensor-type", "ffn=q8_0", "--tensor-type", "ffn=q6_k"], 2, "ffn= is there twice, q8_0 and q6_k"),
         (["--tensor-type", "ffn=iq1_s"], 1, "got 'iq1_s', allowed are f32"),
         (["--tensor-type", "nothing=q8_0"], 1, "nothing=q8_0: the pattern is in no tensor's name"),
+        (["--output-tensor-type", "q8_0"], 1, "no tensor's name; there are token_embd.weight"),  # tied
         (["--type", "q2_k_s"], 1, "q2_k_s needs an importance matrix"),
     ],
 )

@@ -17,8 +17,8 @@ def command(
         str,
         typer.Option(
             "--type",
-            help="llama.cpp's mixtures: q2_k, q2_k_s, q3_k_s|m|l, q4_k_s|m, q5_k_s|m, q6_k, q4_0, q4_1, q5_0, "
-            "q5_1, q8_0, iq4_nl, iq4_xs; or f16, bf16, f32.",
+            help="llama.cpp's mixtures: q2_k, q2_k_s, q3_k_s|m|l, q4_k_s|m, q5_k_s|m, q6_k, q4_0, q4_1, "
+            "q5_0, q5_1, q8_0, iq4_nl, iq4_xs; or f16, bf16, f32.",
         ),
     ] = "q4_k_m",
     tensor_type: Annotated[
@@ -28,6 +28,12 @@ def command(
             help="Type of the tensors in whose llama.cpp name the regular expression is found, such as "
             "ffn_down=q6_k; the first that matches wins. Repeatable.",
         ),
+    ] = None,
+    token_embedding_type: Annotated[
+        str | None, typer.Option(help="Type of token_embd.weight; comes before --tensor-type.")
+    ] = None,
+    output_tensor_type: Annotated[
+        str | None, typer.Option(help="Type of output.weight; comes before --tensor-type.")
     ] = None,
     pure: Annotated[bool, typer.Option(help="The base type for every other matrix.")] = False,
     pre_tokenizer: Annotated[
@@ -45,7 +51,7 @@ def command(
         model,
         output,
         kind,
-        tensor_types=_tensor_types(tensor_type or []),
+        tensor_types=_tensor_types(token_embedding_type, output_tensor_type, tensor_type or []),
         pure=pure,
         pre_tokenizer=pre_tokenizer,
         dry_run=dry_run,
@@ -85,12 +91,15 @@ def command(
     typer.echo(f"{report.type}, {size}, bpw_file {report.bpw_file:.3f}{written}: {report.path}")
 
 
-def _tensor_types(pairs: list[str]) -> dict[str, str]:
-    types: dict[str, str] = {}
+def _tensor_types(embedding: str | None, output: str | None, pairs: list[str]) -> dict[str, str]:
+    ends = {r"^token_embd\.weight$": embedding, r"^output\.weight$": output}
+    types = {pattern: kind for pattern, kind in ends.items() if kind is not None}
     for pair in pairs:
         pattern, _, kind = pair.rpartition("=")
         if not pattern or not kind:
-            raise typer.BadParameter(f"--tensor-type must be PATTERN=TYPE, such as ffn_down=q6_k: got {pair!r}")
+            raise typer.BadParameter(
+                f"--tensor-type must be PATTERN=TYPE, such as ffn_down=q6_k: got {pair!r}"
+            )
         if pattern in types:
             raise typer.BadParameter(f"--tensor-type {pattern}= is there twice, {types[pattern]} and {kind}")
         types[pattern] = kind

@@ -116,7 +116,7 @@ def _first_part(parts: int) -> Callable[[Place], bool]:
 
 
 def _grouped(place: Place) -> bool:
-    """Whether at least four query heads share a value head: the value matrix is small, and much hangs on it."""
+    """Whether four query heads or more share a value head: its matrix is small, and much hangs on it."""
     return place.model.heads // place.model.value_heads >= 4
 
 
@@ -166,7 +166,7 @@ class Mixture:
     rules : tuple of Rule
         Exceptions.
     needs_importance : bool
-        Whether it is refused without an importance matrix.
+        Whether a layer's matrix of the base type is refused without an importance matrix.
     """
 
     name: str
@@ -199,13 +199,9 @@ _ALL: Final = (
     Mixture(name="f32", base="f32", file_type=0),
     Mixture(name="f16", base="f16", file_type=1),
     Mixture(name="bf16", base="bf16", file_type=32),
-    Mixture(
-        name="q4_0", base="q4_0", file_type=2, rules=(Rule("ffn_down", "q4_1", _early_with_importance),)
-    ),
+    Mixture(name="q4_0", base="q4_0", file_type=2, rules=(Rule("ffn_down", "q4_1", _early_with_importance),)),
     Mixture(name="q4_1", base="q4_1", file_type=3),
-    Mixture(
-        name="q5_0", base="q5_0", file_type=8, rules=(Rule("ffn_down", "q5_1", _early_with_importance),)
-    ),
+    Mixture(name="q5_0", base="q5_0", file_type=8, rules=(Rule("ffn_down", "q5_1", _early_with_importance),)),
     Mixture(name="q5_1", base="q5_1", file_type=9),
     Mixture(name="q8_0", base="q8_0", file_type=7),
     Mixture(
@@ -290,6 +286,8 @@ _FALLBACKS: Final = {
     "iq4_xs": "iq4_nl",
 }
 
+# The matrices before the first layer and after the last.
+_ENDS: Final = ("token_embd", "output")
 # What the name of a tensor has in it, and its kind; matrices that hold values count as values.
 _KINDS: Final = {
     "attn_qkv.weight": "attn_v",
@@ -351,14 +349,9 @@ def choose_types(
     Raises
     ------
     InputError
-        If the mixture needs an importance matrix and there is none, or an override fits no tensor, or not the
+        If the mixture needs an importance matrix and there is none, or an override fits no tensor or not the
         rows of one.
     """
-    if mixture.needs_importance and not model.importance:
-        raise InputError(
-            f"{mixture.name} needs an importance matrix, without which its 2-bit matrices are of no use: "
-            "give one (--imatrix or --calibration), or choose q2_k"
-        )
     is_tied = "output.weight" not in shapes
     counts = Counter(_kind(name) for name in shapes)
     seen: Counter[str] = Counter()
@@ -393,6 +386,8 @@ def choose_types(
         if types[name].name != wanted:
             fallbacks[gguf_type(wanted), types[name]] += 1
     check_overrides(overrides, {name: _is_quantized(name, shape) for name, shape in shapes.items()})
+    if mixture.needs_importance and not model.importance:
+        _refuse_without_importance(mixture, types)
     for (before, after), count in fallbacks.items():
         logger.warning(
             "%d tensors are %s in place of %s, whose blocks of %d do not divide their rows",
@@ -404,8 +399,17 @@ def choose_types(
     return {name: types[name] for name in shapes}
 
 
+def _refuse_without_importance(mixture: Mixture, types: Mapping[str, GGUFType]) -> None:
+    for name, kind in types.items():
+        if kind.name == mixture.base and _kind(name) not in _ENDS:
+            raise InputError(
+                f"{mixture.name} needs an importance matrix, without which {kind.name} matrices such as "
+                f"{name} are of no use in it: give one (--imatrix or --calibration), or choose q2_k"
+            )
+
+
 def _kind(name: str) -> str:
-    if name in ("output.weight", "token_embd.weight"):
+    if name.removesuffix(".weight") in _ENDS:
         return name.removesuffix(".weight")
     return next((kind for part, kind in _KINDS.items() if part in name), "other")
 
@@ -432,7 +436,7 @@ def _wanted(mixture: Mixture, kind: str, place: Place) -> str:
 
 
 def _fitting(wanted: GGUFType, K: int) -> GGUFType:
-    """The type itself, or one whose blocks divide rows of K."""
+    """Return the type itself, or one whose blocks divide rows of K."""
     for kind in (wanted, gguf_type(_FALLBACKS.get(wanted.name, "f16"))):
         if K % kind.block == 0:
             return kind

@@ -75,7 +75,7 @@ def parse_overrides(types: Mapping[str, str]) -> tuple[Override, ...]:
 
 
 def override_for(name: str, overrides: Sequence[Override]) -> Override | None:
-    """The first override whose pattern is found in a name."""
+    """Return the first override whose pattern is found in a name; None without one."""
     return next((override for override in overrides if override.pattern.search(name)), None)
 
 

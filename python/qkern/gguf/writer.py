@@ -131,19 +131,20 @@ def gguf_bytes(
     writer = gguf.GGUFWriter(None, architecture)
     add_metadata(writer)
     header = io.BytesIO()
-    writer.fout, writer.state = [header], gguf.WriterState.EMPTY
-    _write_header(writer, tensors)
+    _write_header(writer, tensors, header)
     parts = (header.tell(), *(tensor.bytes for tensor in tensors))
     return sum(int(writer.ggml_pad(part, writer.data_alignment)) for part in parts)
 
 
-def _write_header(writer: Any, tensors: Sequence[PlannedTensor]) -> None:
-    """Write all that comes before the first tensor's blocks, padding left out."""
+def _write_header(writer: Any, tensors: Sequence[PlannedTensor], stream: io.BytesIO | None = None) -> None:
+    """Write all that comes before the first tensor's blocks, padding left out, to `stream` or the file."""
     import gguf
 
     for tensor in tensors:
         kind = gguf.GGMLQuantizationType(tensor.type.id)
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=kind)
+    if stream is not None:
+        writer.fout, writer.state = [stream], gguf.WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
