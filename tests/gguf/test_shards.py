@@ -60,6 +60,14 @@ def test_command_line(shipped, tmp_path, capsys):
     assert (tmp_path / "Modelfile").read_text().startswith("FROM ./m.gguf\n")
 
 
+def test_a_dry_run_names_the_files_and_their_size(shipped, tmp_path):
+    planned = export_gguf(shipped, tmp_path / "m.gguf", "q4_k_m", max_shard_size="1MB", dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    written = export_gguf(shipped, tmp_path / "m.gguf", "q4_k_m", max_shard_size="1MB")
+    assert len(written.files) > 1
+    assert (planned.files, planned.file_bytes) == (written.files, written.file_bytes)
+
+
 def test_what_fits_is_one_file(shipped, exported, tmp_path):
     report = export_gguf(shipped, tmp_path / "model.gguf", "q4_k_m", max_shard_size="5GB")
     assert report.files == (tmp_path / "model.gguf",)

@@ -169,8 +169,6 @@ class GGUFArchitecture:
         It gives embeddings, not logits; how they are pooled is ``config["pooling"]``.
     ties_head : bool
         llama.cpp takes the embedding for the head where the file has none.
-    seventy_b : bool
-        80 layers with grouped queries are the model whose value matrices get more bits.
     """
 
     model_type: str
@@ -187,7 +185,6 @@ class GGUFArchitecture:
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$", r"self_attn\.masked_bias$")
     is_encoder: bool = False
     ties_head: bool = True
-    seventy_b: bool = False
     _weights: dict[str, Weight] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -260,11 +257,6 @@ class GGUFArchitecture:
     def has_experts(self) -> bool:
         """Whether its layers choose among experts."""
         return any(_EXPERT in weight.module for weight in self.layer)
-
-    def is_70b(self, config: Config) -> bool:
-        """Whether llama.cpp takes the model for a 70B one."""
-        grouped = config["num_attention_heads"] != config.get("num_key_value_heads")
-        return self.seventy_b and config["num_hidden_layers"] == 80 and grouped
 
     def check(self, config: Config) -> None:
         """Refuse a model that uses what llama.cpp does not compute for this architecture.
@@ -463,9 +455,9 @@ _LLAMA_LAYER: Final = (
     _FFN_NORM,
 )
 _ALL: Final = (
-    _decoder("llama", "llama", *_LLAMA_LAYER, rope=_LLAMA_ROPE, seventy_b=True),
-    _decoder("mistral", "llama", *_LLAMA_LAYER, rope=_LLAMA_ROPE, seventy_b=True),
-    _decoder("qwen2", "qwen2", _ATTENTION_NORM, *_attention(bias=True), *_ffn(), _FFN_NORM, seventy_b=True),
+    _decoder("llama", "llama", *_LLAMA_LAYER, rope=_LLAMA_ROPE),
+    _decoder("mistral", "llama", *_LLAMA_LAYER, rope=_LLAMA_ROPE),
+    _decoder("qwen2", "qwen2", _ATTENTION_NORM, *_attention(bias=True), *_ffn(), _FFN_NORM),
     _decoder(
         "qwen3",
         "qwen3",

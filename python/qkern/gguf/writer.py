@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from qkern.ops.gguf_types import GGUFType
 
-__all__ = ["PlannedTensor", "write_gguf"]
+__all__ = ["PlannedTensor", "gguf_bytes", "gguf_files", "write_gguf"]
 
 # fp32 bytes that are converted at a time: bounds memory beside the tensor itself.
 _CHUNK_BYTES: Final = 4 << 20
@@ -106,6 +107,8 @@ def write_gguf(
     OutputError
         If a file cannot be written; nothing is left behind.
     """
+    import gguf
+
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file, for example --output {path / 'model.gguf'}")
     if path.parent.is_file():
@@ -113,7 +116,7 @@ def write_gguf(
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} of the output file does not exist; make it first")
     shards = _shards(tensors, max_shard_bytes)
-    files = _shard_files(path, len(shards))
+    files = gguf_files(path, tensors, max_shard_bytes=max_shard_bytes)
     for file in (path, *files):
         if file.exists():
             raise InputError(f"{file} exists: remove it or choose another --output")
@@ -121,17 +124,11 @@ def write_gguf(
     writers: list[Any] = []
 
     def begin(number: int) -> None:
-        def add(writer: Any) -> None:
-            if number == 0:
-                add_metadata(writer)
-            if len(shards) > 1:
-                writer.add_uint16("split.no", number)
-                writer.add_uint16("split.count", len(shards))
-                writer.add_int32("split.tensors.count", len(tensors))
-
         if writers:
             writers[-1].close()
-        writers.append(_begin(partials[number], architecture, shards[number], add))
+        writers.append(gguf.GGUFWriter(partials[number], architecture))
+        _add_metadata(writers[-1], shards, number, add_metadata)
+        _write_header(writers[-1], shards[number])
 
     numbered = [(number, tensor) for number, shard in enumerate(shards) for tensor in shard]
     placed: list[Path] = []
@@ -172,34 +169,65 @@ def _shards(tensors: Sequence[PlannedTensor], max_bytes: int | None) -> list[lis
     return shards
 
 
-def _shard_files(path: Path, count: int) -> list[Path]:
+def gguf_files(
+    path: Path, tensors: Sequence[PlannedTensor], *, max_shard_bytes: int | None = None
+) -> list[Path]:
+    """Name the files that `write_gguf` writes."""
+    count = len(_shards(tensors, max_shard_bytes))
     if count == 1:
         return [path]
     stem = path.name.removesuffix(".gguf")
     return [path.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 
 
-def _begin(
-    file: Path, architecture: str, tensors: Sequence[PlannedTensor], add_metadata: Callable[[Any], None]
-) -> Any:
-    """Open a writer and write all that comes before the data."""
+def gguf_bytes(
+    architecture: str,
+    tensors: Sequence[PlannedTensor],
+    add_metadata: Callable[[Any], None],
+    *,
+    max_shard_bytes: int | None = None,
+) -> int:
+    """Size of the files that `write_gguf` would write; no tensor is read, nothing is written."""
     import gguf
 
-    writer = gguf.GGUFWriter(file, architecture)
-    try:
+    size = 0
+    shards = _shards(tensors, max_shard_bytes)
+    for number, shard in enumerate(shards):
+        writer = gguf.GGUFWriter(None, architecture)
+        _add_metadata(writer, shards, number, add_metadata)
+        header = io.BytesIO()
+        _write_header(writer, shard, header)
+        parts = (header.tell(), *(tensor.bytes for tensor in shard))
+        size += sum(int(writer.ggml_pad(part, writer.data_alignment)) for part in parts)
+    return size
+
+
+def _add_metadata(
+    writer: Any,
+    shards: Sequence[Sequence[PlannedTensor]],
+    number: int,
+    add_metadata: Callable[[Any], None],
+) -> None:
+    if number == 0:
         add_metadata(writer)
-        for tensor in tensors:
-            kind = gguf.GGMLQuantizationType(tensor.type.id)
-            writer.add_tensor_info(
-                tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=kind
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    except BaseException:
-        writer.close()
-        raise
-    return writer
+    if len(shards) > 1:
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", len(shards))
+        writer.add_int32("split.tensors.count", sum(map(len, shards)))
+
+
+def _write_header(writer: Any, tensors: Sequence[PlannedTensor], stream: io.BytesIO | None = None) -> None:
+    """Write all that comes before the first tensor's blocks, padding left out, to `stream` or the file."""
+    import gguf
+
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType(tensor.type.id)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=kind)
+    if stream is not None:
+        writer.fout, writer.state = [stream], gguf.WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 def _encode(tensor: PlannedTensor) -> Tensor:

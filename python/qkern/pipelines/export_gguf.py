@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -15,31 +14,56 @@ from qkern import __version__
 from qkern.checkpoints import QuantizedCheckpoint, parse_size
 from qkern.errors import FormatError, InputError
 from qkern.gguf import PlannedTensor, add_tokenizer, architecture_for, mixture_for, write_gguf
-from qkern.gguf.mixture import choose_type
+from qkern.gguf.mixture import ModelFacts, choose_types
 from qkern.gguf.modelfile import ollama_modelfile
+from qkern.gguf.overrides import parse_overrides
 from qkern.gguf.pooling import pooling_of
 from qkern.gguf.rope import rope_tensors
 from qkern.gguf.tokenizer import name_of_model
+from qkern.gguf.writer import gguf_bytes, gguf_files
 from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines.gguf_sources import find_sources, stored_names
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import Tensor
 
     from qkern.gguf import GGUFArchitecture, Mixture
+    from qkern.gguf.overrides import Override
     from qkern.pipelines.gguf_sources import Source
 
-__all__ = ["GGUFReport", "export_gguf"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["GGUFReport", "TensorReport", "export_gguf"]
 
 _HEAD: Final = "lm_head"
 _EMBEDDING: Final = "model.embed_tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TensorReport:
+    """One tensor of a file.
+
+    Parameters
+    ----------
+    name : str
+        llama.cpp's name.
+    type : str
+        Its type.
+    shape : tuple of int
+        As torch has it.
+    bytes : int
+        Its size, padding left out.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GGUFReport:
-    """What was written.
+    """What was written, or would be.
 
     Parameters
     ----------
@@ -57,6 +81,10 @@ class GGUFReport:
         Size of the files together.
     bpw_file : float
         All bits of the file over all weights.
+    tensors : tuple of TensorReport
+        In the order of the file.
+    is_dry_run : bool
+        Whether nothing was written.
     """
 
     path: Path
@@ -66,6 +94,8 @@ class GGUFReport:
     weights: dict[str, int]
     file_bytes: int
     bpw_file: float
+    tensors: tuple[TensorReport, ...]
+    is_dry_run: bool = False
 
 
 def export_gguf(
@@ -73,10 +103,12 @@ def export_gguf(
     output: str | Path,
     type: str = "q4_k_m",
     *,
+    tensor_types: Mapping[str, str] | None = None,
     pure: bool = False,
     pre_tokenizer: str | None = None,
     max_shard_size: int | str | None = None,
     modelfile: bool = False,
+    dry_run: bool = False,
 ) -> GGUFReport:
     """Write a model as a GGUF file, a tensor at a time.
 
@@ -88,33 +120,39 @@ def export_gguf(
     output : str or Path
         The file; must not exist. In the model's folder its name must end in ``.gguf``.
     type : str
-        ``q8_0``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q4_k_m``, ``q6_k``, ``f16``, ``bf16`` or ``f32``.
-        The quantized ones are llama.cpp's mixtures: the output matrix, and in ``q4_k_m`` some others,
-        get more bits.
+        One of `qkern.gguf.MIXTURES`, such as ``q4_k_m``, ``q8_0`` or ``f16``. The quantized ones are
+        llama.cpp's mixtures: the output matrix, and in most some others, get more bits.
+    tensor_types : mapping, optional
+        From regular expression to type, such as ``{"ffn_down": "q6_k"}``: types of the tensors in whose
+        name (llama.cpp's) the expression is found, in place of the mixture's. The first that matches wins.
     pure : bool
-        The mixture's base type for every matrix.
+        The mixture's base type for every matrix that `tensor_types` does not name.
     pre_tokenizer : str, optional
         llama.cpp's name of the pre-tokenizer, where it is not recognized.
     max_shard_size : int or str, optional
         Write files of at most this size of tensors each, such as ``"5GB"``; default: one file.
     modelfile : bool
         Write Ollama's ``Modelfile`` beside the file.
+    dry_run : bool
+        Write nothing and encode nothing; the report has the sizes all the same, to the byte.
 
     Returns
     -------
     GGUFReport
-        What was written.
+        What was written, or would be.
 
     Raises
     ------
     UnsupportedError
         If type or architecture are not offered.
     InputError
-        If the folder is missing, a file exists, or weights are NaN or Inf.
+        If the folder is missing, a file exists, weights are NaN or Inf, `tensor_types` fits no tensor or
+        not the rows of one, or the mixture needs an importance matrix.
     FormatError
         If the checkpoint is incomplete or damaged.
     """
     mixture = mixture_for(type)
+    overrides = parse_overrides(tensor_types or {})
     path = Path(output)
     max_shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
     recipe = path.with_name("Modelfile")
@@ -137,7 +175,7 @@ def export_gguf(
         architecture.check(config)
         if architecture.is_encoder:
             config["pooling"] = pooling_of(checkpoint.folder)
-        tensors = _plan(checkpoint, architecture, config, mixture, pure=pure)
+        tensors = _plan(checkpoint, architecture, config, mixture, overrides, pure=pure)
 
         def add_metadata(writer: Any) -> None:
             # Of a path or hub id the last part: where a folder lies is nobody else's business.
@@ -150,10 +188,17 @@ def export_gguf(
             add_tokenizer(writer, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
 
         text = ollama_modelfile(checkpoint.folder, path.name) if modelfile else None
-        files = write_gguf(path, architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
-        if text is not None:
+        if dry_run:
+            files = gguf_files(path, tensors, max_shard_bytes=max_shard_bytes)
+            size = gguf_bytes(architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
+        else:
+            files = write_gguf(
+                path, architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes
+            )
+            size = sum(file.stat().st_size for file in files)
+        if text is not None and not dry_run:
             recipe.write_text(text, encoding="utf-8")
-    return _report(files, mixture, tensors)
+    return _report(files, mixture, tensors, size, is_dry_run=dry_run)
 
 
 def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
@@ -175,6 +220,7 @@ def _plan(
     architecture: GGUFArchitecture,
     config: dict[str, Any],
     mixture: Mixture,
+    overrides: Sequence[Override],
     *,
     pure: bool,
 ) -> list[PlannedTensor]:
@@ -198,18 +244,15 @@ def _plan(
         )
         for name, factors in rope_tensors(config).items()
     ]
+    types = choose_types(
+        mixture,
+        {names[name]: shape for name, shape in shapes.items()},
+        ModelFacts.from_config(architecture.name, config),
+        overrides=overrides,
+        pure=pure,
+    )
     for name, shape in shapes.items():
-        kind = choose_type(
-            mixture,
-            names[name],
-            shape,
-            layers=config["num_hidden_layers"],
-            tied=tied,
-            is_70b=architecture.is_70b(config),
-            pure=pure,
-        )
-        if kind.name == "f16" and mixture.base not in ("f16", "f32"):
-            logger.warning("%s stays f16: no quantized type divides its rows of %d", name, shape[-1])
+        kind = types[names[name]]
         read = partial(_read, checkpoint, sources[name], name, architecture, config)
         tensors.append(PlannedTensor(name=names[name], source=name, type=kind, shape=shape, read=read))
     return tensors
@@ -239,13 +282,14 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _report(files: list[Path], mixture: Mixture, tensors: list[PlannedTensor]) -> GGUFReport:
+def _report(
+    files: list[Path], mixture: Mixture, tensors: list[PlannedTensor], size: int, *, is_dry_run: bool
+) -> GGUFReport:
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     for tensor in tensors:
         counts[tensor.type.name] += 1
         weights[tensor.type.name] += tensor.weights
-    size = sum(file.stat().st_size for file in files)
     return GGUFReport(
         path=files[0],
         files=tuple(files),
@@ -254,4 +298,9 @@ def _report(files: list[Path], mixture: Mixture, tensors: list[PlannedTensor]) -
         weights=dict(weights),
         file_bytes=size,
         bpw_file=8 * size / weights.total(),
+        tensors=tuple(
+            TensorReport(name=tensor.name, type=tensor.type.name, shape=tensor.shape, bytes=tensor.bytes)
+            for tensor in tensors
+        ),
+        is_dry_run=is_dry_run,
     )
