@@ -39,6 +39,7 @@ def command(
                     "weights": report.weights,
                     "file_bytes": report.file_bytes,
                     "bpw_file": report.bpw_file,
+                    "exact": report.exact,
                 }
             )
         )
@@ -50,8 +51,9 @@ def command(
     table.add_column("type")
     table.add_column("tensors", justify="right")
     table.add_column("weights", justify="right")
+    table.add_column("exact", justify="right")
     for name, count in report.counts.items():
-        table.add_row(name, str(count), f"{report.weights[name]:,}")
+        table.add_row(name, str(count), f"{report.weights[name]:,}", str(report.exact_counts[name]))
     Console().print(table)
     # Outside the table, which would fold a long path.
     typer.echo(

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from qkern._progress import track
 from qkern.errors import InputError, OutputError, advice_on_writing, reason_of
-from qkern.ops.gguf_encode import gguf_encode
+from qkern.gguf.quantized import blocks_of
+from qkern.ops import dequantize_groupwise, gguf_decode, gguf_encode
+from qkern.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,7 +44,7 @@ class PlannedTensor:
     shape : tuple of int
         As torch has it.
     read : callable
-        Returns the tensor in any float dtype; called once, when its turn comes.
+        Returns the tensor, in any float dtype or quantized; called once, when its turn comes.
     importance : Tensor or None
         ``[K]`` weights for the encoder.
     """
@@ -51,7 +53,7 @@ class PlannedTensor:
     source: str
     type: GGUFType
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[[], Tensor | QuantizedWeight]
     importance: Tensor | None = None
 
     @property
@@ -72,7 +74,7 @@ class PlannedTensor:
 
 def write_gguf(
     path: Path, architecture: str, tensors: Sequence[PlannedTensor], add_metadata: Callable[[Any], None]
-) -> None:
+) -> dict[str, bool]:
     """Write a file.
 
     Parameters
@@ -85,6 +87,11 @@ def write_gguf(
         In the order of the file.
     add_metadata : callable
         Adds keys and values to a ``gguf.GGUFWriter``.
+
+    Returns
+    -------
+    dict
+        Of each tensor by its name in the file whether it decodes to exactly the values that were read.
 
     Raises
     ------
@@ -115,8 +122,10 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        exact = {}
         for tensor in track(tensors, "Writing GGUF", unit="tensor"):
-            writer.write_tensor_data(_encode(tensor).numpy())
+            blocks, exact[tensor.name] = _encode(tensor)
+            writer.write_tensor_data(blocks.numpy())
         writer.close()
         partial.replace(path)
     except OSError as error:
@@ -126,22 +135,34 @@ def write_gguf(
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
+    return exact
 
 
-def _encode(tensor: PlannedTensor) -> Tensor:
-    """Blocks of a tensor, uint8 ``[rows, row bytes]``."""
+def _encode(tensor: PlannedTensor) -> tuple[Tensor, bool]:
+    """Blocks of a tensor, uint8 ``[rows, row bytes]``, and whether they decode to exactly its values."""
     values = tensor.read()
     if tuple(values.shape) != tensor.shape:
         raise InputError(f"{tensor.source} must be {tensor.shape}: got {tuple(values.shape)}")
+    made: Tensor | None = None
+    if isinstance(values, QuantizedWeight):
+        made = blocks_of(values, tensor.type)
+        values = dequantize_groupwise(values)
     rows = values.reshape(-1, tensor.shape[-1])
-    blocks = torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8, device="cpu")
+    blocks = (
+        torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8, device="cpu") if made is None else made
+    )
+    exact = True
     step = max(1, _CHUNK_BYTES // (4 * tensor.shape[-1]))
     for begin in range(0, len(rows), step):
         chunk = rows[begin : begin + step].float()
         if not bool(torch.isfinite(chunk).all()):
             raise InputError(f"{tensor.source} has NaN or Inf values; repair the checkpoint")
-        try:
-            blocks[begin : begin + step] = gguf_encode(chunk, tensor.type.name, importance=tensor.importance)
-        except InputError as error:
-            raise InputError(f"{tensor.source}: {error}") from None
-    return blocks
+        part = blocks[begin : begin + step]
+        if made is None:
+            try:
+                part.copy_(gguf_encode(chunk, tensor.type.name, importance=tensor.importance))
+            except InputError as error:
+                raise InputError(f"{tensor.source}: {error}") from None
+        # Where one chunk was rounded the others need no look.
+        exact = exact and torch.equal(gguf_decode(part, tensor.type.name), chunk)
+    return blocks, exact

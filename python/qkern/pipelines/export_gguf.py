@@ -17,7 +17,7 @@ from qkern.errors import FormatError, InputError
 from qkern.gguf import PlannedTensor, add_tokenizer, architecture_for, mixture_for, write_gguf
 from qkern.gguf.architectures import rope_factors
 from qkern.gguf.mixture import choose_type
-from qkern.ops import dequantize_groupwise
+from qkern.gguf.quantized import exact_type, map_rows, same_grid
 from qkern.ops.gguf_types import gguf_type
 from qkern.schemes import QuantizedWeight
 
@@ -54,6 +54,10 @@ class GGUFReport:
         Size of the file.
     bpw_file : float
         All bits of the file over all weights.
+    exact : dict
+        Of each tensor by its name in the file whether it decodes to exactly the weights of the model.
+    exact_counts : dict
+        How many of each type do.
     """
 
     path: Path
@@ -62,6 +66,8 @@ class GGUFReport:
     weights: dict[str, int]
     file_bytes: int
     bpw_file: float
+    exact: dict[str, bool]
+    exact_counts: dict[str, int]
 
 
 def export_gguf(
@@ -78,7 +84,9 @@ def export_gguf(
     ----------
     model : str or Path
         Folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model: 16-bit, or quantized in a format
-        that qkern reads (its weights are decoded and encoded anew).
+        that qkern reads. A layer whose codes the type holds keeps them (symmetric 2 to 4 bits in ``q4_0``,
+        with zero points in ``q5_0``, any of these and symmetric 8 bits in ``q8_0``; groups a multiple of 32,
+        no act-order); any other is decoded and encoded anew.
     output : str or Path
         The file; must not exist. In the model's folder its name must end in ``.gguf``.
     type : str
@@ -129,8 +137,9 @@ def export_gguf(
             architecture.add_metadata(writer, config)
             add_tokenizer(writer, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
 
-        write_gguf(path, architecture.name, tensors, add_metadata)
-    return _report(path, mixture, tensors)
+        exact = write_gguf(path, architecture.name, tensors, add_metadata)
+        _hint(checkpoint, mixture, tensors, exact)
+    return _report(path, mixture, tensors, exact)
 
 
 def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
@@ -190,7 +199,7 @@ def _plan(
             layers=config["num_hidden_layers"],
             tied=tied,
             is_70b=architecture.is_70b(config),
-            pure=pure,
+            pure=pure or _keeps_codes(checkpoint, stored[name], mixture),
         )
         if kind.name == "f16" and mixture.base not in ("f16", "f32"):
             logger.warning("%s stays f16: no quantized type divides its rows of %d", name, shape[-1])
@@ -221,22 +230,48 @@ def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:
     return torch.equal(checkpoint.tensors[head], checkpoint.tensors[embedding])
 
 
+def _keeps_codes(checkpoint: QuantizedCheckpoint, stored: str, mixture: Mixture) -> bool:
+    """Whether a layer is quantized on the grid of the base type: more bits would not serve it."""
+    entry = checkpoint.entries.get(stored)
+    return entry is not None and same_grid(gguf_type(mixture.base), entry.scheme)
+
+
 def _read(
     checkpoint: QuantizedCheckpoint,
     stored: str,
     name: str,
     architecture: GGUFArchitecture,
     config: dict[str, Any],
-) -> Tensor:
+) -> Tensor | QuantizedWeight:
+    def reorder(tensor: Tensor) -> Tensor:
+        return architecture.to_file_order(name, tensor, config)
+
     value = checkpoint[stored]
-    tensor = dequantize_groupwise(value) if isinstance(value, QuantizedWeight) else value
-    return architecture.to_file_order(name, tensor, config)
+    return map_rows(value, reorder) if isinstance(value, QuantizedWeight) else reorder(value)
 
 
-def _report(path: Path, mixture: Mixture, tensors: list[PlannedTensor]) -> GGUFReport:
+def _hint(
+    checkpoint: QuantizedCheckpoint, mixture: Mixture, tensors: list[PlannedTensor], exact: dict[str, bool]
+) -> None:
+    """Name the type that would have kept the codes of a quantized checkpoint."""
+    quantized = [tensor for tensor in tensors if tensor.source.removesuffix(".weight") in checkpoint.entries]
+    rounded = sum(not exact[tensor.name] for tensor in quantized)
+    kind = exact_type(entry.scheme for entry in checkpoint.entries.values() if not entry.act_order)
+    if rounded and kind is not None and kind.name != mixture.base:
+        logger.info(
+            "%d of %d quantized layers were rounded a second time; --type %s keeps their codes",
+            rounded,
+            len(quantized),
+            kind.name,
+        )
+
+
+def _report(path: Path, mixture: Mixture, tensors: list[PlannedTensor], exact: dict[str, bool]) -> GGUFReport:
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
+    exact_counts = {tensor.type.name: 0 for tensor in tensors}
     for tensor in tensors:
+        exact_counts[tensor.type.name] += exact[tensor.name]
         counts[tensor.type.name] += 1
         weights[tensor.type.name] += tensor.weights
     size = path.stat().st_size
@@ -247,4 +282,6 @@ def _report(path: Path, mixture: Mixture, tensors: list[PlannedTensor]) -> GGUFR
         weights=dict(weights),
         file_bytes=size,
         bpw_file=8 * size / weights.total(),
+        exact=exact,
+        exact_counts=exact_counts,
     )
