@@ -1,6 +1,7 @@
 """A GGUF as a transformers model: its weights bit for bit, its logits those of llama.cpp."""
 
 import logging
+import random
 
 import pytest
 import torch
@@ -212,7 +213,12 @@ WRONG = {
     "architecture": ({"architecture": "mamba"}, UnsupportedError, "'mamba': read are llama, qwen2, qwen3"),
     "layers": ({"qwen2__block_count": 3}, FormatError, "missing are blk.2.attn_norm.weight"),
     "too many layers": ({"qwen2__block_count": 2**30}, FormatError, "layers, allowed are 1024"),
-    "heads": ({"qwen2__attention__head_count": 3}, FormatError, "of another shape are blk.0.attn_q.weight"),
+    "heads": ({"qwen2__attention__head_count": 2}, FormatError, "of another shape are blk.0.attn_q.weight"),
+    "keys": (
+        {"qwen2__attention__head_count_kv": 3},
+        FormatError,
+        "4 query heads of 16 for 3 key heads: needed are",
+    ),
     "no heads": ({"qwen2__attention__head_count": 0}, FormatError, "must be a positive number: got 0"),
     "width": ({"qwen2__feed_forward_length": 512}, FormatError, "of another shape are blk.0.ffn_gate.weight"),
     "epsilon": (
@@ -248,6 +254,34 @@ def test_scales_that_are_not_finite_are_refused(exported, tmp_path):
         qkern.load(tmp_path / "nan.gguf")
 
 
+def test_damaged_files_raise_nothing_else(model_folder, tmp_path):
+    """Bits of a small model's file flipped, mostly in its head: it loads, or one of two errors says why."""
+    folder, _ = model_folder("llama", num_hidden_layers=1)
+    export_gguf(folder, tmp_path / "whole.gguf", "q8_0")
+    with GGUFFile(tmp_path / "whole.gguf") as file:
+        unread = {key.replace(".", "__"): None for key in file.metadata if key.startswith("tokenizer.")}
+    # Without its vocabulary, in which no flip matters here.
+    content = changed(tmp_path / "whole.gguf", tmp_path / "small.gguf", **unread).read_bytes()
+    with GGUFFile(tmp_path / "small.gguf") as file:
+        head = min(info.offset for info in file.tensors.values())
+    generator = random.Random(0)
+    loaded = 0
+    for trial in range(1500):
+        damaged = bytearray(content)
+        for _ in range(generator.randint(1, 3)):
+            place = generator.randrange(head if generator.random() < 0.9 else len(damaged))
+            damaged[place] = generator.choice((0, 1, 127, 255, damaged[place] ^ 1 << generator.randrange(8)))
+        if trial % 20 == 0:
+            del damaged[generator.randrange(len(damaged)) :]
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        try:
+            qkern.load(tmp_path / "damaged.gguf")
+            loaded += 1
+        except (FormatError, UnsupportedError):
+            pass
+    assert 30 < loaded < 1200
+
+
 def test_no_file():
     with pytest.raises(InputError, match=r"no GGUF file at none\.gguf"):
         qkern.load("none.gguf")
@@ -278,6 +312,25 @@ def test_tokenizers_that_are_not_read_are_named(exported, tmp_path):
         path = changed(exported("q4_0"), tmp_path / f"{value}.gguf", **{key: value})
         with pytest.raises(UnsupportedError, match=message):
             read_tokenizer(path)
+
+
+def test_damaged_tokenizers_raise_nothing_else(exported, tmp_path):
+    content = exported("q4_0").read_bytes()
+    begin = content.index(b"tokenizer.ggml.model")
+    with GGUFFile(exported("q4_0")) as file:
+        end = min(info.offset for info in file.tensors.values())
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(generator.choice((1, 3, 100))):
+            damaged[generator.randrange(begin, end)] ^= 1 << generator.randrange(8)
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        try:
+            read_tokenizer(tmp_path / "damaged.gguf")("In the beginning")
+        except (FormatError, UnsupportedError):
+            refused += 1
+    assert 30 < refused < 300
 
 
 # The commands --------------------------------------------------------------------------------------------

@@ -105,6 +105,13 @@ class GGUFCheckpoint:
                     f"{file.path}: {name}.{key} is not the {head} of a head: such a {name} is not loaded; "
                     "llama.cpp runs it"
                 )
+        # Files of models without grouped queries may leave it out.
+        keys = self._integer("attention.head_count_kv", default=heads)
+        if heads % keys or head % 2:
+            raise FormatError(
+                f"{file.path}: {heads} query heads of {head} for {keys} key heads: needed are a multiple of "
+                "the key heads and an even length; fetch it again"
+            )
         layers = self._integer("block_count")
         if layers > MAX_LAYERS:
             raise FormatError(f"{file.path}: {layers} layers, allowed are {MAX_LAYERS}")
@@ -118,8 +125,7 @@ class GGUFCheckpoint:
             "intermediate_size": self._integer("feed_forward_length"),
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            # Files of models without grouped queries may leave it out.
-            "num_key_value_heads": self._integer("attention.head_count_kv", default=heads),
+            "num_key_value_heads": keys,
             "head_dim": head,
             "hidden_act": "silu",
             "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),

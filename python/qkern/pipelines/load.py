@@ -87,7 +87,10 @@ def load(
     checkpoint: Checkpoint
     if is_gguf(path):
         with GGUFCheckpoint(path) as checkpoint:
-            model = _load_quantized(checkpoint, checkpoint.transformers_config(), dtype)
+            try:
+                model = _load_quantized(checkpoint, checkpoint.transformers_config(), dtype)
+            except InputError as error:  # of what the caller gave, the path was the last to be looked at
+                raise FormatError(f"{checkpoint.folder}: {error}") from error
     else:
         with QuantizedCheckpoint(path) as checkpoint:
             config = _read_config(checkpoint)
