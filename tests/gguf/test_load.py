@@ -105,6 +105,21 @@ def test_logits_equal_those_of_llama_cpp(variant, model_folder, run_gguf, tmp_pa
     assert distance(logits(loaded), run_gguf(tmp_path / "q8.gguf")(IDS)) < 0.03
 
 
+def test_a_file_of_llama_cpp_s_own_quantizer(model_folder, run_gguf, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    folder, _ = model_folder("llama", tie_word_embeddings=False)
+    export_gguf(folder, tmp_path / "f32.gguf", "f32")
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = 2  # Q4_0
+    path = tmp_path / "q4_0.gguf"
+    names = (str(tmp_path / "f32.gguf").encode(), str(path).encode())
+    assert llama_cpp.llama_model_quantize(*names, parameters) == 0
+    model = qkern.load(path, compute="float")
+    assert len(quant_linears(model)) == 15
+    assert distance(logits(model), run_gguf(path)(IDS)) < 0.03
+    assert distance(logits(model), logits(decoded_model(folder, path))) < 1e-5
+
+
 def test_a_tied_table_stays_one(model_folder, tmp_path):
     folder, _ = model_folder("qwen2", tie_word_embeddings=True)
     export_gguf(folder, tmp_path / "model.gguf", "q8_0")
