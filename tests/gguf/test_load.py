@@ -227,7 +227,7 @@ def changed(path, to, **metadata):
 WRONG = {
     "architecture": ({"architecture": "mamba"}, UnsupportedError, "'mamba': read are llama, qwen2, qwen3"),
     "layers": ({"qwen2__block_count": 3}, FormatError, "missing are blk.2.attn_norm.weight"),
-    "too many layers": ({"qwen2__block_count": 2**30}, FormatError, "layers, allowed are 1024"),
+    "too many layers": ({"qwen2__block_count": 2**30}, FormatError, "1073741824 layers, but only"),
     "heads": ({"qwen2__attention__head_count": 2}, FormatError, "of another shape are blk.0.attn_q.weight"),
     "keys": (
         {"qwen2__attention__head_count_kv": 3},

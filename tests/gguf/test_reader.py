@@ -306,6 +306,17 @@ def test_hostile_hyperparameters(tmp_path):
         next(opened(tmp_path, build(metadata=(name, layers, heads))).state_dict())
 
 
+def test_more_layers_than_any_model_has(tmp_path):
+    name = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    layers = text("llama.block_count") + struct.pack("<II", 4, 1030)
+    tensors = [(str(number), (8,), 0, 32 * number) for number in range(1030)]
+    with (
+        opened(tmp_path, build(metadata=(name, layers), tensors=tensors, data=32 * 1030)) as file,
+        pytest.raises(FormatError, match="1030 layers, allowed are 1024"),
+    ):
+        _ = file.layers
+
+
 def test_no_file(tmp_path):
     with pytest.raises(InputError, match="no GGUF file at"):
         GGUFFile(tmp_path / "missing.gguf")

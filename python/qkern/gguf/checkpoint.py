@@ -14,7 +14,7 @@ from torch import Tensor
 from qkern.errors import FormatError, UnsupportedError
 from qkern.gguf.architectures import ARCHITECTURES
 from qkern.gguf.quantized import map_rows, quantized_of
-from qkern.gguf.reader import MAX_LAYERS, GGUFFile
+from qkern.gguf.reader import GGUFFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,9 +112,6 @@ class GGUFCheckpoint:
                 f"{file.path}: {heads} query heads of {head} for {keys} key heads: needed are a multiple of "
                 "the key heads and an even length; fetch it again"
             )
-        layers = self._integer("block_count")
-        if layers > MAX_LAYERS:
-            raise FormatError(f"{file.path}: {layers} layers, allowed are {MAX_LAYERS}")
         embedding = tensors.get("token_embd.weight")
         if embedding is None:
             raise FormatError(f"{file.path} has no token_embd.weight, the embedding; fetch it again")
@@ -123,7 +120,7 @@ class GGUFCheckpoint:
             "vocab_size": embedding.shape[0],
             "hidden_size": hidden,
             "intermediate_size": self._integer("feed_forward_length"),
-            "num_hidden_layers": layers,
+            "num_hidden_layers": file.layers,
             "num_attention_heads": heads,
             "num_key_value_heads": keys,
             "head_dim": head,

@@ -36,7 +36,7 @@ _DEFAULT_ALIGNMENT: Final = 32
 # Far beyond any model: what Python keeps of an entry is a multiple of its bytes in the file.
 _MAX_ENTRIES: Final = 1 << 16
 _MAX_TENSORS: Final = 1 << 17
-MAX_LAYERS: Final = 1024
+_MAX_LAYERS: Final = 1024
 _SHARD: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
@@ -229,6 +229,22 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         known = sorted({architecture.name for architecture in ARCHITECTURES.values()})
         raise UnsupportedError(f"{self.path} has architecture {name!r}: read are {', '.join(known)}")
 
+    @property
+    def layers(self) -> int:
+        """Number of layers.
+
+        Raises
+        ------
+        FormatError
+            If it is missing, or more than the tensors can be or any model has.
+        """
+        layers = self._integer("block_count")
+        if layers > len(self.tensors):
+            raise FormatError(f"{self.path}: {layers} layers, but only {len(self.tensors)} tensors")
+        if layers > _MAX_LAYERS:
+            raise FormatError(f"{self.path}: {layers} layers, allowed are {_MAX_LAYERS}")
+        return layers
+
     def _integer(self, key: str, default: int | None = None) -> int:
         name = f"{self.metadata['general.architecture']}.{key}"
         value = self.metadata.get(name, default)
@@ -248,11 +264,7 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         """
         architecture = self.architecture
         heads = self._integer("attention.head_count")
-        layers = self._integer("block_count")
-        if layers > len(self.tensors):
-            raise FormatError(f"{self.path}: {layers} layers, but only {len(self.tensors)} tensors")
-        if layers > MAX_LAYERS:
-            raise FormatError(f"{self.path}: {layers} layers, allowed are {MAX_LAYERS}")
+        layers = self.layers
         hidden = self._integer("embedding_length")
         config = {
             "num_hidden_layers": layers,
