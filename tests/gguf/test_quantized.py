@@ -102,6 +102,13 @@ def test_scales_that_are_no_fp16_numbers_are_rounded_once():
     assert direct < 0.1 * again
 
 
+def test_a_stack_is_its_matrices_in_turn():
+    weights = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(2))
+    qw = quantize_groupwise(weights, "w4g32z")
+    blocks = blocks_of(qw, gguf_type("q5_0"))
+    assert torch.equal(decoded(blocks, "q5_0").view(3, 4, 64), dequantize_groupwise(qw))
+
+
 def test_bf16_scales_of_common_size_are_fp16_numbers():
     qw = quantized("w4g64", scale_dtype=torch.bfloat16)
     assert torch.equal(gguf_decode(blocks_of(qw, gguf_type("q4_0")), "q4_0"), dequantize_groupwise(qw))

@@ -82,14 +82,16 @@ def exact_type(schemes: Iterable[Scheme]) -> GGUFType | None:
     return None
 
 
-def map_rows(qw: QuantizedWeight, change: Callable[[Tensor], Tensor]) -> QuantizedWeight:
-    """Reorder the rows of a matrix by a function that reorders those of a tensor."""
+def map_rows(
+    qw: QuantizedWeight, change: Callable[[Tensor], Tensor], *, shape: tuple[int, ...] | None = None
+) -> QuantizedWeight:
+    """Reorder the rows of a weight by a function that reorders those of a tensor, or reshape them."""
     parts = ("codes",) if qw.scheme.per_tensor else ("codes", "scales", "zeros", "offsets")
     changed: dict[str, Any] = {}
     for name in parts:
         tensor = getattr(qw, name)
         changed[name] = None if tensor is None else change(tensor).contiguous()
-    return replace(qw, **changed)
+    return replace(qw, shape=shape or qw.shape, **changed)
 
 
 def blocks_of(qw: QuantizedWeight, kind: GGUFType) -> Tensor | None:
@@ -108,9 +110,11 @@ def blocks_of(qw: QuantizedWeight, kind: GGUFType) -> Tensor | None:
     Returns
     -------
     Tensor or None
-        uint8 ``[N, bytes of a row]``; None where the type does not hold the codes, a block has columns of
-        several groups, or the scales lie outside fp16's range.
+        uint8 ``[rows, bytes of a row]``, of a stack those of each matrix in turn; None where the type does
+        not hold the codes, a block has columns of several groups, or scales lie outside fp16's range.
     """
+    if len(qw.shape) == 3 and not qw.scheme.per_tensor:
+        qw = map_rows(qw, lambda rows: rows.flatten(0, 1), shape=(qw.shape[0] * qw.N, qw.K))
     grid = _GRIDS.get(kind.name)
     if grid is None or len(qw.shape) != 2 or qw.scheme.codebook is not None or qw.K % _BLOCK:
         return None

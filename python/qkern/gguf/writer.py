@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from qkern.ops.gguf_types import GGUFType
 
-__all__ = ["PlannedTensor", "write_gguf"]
+__all__ = ["PlannedTensor", "Written", "write_gguf"]
 
 # fp32 bytes that are converted at a time: bounds memory beside the tensor itself.
 _CHUNK_BYTES: Final = 64 << 20
@@ -72,9 +72,25 @@ class PlannedTensor:
         return math.prod(self.shape[:-1]) * self.row_bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written.
+
+    Parameters
+    ----------
+    files : list of Path
+        The files.
+    exact : dict
+        Of each tensor by its name in the file whether it decodes to exactly the values that were read.
+    """
+
+    files: list[Path]
+    exact: dict[str, bool]
+
+
 def write_gguf(
     path: Path, architecture: str, tensors: Sequence[PlannedTensor], add_metadata: Callable[[Any], None]
-) -> dict[str, bool]:
+) -> Written:
     """Write a file.
 
     Parameters
@@ -90,8 +106,8 @@ def write_gguf(
 
     Returns
     -------
-    dict
-        Of each tensor by its name in the file whether it decodes to exactly the values that were read.
+    Written
+        The file, and which tensors are exact.
 
     Raises
     ------
@@ -135,7 +151,7 @@ def write_gguf(
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
-    return exact
+    return Written(files=[path], exact=exact)
 
 
 def _encode(tensor: PlannedTensor) -> tuple[Tensor, bool]:

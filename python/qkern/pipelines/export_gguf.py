@@ -137,9 +137,9 @@ def export_gguf(
             architecture.add_metadata(writer, config)
             add_tokenizer(writer, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
 
-        exact = write_gguf(path, architecture.name, tensors, add_metadata)
-        _hint(checkpoint, mixture, tensors, exact)
-    return _report(path, mixture, tensors, exact)
+        written = write_gguf(path, architecture.name, tensors, add_metadata)
+        _hint(checkpoint, mixture, tensors, written.exact)
+    return _report(path, mixture, tensors, written.exact)
 
 
 def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
