@@ -111,6 +111,18 @@ def test_token_embeddings_equal_those_of_transformers(normalizer, encoder_folder
         assert_close(found, hidden_states(model, fast, text))
 
 
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_k_m"])
+def test_quantized_files_run(kind, encoder_folder, tmp_path):
+    folder, model, fast = encoder_folder(hidden_size=256)
+    export_gguf(folder, tmp_path / "model.gguf", kind)
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert model.load_state_dict(dict(file.state_dict()), strict=False).unexpected_keys == []
+    for text, found in zip(TEXTS, embeddings(tmp_path / "model.gguf", TEXTS), strict=True):
+        expected = hidden_states(model, fast, text)
+        # llama.cpp rounds activations: to int8 beside quantized weights, to 16 bits beside 16-bit ones.
+        assert (found - expected).norm() / expected.norm() < (0.005 if kind == "f16" else 0.05)
+
+
 @pytest.mark.parametrize(
     ("pooling", "pool"),
     [
