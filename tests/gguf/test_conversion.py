@@ -117,7 +117,7 @@ def test_another_type_is_encoded_anew_and_the_exact_one_is_named(
     with caplog.at_level(logging.INFO, logger="qkern"):
         report = export_gguf(checkpoint(scheme, format), tmp_path / "model.gguf", "q4_k_m")
     # Q4_K needs rows of 256, which only down_proj has; what the others fall back to holds four bits.
-    assert f"2 of 14 quantized layers were rounded a second time; --type {kind} keeps" in caplog.text
+    assert f"2 of 14 quantized tensors were rounded a second time; --type {kind} keeps" in caplog.text
     assert sum(report.exact_counts.values()) == report.counts["f32"] + 12
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="qkern"):

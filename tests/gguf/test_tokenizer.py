@@ -145,15 +145,16 @@ def message(field, content):
     return varint(field << 3 | 2) + varint(len(content)) + content
 
 
-def sentencepiece_bytes(vocabulary, merges, algorithm=2):
+def sentencepiece_bytes(vocabulary, merges, algorithm=2, added=(), prefix=1):
     """A tokenizer.model as the sentencepiece package would write it."""
     rank = {"".join(pair): number for number, pair in reversed(list(enumerate(merges)))}
     data = b""
     for text in vocabulary:
         kind = 2 if text == "<unk>" else 3 if text in ("<s>", "</s>") else 6 if text.startswith("<0x") else 1
+        kind = 4 if text in added else kind
         score = struct.pack("<f", -float(rank.get(text, len(merges))))
         data += message(1, message(1, text.encode()) + b"\x15" + score + b"\x18" + varint(kind))
-    return data + message(2, b"\x18" + varint(algorithm)) + message(3, b"\x18\x01")
+    return data + message(2, b"\x18" + varint(algorithm)) + message(3, b"\x18" + varint(prefix))
 
 
 @pytest.mark.parametrize("from_file", [False, True])
@@ -176,6 +177,65 @@ def test_sentencepiece_bpe(from_file, shipped, model_folder, run_gguf, tmp_path)
         assert runner.tokenize(text).tolist() == fast(text)["input_ids"]
         assert read(text)["input_ids"] == fast(text)["input_ids"]
         assert read.decode(read(text)["input_ids"]) == text
+
+
+def gemma_like(text):
+    """A BPE as Gemma has it: no space before the text, runs of spaces and of newlines added as tokens."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    _, vocabulary, merges = sentencepiece_like(text)
+    vocabulary = {token: number for number, token in enumerate([*vocabulary, "\u2581\u2581", "\n\n"])}
+    merges = [("\u2581", "\u2581"), *merges]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    for token in ("\u2581\u2581", "\n\n"):
+        tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    return tokenizer, vocabulary, merges
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_runs_of_spaces_are_tokens_where_they_were_added(
+    from_file, shipped, model_folder, run_gguf, tmp_path
+):
+    tokenizer, vocabulary, merges = gemma_like(read_text(shipped / "search.txt")[:30_000])
+    folder, _ = model_folder("gemma2", sliding_window=8, vocab_size=len(vocabulary))
+    fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    if from_file:
+        whole = sentencepiece_bytes(vocabulary, merges, added=("\u2581\u2581", "\n\n"), prefix=0)
+        (folder / "tokenizer.model").write_bytes(whole)
+        (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
+    export_gguf(folder, tmp_path / "model.gguf", "f32")
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert file.metadata["tokenizer.ggml.add_space_prefix"] is False
+        tokens, kinds = (file.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+    assert tokens[-2:] == ["  ", "\n\n"]
+    assert kinds[-2:] == [TokenType.USER_DEFINED] * 2
+    runner = run_gguf(tmp_path / "model.gguf")
+    for text in [*TEXTS, "And  he   said\n\nunto    them", "  x"]:
+        assert runner.tokenize(text).tolist() == fast(text)["input_ids"]
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_of_several_chat_templates_the_default_is_written(from_file, shipped, model_folder, tmp_path):
+    tokenizer, vocabulary, merges = sentencepiece_like(read_text(shipped / "search.txt")[:5_000])
+    folder, _ = model_folder("mistral", vocab_size=len(vocabulary))
+    fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    templates = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    if from_file:
+        (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(vocabulary, merges))
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    else:
+        fast.chat_template = templates
+        fast.save_pretrained(folder)
+    export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert file.metadata["tokenizer.chat_template"] == templates["default"]
 
 
 def test_damaged_sentencepiece_files_are_refused(tmp_path):

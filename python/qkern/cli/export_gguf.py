@@ -23,17 +23,30 @@ def command(
     pre_tokenizer: Annotated[
         str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, where it is not recognized.")
     ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Cut into files of at most this size, such as 5GB; default: one file.")
+    ] = None,
+    modelfile: Annotated[bool, typer.Option(help="Write Ollama's Modelfile beside the file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write a model as one GGUF file that llama.cpp runs."""
+    """Write a model as a GGUF file that llama.cpp runs."""
     from qkern.pipelines.export_gguf import export_gguf
 
-    report = export_gguf(model, output, kind, pure=pure, pre_tokenizer=pre_tokenizer)
+    report = export_gguf(
+        model,
+        output,
+        kind,
+        pure=pure,
+        pre_tokenizer=pre_tokenizer,
+        max_shard_size=max_shard_size,
+        modelfile=modelfile,
+    )
     if as_json:
         typer.echo(
             json.dumps(
                 {
                     "path": str(report.path),
+                    "files": [str(file) for file in report.files],
                     "type": report.type,
                     "tensors": report.counts,
                     "weights": report.weights,

@@ -90,6 +90,9 @@ ALIASES: Final = {"q4_k": "q4_k_m"}
 # Types with large blocks, and what a row gets that they do not divide.
 _FALLBACKS: Final = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 
+# Small, or added where llama.cpp wants fp32: norms, routers, positions.
+_KEPT: Final = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
+
 
 def mixture_for(name: str) -> Mixture:
     """Look a mixture up by its name, in any case; ``q4_k`` is ``q4_k_m``.
@@ -141,7 +144,7 @@ def choose_type(
     GGUFType
         f32 for vectors and norms; else a type whose block divides the rows.
     """
-    if len(shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight"):
+    if len(shape) < 2 or name.endswith(_KEPT) or not name.endswith(".weight"):
         return gguf_type("f32")
     wanted = mixture.base if pure else _wanted(mixture, name, layers=layers, tied=tied, is_70b=is_70b)
     K = shape[-1]

@@ -29,11 +29,11 @@ from qkern.ops.gguf_types import GGUFType, gguf_type
 from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from qkern.gguf.tensors import GGUFTensor
 
-__all__ = ["blocks_of", "exact_type", "map_rows", "quantized_of", "same_grid"]
+__all__ = ["blocks_of", "exact_type", "map_rows", "quantized_of", "same_grid", "stacked"]
 
 _BLOCK: Final = 32
 # fp16 rounds a normal number by at most this much of itself; it loses more only beyond its range.
@@ -92,6 +92,29 @@ def map_rows(
         tensor = getattr(qw, name)
         changed[name] = None if tensor is None else change(tensor).contiguous()
     return replace(qw, shape=shape or qw.shape, **changed)
+
+
+def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+    """Make matrices a stack, and one matrix itself; None if they differ in form."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    forms = {(qw.shape, qw.scheme, qw.scales.shape, qw.scales.dtype, qw.offsets is None) for qw in weights}
+    if len(forms) > 1 or any(qw.group_index is not None for qw in weights):
+        return None
+
+    def stack(name: str) -> Any:
+        parts = [getattr(qw, name) for qw in weights]
+        return None if parts[0] is None else torch.stack(parts)
+
+    return replace(
+        first,
+        shape=(len(weights), *first.shape),
+        codes=stack("codes"),
+        scales=stack("scales"),
+        zeros=stack("zeros"),
+        offsets=stack("offsets"),
+    )
 
 
 def blocks_of(qw: QuantizedWeight, kind: GGUFType) -> Tensor | None:

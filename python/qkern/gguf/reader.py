@@ -223,8 +223,9 @@ class GGUFFile(Mapping[str, GGUFTensor]):
             If it is not one that qkern reads.
         """
         name = self.metadata.get("general.architecture")
+        has_experts = f"{name}.expert_count" in self.metadata
         for architecture in ARCHITECTURES.values():
-            if architecture.name == name:
+            if architecture.name == name and architecture.has_experts == has_experts:
                 return architecture
         known = sorted({architecture.name for architecture in ARCHITECTURES.values()})
         raise UnsupportedError(f"{self.path} has architecture {name!r}: read are {', '.join(known)}")
@@ -277,10 +278,11 @@ class GGUFFile(Mapping[str, GGUFTensor]):
             "head_dim": self._integer("attention.key_length", default=hidden // heads),
             "attention_bias": True,
             "mlp_bias": True,
+            "qkv_bias": True,
         }
         names = {file_name: name for name, file_name in architecture.names(config).items()}
         for file_name in self.tensors:
-            if file_name == "rope_freqs.weight":  # follows from the configuration
+            if file_name.startswith("rope_"):  # follows from the configuration
                 continue
             if file_name not in names:
                 raise FormatError(
@@ -289,9 +291,11 @@ class GGUFFile(Mapping[str, GGUFTensor]):
             name = names[file_name]
             weight = self[file_name].decode()
             try:
-                yield name, architecture.from_file_order(name, weight, config)
+                weight = architecture.from_file_order(name, weight, config)
             except RuntimeError as error:
                 raise FormatError(f"{self.path}: {file_name} {tuple(weight.shape)}: {error}") from None
+            pieces = architecture.pieces(name, len(weight))
+            yield from zip(pieces, [weight] if pieces == [name] else weight, strict=True)
 
     def close(self) -> None:
         """Drop the mapping; tensors that were read stay valid."""

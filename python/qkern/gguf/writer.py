@@ -1,4 +1,4 @@
-"""Writing a GGUF one tensor at a time; the file appears under its name only when it is complete."""
+"""Writing a GGUF one tensor at a time; files appear under their names only when they are complete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["PlannedTensor", "Written", "write_gguf"]
 
 # fp32 bytes that are converted at a time: bounds memory beside the tensor itself.
-_CHUNK_BYTES: Final = 64 << 20
+_CHUNK_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,45 +89,123 @@ class Written:
 
 
 def write_gguf(
-    path: Path, architecture: str, tensors: Sequence[PlannedTensor], add_metadata: Callable[[Any], None]
+    path: Path,
+    architecture: str,
+    tensors: Sequence[PlannedTensor],
+    add_metadata: Callable[[Any], None],
+    *,
+    max_shard_bytes: int | None = None,
 ) -> Written:
-    """Write a file.
+    """Write a model as a file, or as several with at most so many bytes of tensors each.
 
     Parameters
     ----------
     path : Path
-        Must not exist.
+        Must not exist. Several files are called ``NAME-00001-of-00003.gguf`` and so on, as llama.cpp calls
+        them; it loads them all when it is given the first.
     architecture : str
         llama.cpp's name of the architecture.
     tensors : sequence of PlannedTensor
         In the order of the file.
     add_metadata : callable
         Adds keys and values to a ``gguf.GGUFWriter``.
+    max_shard_bytes : int, optional
+        A larger single tensor gets a file of its own. Default: one file.
 
     Returns
     -------
     Written
-        The file, and which tensors are exact.
+        The files, and which tensors are exact.
 
     Raises
     ------
     InputError
-        If `path` exists, or a tensor has NaN or Inf values or another shape than planned.
+        If a file exists, or a tensor has NaN or Inf values or another shape than planned.
     OutputError
-        If the file cannot be written; nothing is left behind.
+        If a file cannot be written; nothing is left behind.
     """
-    import gguf
-
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file, for example --output {path / 'model.gguf'}")
-    if path.exists():
-        raise InputError(f"{path} exists: remove it or choose another --output")
     if path.parent.is_file():
         raise InputError(f"{path} cannot be made: {path.parent} is a file; choose another --output")
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} of the output file does not exist; make it first")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    writer = gguf.GGUFWriter(partial, architecture)
+    shards = _shards(tensors, max_shard_bytes)
+    files = _shard_files(path, len(shards))
+    for file in (path, *files):
+        if file.exists():
+            raise InputError(f"{file} exists: remove it or choose another --output")
+    partials = [file.with_name(f".{file.name}.{os.getpid()}.partial") for file in files]
+    writers: list[Any] = []
+
+    def begin(number: int) -> None:
+        def add(writer: Any) -> None:
+            if number == 0:
+                add_metadata(writer)
+            if len(shards) > 1:
+                writer.add_uint16("split.no", number)
+                writer.add_uint16("split.count", len(shards))
+                writer.add_int32("split.tensors.count", len(tensors))
+
+        if writers:
+            writers[-1].close()
+        writers.append(_begin(partials[number], architecture, shards[number], add))
+
+    numbered = [(number, tensor) for number, shard in enumerate(shards) for tensor in shard]
+    placed: list[Path] = []
+    exact: dict[str, bool] = {}
+    try:
+        for number, tensor in track(numbered, "Writing GGUF", unit="tensor"):
+            if number == len(writers):
+                begin(number)
+            blocks, exact[tensor.name] = _encode(tensor)
+            writers[-1].write_tensor_data(blocks.numpy())
+        writers[-1].close()
+        # The first one last: whoever sees it finds the others.
+        for partial, file in reversed(list(zip(partials, files, strict=True))):
+            partial.replace(file)
+            placed.append(file)
+    except OSError as error:
+        for file in placed:
+            file.unlink(missing_ok=True)
+        raise OutputError(
+            f"cannot write {path}: {reason_of(error)}; nothing was left there; {advice_on_writing(error)}"
+        ) from error
+    finally:
+        for writer in writers:
+            writer.close()
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+    return Written(files=files, exact=exact)
+
+
+def _shards(tensors: Sequence[PlannedTensor], max_bytes: int | None) -> list[list[PlannedTensor]]:
+    """Cut the tensors into runs of at most so many bytes."""
+    shards: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if max_bytes is not None and shards[-1] and size + tensor.bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.bytes
+    return shards
+
+
+def _shard_files(path: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [path]
+    stem = path.name.removesuffix(".gguf")
+    return [path.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+
+
+def _begin(
+    file: Path, architecture: str, tensors: Sequence[PlannedTensor], add_metadata: Callable[[Any], None]
+) -> Any:
+    """Open a writer and write all that comes before the data."""
+    import gguf
+
+    writer = gguf.GGUFWriter(file, architecture)
     try:
         add_metadata(writer)
         for tensor in tensors:
@@ -138,20 +216,10 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        exact = {}
-        for tensor in track(tensors, "Writing GGUF", unit="tensor"):
-            blocks, exact[tensor.name] = _encode(tensor)
-            writer.write_tensor_data(blocks.numpy())
+    except BaseException:
         writer.close()
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {reason_of(error)}; nothing was left there; {advice_on_writing(error)}"
-        ) from error
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
-    return Written(files=[path], exact=exact)
+        raise
+    return writer
 
 
 def _encode(tensor: PlannedTensor) -> tuple[Tensor, bool]:

@@ -12,19 +12,24 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from qkern import __version__
-from qkern.checkpoints import QuantizedCheckpoint
+from qkern.checkpoints import QuantizedCheckpoint, parse_size
 from qkern.errors import FormatError, InputError
 from qkern.gguf import PlannedTensor, add_tokenizer, architecture_for, mixture_for, write_gguf
-from qkern.gguf.architectures import rope_factors
 from qkern.gguf.mixture import choose_type
+from qkern.gguf.modelfile import ollama_modelfile
+from qkern.gguf.pooling import pooling_of
 from qkern.gguf.quantized import exact_type, map_rows, same_grid
+from qkern.gguf.rope import rope_tensors
 from qkern.ops.gguf_types import gguf_type
+from qkern.pipelines.gguf_sources import find_sources, stored_names
 from qkern.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qkern.gguf import GGUFArchitecture, Mixture
+    from qkern.gguf.writer import Written
+    from qkern.pipelines.gguf_sources import Source
 
 __all__ = ["GGUFReport", "export_gguf"]
 
@@ -32,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 _HEAD: Final = "lm_head"
 _EMBEDDING: Final = "model.embed_tokens"
-# Buffers that some checkpoints carry and every loader computes.
-_COMPUTED: Final = ("rotary_emb.inv_freq", "self_attn.masked_bias")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,9 @@ class GGUFReport:
     Parameters
     ----------
     path : Path
-        The file.
+        The file; of several the first, which llama.cpp is given.
+    files : tuple of Path
+        All files.
     type : str
         The mixture.
     counts : dict
@@ -51,7 +56,7 @@ class GGUFReport:
     weights : dict
         Weights of each type.
     file_bytes : int
-        Size of the file.
+        Size of the files together.
     bpw_file : float
         All bits of the file over all weights.
     exact : dict
@@ -61,6 +66,7 @@ class GGUFReport:
     """
 
     path: Path
+    files: tuple[Path, ...]
     type: str
     counts: dict[str, int]
     weights: dict[str, int]
@@ -77,13 +83,15 @@ def export_gguf(
     *,
     pure: bool = False,
     pre_tokenizer: str | None = None,
+    max_shard_size: int | str | None = None,
+    modelfile: bool = False,
 ) -> GGUFReport:
-    """Write a model as one GGUF file, a tensor at a time.
+    """Write a model as a GGUF file, a tensor at a time.
 
     Parameters
     ----------
     model : str or Path
-        Folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model: 16-bit, or quantized in a format
+        Folder or hub id of a model of one of `qkern.gguf.ARCHITECTURES`: 16-bit, or quantized in a format
         that qkern reads. A layer whose codes the type holds keeps them (symmetric 2 to 4 bits in ``q4_0``,
         with zero points in ``q5_0``, any of these and symmetric 8 bits in ``q8_0``; groups a multiple of 32,
         no act-order); any other is decoded and encoded anew.
@@ -97,6 +105,10 @@ def export_gguf(
         The mixture's base type for every matrix.
     pre_tokenizer : str, optional
         llama.cpp's name of the pre-tokenizer, where it is not recognized.
+    max_shard_size : int or str, optional
+        Write files of at most this size of tensors each, such as ``"5GB"``; default: one file.
+    modelfile : bool
+        Write Ollama's ``Modelfile`` beside the file.
 
     Returns
     -------
@@ -108,12 +120,18 @@ def export_gguf(
     UnsupportedError
         If type or architecture are not offered.
     InputError
-        If the folder is missing, the file exists, or weights are NaN or Inf.
+        If the folder is missing, a file exists, or weights are NaN or Inf.
     FormatError
         If the checkpoint is incomplete or damaged.
     """
     mixture = mixture_for(type)
     path = Path(output)
+    max_shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
+    recipe = path.with_name("Modelfile")
+    if modelfile and max_shard_size is not None:
+        raise InputError("Ollama reads one file: choose modelfile or max_shard_size")
+    if modelfile and recipe.exists():
+        raise InputError(f"{recipe} exists: remove it or choose another --output")
     if (
         path.suffix != ".gguf"
         and Path(model).is_dir()
@@ -126,7 +144,10 @@ def export_gguf(
     with QuantizedCheckpoint(model) as checkpoint:
         architecture = architecture_for(str(checkpoint.config.get("model_type")))
         config = _full_config(checkpoint)
-        tensors = _plan(checkpoint, architecture, config, mixture, pure=pure)
+        architecture.check(config)
+        if architecture.is_encoder:
+            config["pooling"] = pooling_of(checkpoint.folder)
+        tensors, quantized = _plan(checkpoint, architecture, config, mixture, pure=pure)
 
         def add_metadata(writer: Any) -> None:
             # Of a path or hub id the last part: where a folder lies is nobody else's business.
@@ -137,9 +158,12 @@ def export_gguf(
             architecture.add_metadata(writer, config)
             add_tokenizer(writer, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
 
-        written = write_gguf(path, architecture.name, tensors, add_metadata)
-        _hint(checkpoint, mixture, tensors, written.exact)
-    return _report(path, mixture, tensors, written.exact)
+        text = ollama_modelfile(checkpoint.folder, path.name) if modelfile else None
+        written = write_gguf(path, architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
+        if text is not None:
+            recipe.write_text(text, encoding="utf-8")
+        _hint(checkpoint, mixture, quantized, written)
+    return _report(written, mixture, tensors)
 
 
 def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
@@ -163,34 +187,27 @@ def _plan(
     mixture: Mixture,
     *,
     pure: bool,
-) -> list[PlannedTensor]:
-    """List the tensors of the file, with their types, in its order."""
-    stored = _stored_names(checkpoint)
+) -> tuple[list[PlannedTensor], list[str]]:
+    """List the tensors of the file, with their types, in its order; and the names of the quantized ones."""
+    stored = stored_names(checkpoint, architecture)
     tied = bool(config["tie_word_embeddings"]) and _is_tied(checkpoint, stored)
+    if tied and not architecture.ties_head and f"{_EMBEDDING}.weight" in stored:
+        stored[f"{_HEAD}.weight"] = stored[f"{_EMBEDDING}.weight"]
+        tied = False
     shapes = architecture.shapes(config, tied=tied)
-    missing = [name for name in shapes if name not in stored]
-    ignored = {f"{_HEAD}.weight"} if tied else set()
-    left_over = [
-        name for name in stored if name not in shapes and name not in ignored and not name.endswith(_COMPUTED)
-    ]
-    if missing or left_over:
-        raise FormatError(
-            f"{checkpoint.folder} does not fit its config.json: missing are {missing[:8]}, "
-            f"left over are {left_over[:8]}; fetch it again"
-        )
+    unused = frozenset({f"{_HEAD}.weight"}) if tied else frozenset()
+    sources = find_sources(checkpoint, architecture, shapes, stored, unused=unused)
     names = architecture.names(config)
-    tensors = []
-    factors = rope_factors(config)
-    if factors is not None:
-        tensors.append(
-            PlannedTensor(
-                name="rope_freqs.weight",
-                source="rotary factors",
-                type=gguf_type("f32"),
-                shape=tuple(factors.shape),
-                read=lambda: factors,
-            )
+    tensors = [
+        PlannedTensor(
+            name=name,
+            source=f"rotary factors ({name})",
+            type=gguf_type("f32"),
+            shape=tuple(factors.shape),
+            read=partial(_same, factors),
         )
+        for name, factors in rope_tensors(config).items()
+    ]
     for name, shape in shapes.items():
         kind = choose_type(
             mixture,
@@ -199,25 +216,13 @@ def _plan(
             layers=config["num_hidden_layers"],
             tied=tied,
             is_70b=architecture.is_70b(config),
-            pure=pure or _keeps_codes(checkpoint, stored[name], mixture),
+            pure=pure or _keeps_codes(checkpoint, sources[name], mixture),
         )
         if kind.name == "f16" and mixture.base not in ("f16", "f32"):
             logger.warning("%s stays f16: no quantized type divides its rows of %d", name, shape[-1])
-        read = partial(_read, checkpoint, stored[name], name, architecture, config)
+        read = partial(_read, checkpoint, sources[name], name, architecture, config)
         tensors.append(PlannedTensor(name=names[name], source=name, type=kind, shape=shape, read=read))
-    return tensors
-
-
-def _stored_names(checkpoint: QuantizedCheckpoint) -> dict[str, str]:
-    """Tensor names of the architecture to names in the checkpoint."""
-    names = {}
-    for stored in checkpoint:
-        name = f"{stored}.weight" if stored in checkpoint.entries else stored
-        # Files of a bare decoder leave the prefix out.
-        if not name.startswith(("model.", f"{_HEAD}.")):
-            name = f"model.{name}"
-        names[name] = stored
-    return names
+    return tensors, [names[name] for name, source in sources.items() if source.is_quantized(checkpoint)]
 
 
 def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:
@@ -230,15 +235,17 @@ def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:
     return torch.equal(checkpoint.tensors[head], checkpoint.tensors[embedding])
 
 
-def _keeps_codes(checkpoint: QuantizedCheckpoint, stored: str, mixture: Mixture) -> bool:
-    """Whether a layer is quantized on the grid of the base type: more bits would not serve it."""
-    entry = checkpoint.entries.get(stored)
-    return entry is not None and same_grid(gguf_type(mixture.base), entry.scheme)
+def _keeps_codes(checkpoint: QuantizedCheckpoint, source: Source, mixture: Mixture) -> bool:
+    """Whether a weight is quantized on the grid of the base type: more bits would not serve it."""
+    base, entries = gguf_type(mixture.base), checkpoint.entries
+    return source.is_quantized(checkpoint) and all(
+        same_grid(base, entries[name].scheme) for name in source.stored
+    )
 
 
 def _read(
     checkpoint: QuantizedCheckpoint,
-    stored: str,
+    source: Source,
     name: str,
     architecture: GGUFArchitecture,
     config: dict[str, Any],
@@ -246,42 +253,46 @@ def _read(
     def reorder(tensor: Tensor) -> Tensor:
         return architecture.to_file_order(name, tensor, config)
 
-    value = checkpoint[stored]
-    return map_rows(value, reorder) if isinstance(value, QuantizedWeight) else reorder(value)
+    value = source.read(checkpoint)
+    if isinstance(value, QuantizedWeight):
+        return value if len(value.shape) == 3 else map_rows(value, reorder)
+    return reorder(value)
 
 
-def _hint(
-    checkpoint: QuantizedCheckpoint, mixture: Mixture, tensors: list[PlannedTensor], exact: dict[str, bool]
-) -> None:
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _hint(checkpoint: QuantizedCheckpoint, mixture: Mixture, quantized: list[str], written: Written) -> None:
     """Name the type that would have kept the codes of a quantized checkpoint."""
-    quantized = [tensor for tensor in tensors if tensor.source.removesuffix(".weight") in checkpoint.entries]
-    rounded = sum(not exact[tensor.name] for tensor in quantized)
+    rounded = sum(not written.exact[name] for name in quantized)
     kind = exact_type(entry.scheme for entry in checkpoint.entries.values() if not entry.act_order)
     if rounded and kind is not None and kind.name != mixture.base:
         logger.info(
-            "%d of %d quantized layers were rounded a second time; --type %s keeps their codes",
+            "%d of %d quantized tensors were rounded a second time; --type %s keeps their codes",
             rounded,
             len(quantized),
             kind.name,
         )
 
 
-def _report(path: Path, mixture: Mixture, tensors: list[PlannedTensor], exact: dict[str, bool]) -> GGUFReport:
+def _report(written: Written, mixture: Mixture, tensors: list[PlannedTensor]) -> GGUFReport:
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     exact_counts = {tensor.type.name: 0 for tensor in tensors}
     for tensor in tensors:
-        exact_counts[tensor.type.name] += exact[tensor.name]
+        exact_counts[tensor.type.name] += written.exact[tensor.name]
         counts[tensor.type.name] += 1
         weights[tensor.type.name] += tensor.weights
-    size = path.stat().st_size
+    size = sum(file.stat().st_size for file in written.files)
     return GGUFReport(
-        path=path,
+        path=written.files[0],
+        files=tuple(written.files),
         type=mixture.name,
         counts=dict(counts),
         weights=dict(weights),
         file_bytes=size,
         bpw_file=8 * size / weights.total(),
-        exact=exact,
+        exact=written.exact,
         exact_counts=exact_counts,
     )
