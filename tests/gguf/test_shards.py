@@ -1,6 +1,8 @@
 """A model in several files: llama.cpp's names and keys, and nothing half-written."""
 
 import errno
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,22 @@ def test_llama_cpp_loads_all_files_from_the_first(shipped, exported, run_gguf, t
 
     ids = torch.arange(40)[None]
     assert torch.equal(run_gguf(report.path)(ids), run_gguf(exported("f32"))(ids))
+
+
+def test_command_line(shipped, tmp_path, capsys):
+    from qkern.cli import main
+
+    output = ("--output", str(tmp_path / "m.gguf"))
+    with pytest.raises(SystemExit) as stop:
+        main(["export-gguf", str(shipped), *output, "--type", "q8_0", "--max-shard-size", "1MB", "--json"])
+    assert not stop.value.code
+    report = json.loads(capsys.readouterr().out)
+    assert [Path(file) for file in report["files"]] == sorted(tmp_path.iterdir())
+    assert report["path"] == report["files"][0]
+    with pytest.raises(SystemExit) as stop:
+        main(["export-gguf", str(shipped), *output, "--type", "q8_0", "--modelfile"])
+    assert not stop.value.code
+    assert (tmp_path / "Modelfile").read_text().startswith("FROM ./m.gguf\n")
 
 
 def test_what_fits_is_one_file(shipped, exported, tmp_path):
