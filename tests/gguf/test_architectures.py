@@ -253,7 +253,7 @@ def test_a_missing_expert_is_named(model_folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_experts_of_a_quantized_checkpoint_are_decoded(model_folder, tmp_path):
+def test_experts_of_a_quantized_checkpoint(model_folder, tmp_path):
     folder, model = model_folder("qwen3_moe", hidden_size=128, moe_intermediate_size=64)
     expected = {}
     with CheckpointWriter(tmp_path / "quantized", format="compressed-tensors") as writer:
@@ -271,3 +271,9 @@ def test_experts_of_a_quantized_checkpoint_are_decoded(model_folder, tmp_path):
         weights = dict(file.state_dict())
     assert set(weights) == set(expected)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+    # In the type of their grid they keep their codes.
+    report = export_gguf(tmp_path / "quantized", tmp_path / "codes.gguf", "q4_0")
+    with GGUFFile(tmp_path / "codes.gguf") as file:
+        weights = dict(file.state_dict())
+    assert all(torch.equal(weights[name], expected[name]) for name in weights if ".experts." in name)
+    assert all(exact for name, exact in report.exact.items() if "_exps" in name)

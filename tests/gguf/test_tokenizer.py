@@ -7,7 +7,7 @@ import pytest
 
 from qkern.errors import FormatError, UnsupportedError
 from qkern.evaluation import read_text
-from qkern.gguf import GGUFFile
+from qkern.gguf import GGUFFile, read_tokenizer
 from qkern.gguf.sentencepiece import TokenType, read_sentencepiece
 from qkern.gguf.tokenizer import PRE_TOKENIZERS
 from qkern.pipelines import export_gguf
@@ -87,9 +87,10 @@ def test_pre_tokenizers_are_recognized_and_split_alike(splits, shipped, model_fo
         assert file.metadata["tokenizer.ggml.pre"] == PRE_TOKENIZERS[splits]
         assert file.metadata["tokenizer.ggml.token_type"][-3:] == [TokenType.UNUSED] * 3
         assert file.metadata["tokenizer.ggml.add_bos_token"] is False
-    runner = run_gguf(tmp_path / "model.gguf")
+    runner, read = run_gguf(tmp_path / "model.gguf"), read_tokenizer(tmp_path / "model.gguf")
     for text in TEXTS:
         assert runner.tokenize(text).tolist() == fast(text)["input_ids"]
+        assert read(text)["input_ids"] == fast(text)["input_ids"]
 
 
 def test_bos_is_added_where_the_tokenizer_adds_it(shipped, model_folder, run_gguf, tmp_path):
@@ -103,6 +104,7 @@ def test_bos_is_added_where_the_tokenizer_adds_it(shipped, model_folder, run_ggu
     runner = run_gguf(tmp_path / "model.gguf")
     assert runner.bos == 0
     assert runner.tokenize("In the").tolist() == fast("In the")["input_ids"]
+    assert read_tokenizer(tmp_path / "model.gguf")("In the")["input_ids"] == fast("In the")["input_ids"]
 
 
 def test_an_unknown_pre_tokenizer_is_refused_unless_named(shipped, model_folder, tmp_path):
@@ -170,9 +172,11 @@ def test_sentencepiece_bpe(from_file, shipped, model_folder, run_gguf, tmp_path)
         kinds = file.metadata["tokenizer.ggml.token_type"]
         assert kinds[:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
         assert file.metadata["tokenizer.ggml.eos_token_id"] == 2
-    runner = run_gguf(tmp_path / "model.gguf")
+    runner, read = run_gguf(tmp_path / "model.gguf"), read_tokenizer(tmp_path / "model.gguf")
     for text in TEXTS:
         assert runner.tokenize(text).tolist() == fast(text)["input_ids"]
+        assert read(text)["input_ids"] == fast(text)["input_ids"]
+        assert read.decode(read(text)["input_ids"]) == text
 
 
 def gemma_like(text):

@@ -71,6 +71,7 @@ def command(
             "weights": report.weights,
             "file_bytes": report.file_bytes,
             "bpw_file": report.bpw_file,
+            "exact": report.exact,
         }
         if dry_run:
             content["plan"] = [asdict(tensor) for tensor in report.tensors]
@@ -89,8 +90,11 @@ def command(
     table.add_column("type")
     table.add_column("tensors", justify="right")
     table.add_column("weights", justify="right")
+    table.add_column("exact", justify="right")
     for name, count in report.counts.items():
-        table.add_row(name, str(count), f"{report.weights[name]:,}")
+        table.add_row(
+            name, str(count), f"{report.weights[name]:,}", "" if dry_run else str(report.exact_counts[name])
+        )
     Console().print(table)
     # Outside the table, which would fold a long path.
     size = f"{report.file_bytes:,} bytes" if dry_run else f"{report.file_bytes / 1e6:.2f} MB"

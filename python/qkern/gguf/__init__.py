@@ -2,6 +2,7 @@
 
 from qkern.gguf.architectures import ARCHITECTURES, GGUFArchitecture, architecture_for
 from qkern.gguf.mixture import MIXTURES, Mixture, mixture_for
+from qkern.gguf.read_tokenizer import read_tokenizer
 from qkern.gguf.reader import GGUFFile
 from qkern.gguf.tensors import GGUFTensor
 from qkern.gguf.tokenizer import add_tokenizer
@@ -18,5 +19,6 @@ __all__ = [
     "add_tokenizer",
     "architecture_for",
     "mixture_for",
+    "read_tokenizer",
     "write_gguf",
 ]

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from qkern._progress import track
 from qkern.errors import InputError, OutputError, advice_on_writing, reason_of
-from qkern.ops.gguf_encode import gguf_encode
+from qkern.gguf.quantized import blocks_of
+from qkern.ops import dequantize_groupwise, gguf_decode, gguf_encode
+from qkern.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from qkern.ops.gguf_types import GGUFType
 
-__all__ = ["PlannedTensor", "gguf_bytes", "gguf_files", "write_gguf"]
+__all__ = ["PlannedTensor", "Written", "gguf_bytes", "gguf_files", "write_gguf"]
 
 # fp32 bytes that are converted at a time: bounds memory beside the tensor itself.
 _CHUNK_BYTES: Final = 4 << 20
@@ -43,7 +45,7 @@ class PlannedTensor:
     shape : tuple of int
         As torch has it.
     read : callable
-        Returns the tensor in any float dtype; called once, when its turn comes.
+        Returns the tensor, in any float dtype or quantized; called once, when its turn comes.
     importance : Tensor or None
         ``[K]`` weights for the encoder.
     """
@@ -52,7 +54,7 @@ class PlannedTensor:
     source: str
     type: GGUFType
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[[], Tensor | QuantizedWeight]
     importance: Tensor | None = None
 
     @property
@@ -71,6 +73,22 @@ class PlannedTensor:
         return math.prod(self.shape[:-1]) * self.row_bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written.
+
+    Parameters
+    ----------
+    files : list of Path
+        The files.
+    exact : dict
+        Of each tensor by its name in the file whether it decodes to exactly the values that were read.
+    """
+
+    files: list[Path]
+    exact: dict[str, bool]
+
+
 def write_gguf(
     path: Path,
     architecture: str,
@@ -78,7 +96,7 @@ def write_gguf(
     add_metadata: Callable[[Any], None],
     *,
     max_shard_bytes: int | None = None,
-) -> list[Path]:
+) -> Written:
     """Write a model as a file, or as several with at most so many bytes of tensors each.
 
     Parameters
@@ -97,8 +115,8 @@ def write_gguf(
 
     Returns
     -------
-    list of Path
-        The files.
+    Written
+        The files, and which tensors are exact.
 
     Raises
     ------
@@ -132,11 +150,13 @@ def write_gguf(
 
     numbered = [(number, tensor) for number, shard in enumerate(shards) for tensor in shard]
     placed: list[Path] = []
+    exact: dict[str, bool] = {}
     try:
         for number, tensor in track(numbered, "Writing GGUF", unit="tensor"):
             if number == len(writers):
                 begin(number)
-            writers[-1].write_tensor_data(_encode(tensor).numpy())
+            blocks, exact[tensor.name] = _encode(tensor)
+            writers[-1].write_tensor_data(blocks.numpy())
         writers[-1].close()
         # The first one last: whoever sees it finds the others.
         for partial, file in reversed(list(zip(partials, files, strict=True))):
@@ -153,7 +173,7 @@ def write_gguf(
             writer.close()
         for partial in partials:
             partial.unlink(missing_ok=True)
-    return files
+    return Written(files=files, exact=exact)
 
 
 def _shards(tensors: Sequence[PlannedTensor], max_bytes: int | None) -> list[list[PlannedTensor]]:
@@ -230,20 +250,31 @@ def _write_header(writer: Any, tensors: Sequence[PlannedTensor], stream: io.Byte
     writer.write_ti_data_to_file()
 
 
-def _encode(tensor: PlannedTensor) -> Tensor:
-    """Blocks of a tensor, uint8 ``[rows, row bytes]``."""
+def _encode(tensor: PlannedTensor) -> tuple[Tensor, bool]:
+    """Blocks of a tensor, uint8 ``[rows, row bytes]``, and whether they decode to exactly its values."""
     values = tensor.read()
     if tuple(values.shape) != tensor.shape:
         raise InputError(f"{tensor.source} must be {tensor.shape}: got {tuple(values.shape)}")
+    made: Tensor | None = None
+    if isinstance(values, QuantizedWeight):
+        made = blocks_of(values, tensor.type)
+        values = dequantize_groupwise(values)
     rows = values.reshape(-1, tensor.shape[-1])
-    blocks = torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8, device="cpu")
+    blocks = (
+        torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8, device="cpu") if made is None else made
+    )
+    exact = True
     step = max(1, _CHUNK_BYTES // (4 * tensor.shape[-1]))
     for begin in range(0, len(rows), step):
         chunk = rows[begin : begin + step].float()
         if not bool(torch.isfinite(chunk).all()):
             raise InputError(f"{tensor.source} has NaN or Inf values; repair the checkpoint")
-        try:
-            blocks[begin : begin + step] = gguf_encode(chunk, tensor.type.name, importance=tensor.importance)
-        except InputError as error:
-            raise InputError(f"{tensor.source}: {error}") from None
-    return blocks
+        part = blocks[begin : begin + step]
+        if made is None:
+            try:
+                part.copy_(gguf_encode(chunk, tensor.type.name, importance=tensor.importance))
+            except InputError as error:
+                raise InputError(f"{tensor.source}: {error}") from None
+        # Where one chunk was rounded the others need no look.
+        exact = exact and torch.equal(gguf_decode(part, tensor.type.name), chunk)
+    return blocks, exact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +19,13 @@ from qkern.gguf.mixture import ModelFacts, choose_types
 from qkern.gguf.modelfile import ollama_modelfile
 from qkern.gguf.overrides import parse_overrides
 from qkern.gguf.pooling import pooling_of
+from qkern.gguf.quantized import exact_type, map_rows, same_grid
 from qkern.gguf.rope import rope_tensors
 from qkern.gguf.tokenizer import name_of_model
-from qkern.gguf.writer import gguf_bytes, gguf_files
+from qkern.gguf.writer import Written, gguf_bytes, gguf_files
 from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines.gguf_sources import find_sources, stored_names
+from qkern.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from qkern.pipelines.gguf_sources import Source
 
 __all__ = ["GGUFReport", "TensorReport", "export_gguf"]
+
+logger = logging.getLogger(__name__)
 
 _HEAD: Final = "lm_head"
 _EMBEDDING: Final = "model.embed_tokens"
@@ -81,6 +86,11 @@ class GGUFReport:
         Size of the files together.
     bpw_file : float
         All bits of the file over all weights.
+    exact : dict
+        Of each tensor by its name in the file whether it decodes to exactly the weights of the model; empty
+        if nothing was written.
+    exact_counts : dict
+        How many of each type do.
     tensors : tuple of TensorReport
         In the order of the file.
     is_dry_run : bool
@@ -94,6 +104,8 @@ class GGUFReport:
     weights: dict[str, int]
     file_bytes: int
     bpw_file: float
+    exact: dict[str, bool]
+    exact_counts: dict[str, int]
     tensors: tuple[TensorReport, ...]
     is_dry_run: bool = False
 
@@ -116,7 +128,9 @@ def export_gguf(
     ----------
     model : str or Path
         Folder or hub id of a model of one of `qkern.gguf.ARCHITECTURES`: 16-bit, or quantized in a format
-        that qkern reads (its weights are decoded and encoded anew).
+        that qkern reads. A layer whose codes the type holds keeps them (symmetric 2 to 4 bits in ``q4_0``,
+        with zero points in ``q5_0``, any of these and symmetric 8 bits in ``q8_0``; groups a multiple of 32,
+        no act-order); any other is decoded and encoded anew.
     output : str or Path
         The file; must not exist. In the model's folder its name must end in ``.gguf``.
     type : str
@@ -175,7 +189,7 @@ def export_gguf(
         architecture.check(config)
         if architecture.is_encoder:
             config["pooling"] = pooling_of(checkpoint.folder)
-        tensors = _plan(checkpoint, architecture, config, mixture, overrides, pure=pure)
+        tensors, quantized = _plan(checkpoint, architecture, config, mixture, overrides, pure=pure)
 
         def add_metadata(writer: Any) -> None:
             # Of a path or hub id the last part: where a folder lies is nobody else's business.
@@ -190,15 +204,17 @@ def export_gguf(
         text = ollama_modelfile(checkpoint.folder, path.name) if modelfile else None
         if dry_run:
             files = gguf_files(path, tensors, max_shard_bytes=max_shard_bytes)
+            written = Written(files=files, exact={})
             size = gguf_bytes(architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
         else:
-            files = write_gguf(
+            written = write_gguf(
                 path, architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes
             )
-            size = sum(file.stat().st_size for file in files)
-        if text is not None and not dry_run:
-            recipe.write_text(text, encoding="utf-8")
-    return _report(files, mixture, tensors, size, is_dry_run=dry_run)
+            size = sum(file.stat().st_size for file in written.files)
+            if text is not None:
+                recipe.write_text(text, encoding="utf-8")
+            _hint(checkpoint, mixture, quantized, written)
+    return _report(written, mixture, tensors, size, is_dry_run=dry_run)
 
 
 def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
@@ -223,8 +239,8 @@ def _plan(
     overrides: Sequence[Override],
     *,
     pure: bool,
-) -> list[PlannedTensor]:
-    """List the tensors of the file, with their types, in its order."""
+) -> tuple[list[PlannedTensor], list[str]]:
+    """List the tensors of the file, with their types, in its order; and the names of the quantized ones."""
     stored = stored_names(checkpoint, architecture)
     tied = bool(config["tie_word_embeddings"]) and _is_tied(checkpoint, stored)
     if tied and not architecture.ties_head and f"{_EMBEDDING}.weight" in stored:
@@ -244,18 +260,21 @@ def _plan(
         )
         for name, factors in rope_tensors(config).items()
     ]
-    types = choose_types(
+    chosen = partial(
+        choose_types,
         mixture,
         {names[name]: shape for name, shape in shapes.items()},
         ModelFacts.from_config(architecture.name, config),
         overrides=overrides,
-        pure=pure,
     )
+    types = chosen(pure=pure)
+    unmixed = chosen(pure=True) if checkpoint.entries else types
     for name, shape in shapes.items():
-        kind = types[names[name]]
+        keeps = _keeps_codes(checkpoint, sources[name], mixture)
+        kind = (unmixed if keeps else types)[names[name]]
         read = partial(_read, checkpoint, sources[name], name, architecture, config)
         tensors.append(PlannedTensor(name=names[name], source=name, type=kind, shape=shape, read=read))
-    return tensors
+    return tensors, [names[name] for name, source in sources.items() if source.is_quantized(checkpoint)]
 
 
 def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:
@@ -268,31 +287,60 @@ def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:
     return torch.equal(checkpoint.tensors[head], checkpoint.tensors[embedding])
 
 
+def _keeps_codes(checkpoint: QuantizedCheckpoint, source: Source, mixture: Mixture) -> bool:
+    """Whether a weight is quantized on the grid of the base type: more bits would not serve it."""
+    base, entries = gguf_type(mixture.base), checkpoint.entries
+    return source.is_quantized(checkpoint) and all(
+        same_grid(base, entries[name].scheme) for name in source.stored
+    )
+
+
 def _read(
     checkpoint: QuantizedCheckpoint,
     source: Source,
     name: str,
     architecture: GGUFArchitecture,
     config: dict[str, Any],
-) -> Tensor:
-    return architecture.to_file_order(name, source.read(checkpoint), config)
+) -> Tensor | QuantizedWeight:
+    def reorder(tensor: Tensor) -> Tensor:
+        return architecture.to_file_order(name, tensor, config)
+
+    value = source.read(checkpoint)
+    if isinstance(value, QuantizedWeight):
+        return value if len(value.shape) == 3 else map_rows(value, reorder)
+    return reorder(value)
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _hint(checkpoint: QuantizedCheckpoint, mixture: Mixture, quantized: list[str], written: Written) -> None:
+    """Name the type that would have kept the codes of a quantized checkpoint."""
+    rounded = sum(not written.exact[name] for name in quantized)
+    kind = exact_type(entry.scheme for entry in checkpoint.entries.values() if not entry.act_order)
+    if rounded and kind is not None and kind.name != mixture.base:
+        logger.info(
+            "%d of %d quantized tensors were rounded a second time; --type %s keeps their codes",
+            rounded,
+            len(quantized),
+            kind.name,
+        )
+
+
 def _report(
-    files: list[Path], mixture: Mixture, tensors: list[PlannedTensor], size: int, *, is_dry_run: bool
+    written: Written, mixture: Mixture, tensors: list[PlannedTensor], size: int, *, is_dry_run: bool
 ) -> GGUFReport:
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
+    exact_counts = {tensor.type.name: 0 for tensor in tensors}
     for tensor in tensors:
+        exact_counts[tensor.type.name] += written.exact.get(tensor.name, False)
         counts[tensor.type.name] += 1
         weights[tensor.type.name] += tensor.weights
     return GGUFReport(
-        path=files[0],
-        files=tuple(files),
+        path=written.files[0],
+        files=tuple(written.files),
         type=mixture.name,
         counts=dict(counts),
         weights=dict(weights),
@@ -303,4 +351,6 @@ def _report(
             for tensor in tensors
         ),
         is_dry_run=is_dry_run,
+        exact=written.exact,
+        exact_counts=exact_counts,
     )

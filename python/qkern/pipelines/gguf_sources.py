@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qkern.errors import FormatError, InputError
+from qkern.gguf.quantized import stacked
 from qkern.ops import dequantize_groupwise
 from qkern.schemes import QuantizedWeight
 
@@ -38,14 +39,24 @@ class Source:
     part: int = 0
     parts: int = 1
 
-    def read(self, checkpoint: QuantizedCheckpoint) -> Tensor:
-        """Read the values, quantized ones decoded; no more than two copies of them at a time.
+    def is_quantized(self, checkpoint: QuantizedCheckpoint) -> bool:
+        """Whether all of it is quantized in the checkpoint."""
+        return all(name in checkpoint.entries for name in self.stored)
+
+    def read(self, checkpoint: QuantizedCheckpoint) -> Tensor | QuantizedWeight:
+        """Read the values; no more than two copies of them at a time.
+
+        Quantized ones stay so, unless experts differ in form or only a part is wanted.
 
         Raises
         ------
         InputError
             If experts differ in shape.
         """
+        if self.parts == 1 and self.is_quantized(checkpoint):
+            weight = stacked([checkpoint.weight(name) for name in self.stored])
+            if weight is not None:
+                return weight
         if len(self.stored) == 1:
             tensor = _decoded(checkpoint, self.stored[0])
             return tensor if self.parts == 1 else tensor.chunk(self.parts, dim=-2)[self.part]
