@@ -259,6 +259,18 @@ def test_what_does_not_fit_is_refused(what, model_folder, tmp_path):
         qkern.load(path)
 
 
+def test_a_type_that_is_not_decoded_is_named_with_its_tensor(exported, tmp_path):
+    content = bytearray(exported("q4_0").read_bytes())
+    begin = content.index(b"blk.1.ffn_up.weight") + len("blk.1.ffn_up.weight")
+    # Past dimensions and shape; TQ1_0 takes fewer bytes, so that the file stays a whole one.
+    content[begin + 20 : begin + 24] = (34).to_bytes(4, "little")
+    (tmp_path / "tq.gguf").write_bytes(content)
+    with pytest.raises(
+        UnsupportedError, match=r"tq\.gguf: tensor blk\.1\.ffn_up\.weight: .*34.* not decoded"
+    ):
+        qkern.load(tmp_path / "tq.gguf")
+
+
 def test_scales_that_are_not_finite_are_refused(exported, tmp_path):
     content = bytearray(exported("q4_0").read_bytes())
     with GGUFFile(exported("q4_0")) as file:

@@ -227,7 +227,13 @@ class GGUFCheckpoint:
                 f"{self.folder} has not the tensors of the {self._architecture.name} model that its metadata "
                 f"describes: {'; '.join(found)}; fetch or export it again"
             )
-        return {name: tensors[names[name]] for name in shapes}
+        infos = {name: tensors[names[name]] for name in shapes}
+        for info in infos.values():
+            try:
+                _ = info.type
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{self.folder}: tensor {info.name}: {error}") from None
+        return infos
 
     def _say_what_is_decoded(self) -> None:
         infos = [self._infos[name] for name in self.plain]
