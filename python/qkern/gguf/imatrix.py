@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from qkern.errors import FormatError, InputError, OutputError, advice_on_writing, reason_of
-from qkern.gguf.reader import GGUFFile, _Cursor
+from qkern.gguf.cursor import Cursor
+from qkern.gguf.reader import GGUFFile
 from qkern.gguf.writer import PlannedTensor, check_new_file, write_gguf
 from qkern.ops.gguf_types import gguf_type
 
@@ -132,7 +133,7 @@ def read_imatrix(path: str | Path) -> Imatrix:
     if magic == b"GGUF":
         return _read_gguf(path)
     try:
-        return _parse_binary(_Cursor(memoryview(path.read_bytes())))
+        return _parse_binary(Cursor(memoryview(path.read_bytes())))
     except FormatError as error:
         raise FormatError(
             f"{path} is no importance matrix, neither a GGUF nor of llama.cpp's old form: {error}; fetch it "
@@ -200,7 +201,7 @@ def _entry(name: str, sums: Tensor, counts: Tensor) -> ImatrixEntry:
     return ImatrixEntry(sums=sums.reshape(matrices, -1), counts=whole)
 
 
-def _parse_binary(cursor: _Cursor) -> Imatrix:
+def _parse_binary(cursor: Cursor) -> Imatrix:
     entries: dict[str, ImatrixEntry] = {}
     for _ in range(_positive(cursor, "number of entries")):
         name = _text(cursor, _positive(cursor, "length of a name"))
@@ -224,18 +225,18 @@ def _parse_binary(cursor: _Cursor) -> Imatrix:
     )
 
 
-def _rest(cursor: _Cursor) -> int:
+def _rest(cursor: Cursor) -> int:
     return len(cursor.data) - cursor.at
 
 
-def _positive(cursor: _Cursor, what: str, *, least: int = 1) -> int:
+def _positive(cursor: Cursor, what: str, *, least: int = 1) -> int:
     number = int(cursor.number("<i"))
     if number < least:
         raise FormatError(f"{what} is {number}")
     return number
 
 
-def _text(cursor: _Cursor, count: int) -> str:
+def _text(cursor: Cursor, count: int) -> str:
     raw = bytes(cursor.take(count))
     try:
         return raw.decode("utf-8")

@@ -44,9 +44,13 @@ _ALL: Final = (
     GGUFType("q5_0", 6, 32, 22),
     GGUFType("q5_1", 7, 32, 24),
     GGUFType("q8_0", 8, 32, 34),
+    GGUFType("q2_k", 10, 256, 84),
+    GGUFType("q3_k", 11, 256, 110),
     GGUFType("q4_k", 12, 256, 144),
     GGUFType("q5_k", 13, 256, 176),
     GGUFType("q6_k", 14, 256, 210),
+    GGUFType("iq4_nl", 20, 32, 18),
+    GGUFType("iq4_xs", 23, 256, 136),
     GGUFType("bf16", 30, 1, 2),
 )
 GGUF_TYPES: Final[dict[str, GGUFType]] = {kind.name: kind for kind in _ALL}

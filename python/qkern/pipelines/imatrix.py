@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qkern.gguf import PlannedTensor
     from qkern.models import Structure
 
-__all__ = ["imatrix", "with_importance"]
+__all__ = ["dataset_of", "imatrix", "with_importance"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def imatrix(
         entries[_HEAD] = _head_entry(stream)
     result = Imatrix(
         entries=entries,
-        datasets=(_dataset(calibration),),
+        datasets=(dataset_of(calibration),),
         chunk_count=len(ids),
         chunk_size=ids.shape[1],
     )
@@ -114,7 +114,7 @@ def imatrix(
     return result
 
 
-def _dataset(calibration: Any) -> str:
+def dataset_of(calibration: Any) -> str:
     """Name of the text; of a file its last part: where it lies is nobody else's business."""
     if isinstance(calibration, (str, Path)):
         return Path(calibration).name if Path(calibration).is_file() else str(calibration)
