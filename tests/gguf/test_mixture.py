@@ -61,6 +61,8 @@ def test_the_output_matrix(mixture, output):
     assert names_of(mixture, matrices) == {"token_embd.weight": base, "output.weight": output}
     assert names_of(mixture, tied) == {"token_embd.weight": output}
     assert names_of(mixture, matrices, pure=True) == dict.fromkeys(matrices, base)
+    assert names_of(mixture, matrices, pure={"output.weight"}) == dict.fromkeys(matrices, base)
+    assert names_of(mixture, matrices, pure={"token_embd.weight"})["output.weight"] == output
 
 
 @pytest.mark.parametrize(

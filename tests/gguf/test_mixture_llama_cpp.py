@@ -196,7 +196,7 @@ def test_types_are_those_of_llama_cpp(name, tmp_path):
 @pytest.mark.parametrize(
     ("hidden", "inner", "tied"), [(256, 512, False), (896, 256, True), (288, 288, False), (512, 896, True)]
 )
-@pytest.mark.parametrize("layers", [4, 7, 8, 16, 28, 31, 32, 80])
+@pytest.mark.parametrize("layers", [4, 7, 16, 28, 32, 80])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mixtral", "qwen2moe", "qwen3moe"])
 def test_types_of_many_shapes_are_those_of_llama_cpp(
     architecture, layers, hidden, inner, tied, value_heads, tmp_path

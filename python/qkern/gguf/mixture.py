@@ -17,7 +17,7 @@ from qkern.gguf.overrides import check_overrides, override_for
 from qkern.ops.gguf_types import GGUFType, gguf_type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
 
     from qkern.gguf.overrides import Override
 
@@ -324,7 +324,7 @@ def choose_types(
     model: ModelFacts,
     *,
     overrides: Sequence[Override] = (),
-    pure: bool = False,
+    pure: bool | Container[str] = False,
 ) -> dict[str, GGUFType]:
     """Types of all tensors of a file.
 
@@ -338,8 +338,8 @@ def choose_types(
         What the rules depend on.
     overrides : sequence of Override
         Types of tensors by name; they come before the mixture, whose rules then do not count these tensors.
-    pure : bool
-        The base type for every matrix that no override names.
+    pure : bool or container of str
+        The base type for every matrix, or for those with these names, that no override decides.
 
     Returns
     -------
@@ -368,7 +368,7 @@ def choose_types(
             types[name] = override.checked_type(name, K)
             continue
         kind = _kind(name)
-        if pure:
+        if pure is True or (pure is not False and name in pure):
             wanted = mixture.base
         elif kind == "output" or (is_tied and kind == "token_embd"):
             wanted = mixture.output
