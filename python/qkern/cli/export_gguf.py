@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Method(StrEnum):
+    """How codes are chosen."""
+
+    RTN = "rtn"
+    GPTQ = "gptq"
+    AWQ = "awq"
 
 
 def command(
@@ -23,6 +32,9 @@ def command(
     pre_tokenizer: Annotated[
         str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, where it is not recognized.")
     ] = None,
+    method: Annotated[
+        Method, typer.Option(help="Algorithm of the layers; gptq and awq need --calibration.")
+    ] = Method.RTN,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -48,6 +60,7 @@ def command(
         kind,
         pure=pure,
         pre_tokenizer=pre_tokenizer,
+        method=method.value,
         calibration=calibration,
         imatrix=imatrix,
         samples=samples,
@@ -65,6 +78,8 @@ def command(
                     "weights": report.weights,
                     "file_bytes": report.file_bytes,
                     "bpw_file": report.bpw_file,
+                    "method": report.method,
+                    "errors": report.errors,
                 }
             )
         )

@@ -45,6 +45,9 @@ class PlannedTensor:
         Returns the tensor in any float dtype; called once, when its turn comes.
     importance : Tensor or None
         Weights of the columns for the encoder, ``[K]``, or ``[E, K]`` for a stack of matrices.
+    blocks : callable or None
+        Returns the blocks themselves, uint8 ``[rows, row bytes]``, where they are chosen elsewhere: `read` is
+        not called then.
     """
 
     name: str
@@ -53,6 +56,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     importance: Tensor | None = None
+    blocks: Callable[[], Tensor] | None = None
 
     @property
     def weights(self) -> int:
@@ -141,6 +145,8 @@ def write_gguf(
 
 def _encode(tensor: PlannedTensor) -> Tensor:
     """Blocks of a tensor, uint8 ``[rows, row bytes]``."""
+    if tensor.blocks is not None:
+        return tensor.blocks()
     values = tensor.read()
     if tuple(values.shape) != tensor.shape:
         raise InputError(f"{tensor.source} must be {tensor.shape}: got {tuple(values.shape)}")

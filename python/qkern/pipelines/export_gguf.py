@@ -21,6 +21,7 @@ from qkern.gguf.mixture import choose_type
 from qkern.gguf.writer import check_new_file
 from qkern.ops import dequantize_groupwise
 from qkern.ops.gguf_types import gguf_type
+from qkern.pipelines.gguf_methods import CalibratedLayers, check_method
 from qkern.pipelines.imatrix import imatrix as collect_imatrix
 from qkern.pipelines.imatrix import with_importance
 from qkern.schemes import QuantizedWeight
@@ -58,6 +59,10 @@ class GGUFReport:
         Size of the file.
     bpw_file : float
         All bits of the file over all weights.
+    method : str
+        How the codes of the linears were chosen.
+    errors : dict
+        For ``"gptq"`` and ``"awq"``: linear to the squared error of its outputs, relative.
     """
 
     path: Path
@@ -66,6 +71,8 @@ class GGUFReport:
     weights: dict[str, int]
     file_bytes: int
     bpw_file: float
+    method: str
+    errors: dict[str, float]
 
 
 def export_gguf(
@@ -75,6 +82,7 @@ def export_gguf(
     *,
     pure: bool = False,
     pre_tokenizer: str | None = None,
+    method: str = "rtn",
     calibration: Any = None,
     imatrix: str | Path | Imatrix | None = None,
     samples: int = 128,
@@ -99,6 +107,11 @@ def export_gguf(
         The mixture's base type for every matrix.
     pre_tokenizer : str, optional
         llama.cpp's name of the pre-tokenizer, where it is not recognized.
+    method : {"rtn", "gptq", "awq"}
+        How the codes of the linears in the layers are chosen. ``"rtn"``: least squared error, weighed by
+        the importance if there is one. ``"gptq"``: on the blocks' own scales, later columns making up for the
+        error of earlier ones. ``"awq"``: as ``"rtn"``, after scales were folded into the weights. The last
+        two need a calibration and a 16-bit model; embeddings and head are rounded to nearest.
     calibration : optional
         Texts as in `qkern.imatrix`, whose parameters `samples`, `length`, `seed` and `device` are: the error
         of each column counts by how strongly they drive it. The model must then be a 16-bit one.
@@ -121,6 +134,7 @@ def export_gguf(
         If the checkpoint or the importance matrix is incomplete or damaged.
     """
     mixture = mixture_for(type)
+    check_method(method, calibration, imatrix)
     if calibration is not None and imatrix is not None:
         raise InputError(
             "calibration and imatrix are two sources of the same importance: give one (--calibration FILE or "
@@ -138,16 +152,22 @@ def export_gguf(
         )
     check_new_file(path)
     matrix = read_imatrix(imatrix) if isinstance(imatrix, (str, Path)) else imatrix
-    if calibration is not None:
-        matrix = collect_imatrix(
-            model, calibration=calibration, samples=samples, length=length, seed=seed, device=device
-        )
+    drawn = {"samples": samples, "length": length, "seed": seed, "device": device}
+    layers = None
+    if method != "rtn":
+        layers = CalibratedLayers(model, method, calibration, **drawn)
+    elif calibration is not None:
+        matrix = collect_imatrix(model, calibration=calibration, **drawn)
     with QuantizedCheckpoint(model) as checkpoint:
         architecture = architecture_for(str(checkpoint.config.get("model_type")))
         config = _full_config(checkpoint)
         tensors = _plan(checkpoint, architecture, config, mixture, pure=pure)
         if matrix is not None:
             tensors = with_importance(tensors, matrix)
+        if layers is not None:
+            tensors = layers.applied_to(
+                tensors, lambda name, tensor: architecture.to_file_order(name, tensor, config)
+            )
 
         def add_metadata(writer: Any) -> None:
             # Of a path or hub id the last part: where a folder lies is nobody else's business.
@@ -161,7 +181,8 @@ def export_gguf(
             add_tokenizer(writer, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
 
         write_gguf(path, architecture.name, tensors, add_metadata)
-    return _report(path, mixture, tensors)
+    records = {} if layers is None else layers.records
+    return _report(path, mixture, tensors, method, {name: record.error for name, record in records.items()})
 
 
 def _add_imatrix(writer: Any, matrix: Imatrix, source: str | Path | Imatrix | None) -> None:
@@ -274,7 +295,9 @@ def _read(
     return architecture.to_file_order(name, tensor, config)
 
 
-def _report(path: Path, mixture: Mixture, tensors: list[PlannedTensor]) -> GGUFReport:
+def _report(
+    path: Path, mixture: Mixture, tensors: list[PlannedTensor], method: str, errors: dict[str, float]
+) -> GGUFReport:
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
     for tensor in tensors:
@@ -288,4 +311,6 @@ def _report(path: Path, mixture: Mixture, tensors: list[PlannedTensor]) -> GGUFR
         weights=dict(weights),
         file_bytes=size,
         bpw_file=8 * size / weights.total(),
+        method=method,
+        errors=errors,
     )
