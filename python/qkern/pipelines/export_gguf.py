@@ -152,7 +152,7 @@ def export_gguf(
         )
     check_new_file(path)
     matrix = read_imatrix(imatrix) if isinstance(imatrix, (str, Path)) else imatrix
-    drawn = {"samples": samples, "length": length, "seed": seed, "device": device}
+    drawn: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "device": device}
     layers = None
     if method != "rtn":
         layers = CalibratedLayers(model, method, calibration, **drawn)

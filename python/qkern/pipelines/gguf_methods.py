@@ -15,6 +15,7 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.models import column_weight, describe, set_column_weight
 from qkern.ops import gguf_decode, gguf_encode
 from qkern.ops.gguf_encode.fields import LAYOUTS
+from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines.checks import choose_targets
 from qkern.pipelines.layerwise import LayerRecord, capture, fold_scales, stages_of
 from qkern.pipelines.load import usable_device
@@ -142,8 +143,11 @@ class CalibratedLayers:
 
         Raises
         ------
+        InputError
+            If no linear gets a type that has codes.
         UnsupportedError
-            If a linear of the layers is no tensor of the file by itself.
+            If a linear of the layers is no tensor of the file by itself, or has a type that GPTQ does not
+            encode.
         """
         planned = {tensor.source: tensor for tensor in tensors}
         linears = {
@@ -158,6 +162,7 @@ class CalibratedLayers:
                 "none; use method='rtn'"
             )
         self._types = {name: planned[name].type.name for name in linears}
+        self._check_types()
         head = None if self.structure.tied else f"{self.structure.head}.weight"
         prefix = f"{self.structure.layers}."
         result = []
@@ -172,6 +177,20 @@ class CalibratedLayers:
             else:
                 result.append(tensor)
         return result
+
+    def _check_types(self) -> None:
+        kinds = sorted({kind for kind in self._types.values() if gguf_type(kind).block > 1})
+        if not kinds:
+            raise InputError(
+                f"method {self.method} chooses codes, and no linear gets any: choose a quantized type "
+                "(--type), or use method='rtn'"
+            )
+        others = [kind for kind in kinds if kind not in LAYOUTS]
+        if self.method == "gptq" and others:
+            raise UnsupportedError(
+                f"GPTQ encodes {', '.join(LAYOUTS)}, and linears get {', '.join(others)}: choose another "
+                "type (--type), or use method='rtn' or 'awq'"
+            )
 
     def _blocks(self, name: str, to_file: Callable[[str, Tensor], Tensor]) -> Tensor:
         return to_file(name, self._layer_of(name).blocks.pop(name))

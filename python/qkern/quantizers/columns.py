@@ -145,7 +145,7 @@ class Columns:
         self.order = order
         self.root = factor.root
         self.shift = factor.shift
-        self.codes = block.empty(*weight.shape, torch.uint8, weight.device)
+        self.codes = block.empty(weight.shape[0], weight.shape[1], torch.uint8, weight.device)
         # Each column is read for the last time when its difference is known, unless sweeps come back to it.
         self.sweeps = sweeps
         self.difference = torch.empty_like(self.weight) if sweeps else self.weight

@@ -60,14 +60,14 @@ class Plane:
     def read(self, blocks: Tensor, numbers: Tensor) -> None:
         """Add these bits to uint8 `numbers` ``[B, count]``, which hold none yet."""
         runs = blocks[:, self.offset : self.offset + self.bytes] ^ self.flip
-        runs = runs.unflatten(1, (-1, 1, self.run))
+        runs = runs.reshape(len(blocks), self.bytes // self.run, 1, self.run)
         fields = runs >> self._shifts(blocks.device) & (1 << self.width) - 1
         numbers[:, self._numbers()] |= fields.flatten(1) << self.up
 
     def write(self, blocks: Tensor, numbers: Tensor) -> None:
         """Add these bits of `numbers` to uint8 `blocks` ``[B, bytes]``, which hold none yet."""
         fields = numbers[:, self._numbers()] >> self.up & (1 << self.width) - 1
-        fields = fields.unflatten(1, (-1, len(self.shifts), self.run))
+        fields = fields.reshape(len(blocks), self.bytes // self.run, len(self.shifts), self.run)
         runs = (fields << self._shifts(blocks.device)).sum(2, dtype=torch.uint8)
         blocks[:, self.offset : self.offset + self.bytes] |= runs.flatten(1) ^ self.flip
 
@@ -279,8 +279,8 @@ def read_fields(blocks: Tensor, layout: BlockLayout) -> BlockFields:
     packed = blocks.new_zeros(B, kinds * G)
     for plane in layout.scales:
         plane.read(blocks, packed)
-    numbers = packed.unflatten(1, (-1, kinds, layout.scale_run)).transpose(1, 2).to(torch.float32)
-    numbers = numbers.flatten(2)
+    numbers = packed.reshape(B, G // layout.scale_run, kinds, layout.scale_run).transpose(1, 2)
+    numbers = numbers.flatten(2).to(torch.float32)
     minima = None if layout.dmin is None else numbers[:, 1]
     return BlockFields(codes=codes, scales=numbers[:, 0] + layout.lowest, minima=minima, d=d, dmin=dmin)
 
@@ -302,7 +302,8 @@ def write_fields(fields: BlockFields, layout: BlockLayout) -> Tensor:
         _write_half(blocks, layout.dmin, fields.dmin)
         numbers.append(fields.minima)
     packed = torch.stack(numbers, 1).to(torch.uint8)
-    packed = packed.unflatten(2, (-1, layout.scale_run)).transpose(1, 2).flatten(1)
+    packed = packed.reshape(B, len(numbers), layout.groups // layout.scale_run, layout.scale_run)
+    packed = packed.transpose(1, 2).flatten(1)
     for plane in layout.scales:
         plane.write(blocks, packed)
     return blocks
