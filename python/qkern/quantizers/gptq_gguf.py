@@ -345,6 +345,10 @@ class _Run(Columns):
         units = self.d[:, at], self.dmin[:, at]
         return _Group(self.grid, self.weight[:, start:stop], local, units, self.zeros)
 
+    def _value(self, start: int, stop: int) -> Tensor:
+        """Return what the codes of these columns stand for."""
+        return self.weight[:, start:stop] - self.difference[:, start:stop]
+
     def _keep(self, start: int, stop: int, choice: _Choice) -> None:
         number = self._number(start)
         self.scales[:, number], self.minima[:, number] = choice.scale, choice.minimum
@@ -370,7 +374,7 @@ class _Run(Columns):
         if span is None:
             return  # as good as the first pass left it
         gram = span.root @ span.root.T
-        away = span.target - (self.weight - self.difference)[:, first:last]
+        away = span.target - self._value(first, last)
         for start, stop in self._groups(first, last):
             here = slice(start - first, stop - first)
             local = _part(span, gram, away, here)
@@ -387,7 +391,7 @@ class _Run(Columns):
             group.search(_NEAR)
             self._keep(start, stop, group.best)
             self.loss -= total(before - group.best.loss)
-            away[:, here] = span.target[:, here] - (self.weight - self.difference)[:, start:stop]
+            away[:, here] = span.target[:, here] - self._value(start, stop)
         if self.grid.integer:
             self._fit_units(first, last, span)
 
