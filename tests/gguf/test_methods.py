@@ -166,6 +166,16 @@ def test_what_cannot_be_is_refused_and_leaves_no_file(model_folder, shipped, ids
     assert list(tmp_path.iterdir()) == []
 
 
+def test_experts_in_one_parameter_are_refused(tiny, ids):
+    model = tiny("mixtral")
+    with pytest.raises(
+        UnsupportedError, match=r"does not follow experts that lie in one parameter \(model\."
+    ):
+        gguf_methods.CalibratedLayers(
+            model, "gptq", ids, samples=4, length=64, seed=0, device="cpu", errors={}
+        )
+
+
 def test_types_without_a_uniform_grid_are_refused(model_folder, ids, tmp_path, monkeypatch):
     folder, _ = model_folder("llama")
     layouts = {name: layout for name, layout in gguf_methods.LAYOUTS.items() if name != "q4_0"}

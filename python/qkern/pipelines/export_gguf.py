@@ -153,18 +153,17 @@ def export_gguf(
     check_new_file(path)
     matrix = read_imatrix(imatrix) if isinstance(imatrix, (str, Path)) else imatrix
     drawn: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "device": device}
-    layers = None
-    if method != "rtn":
-        layers = CalibratedLayers(model, method, calibration, **drawn)
-    elif calibration is not None:
+    if calibration is not None and method == "rtn":
         matrix = collect_imatrix(model, calibration=calibration, **drawn)
+    errors: dict[str, float] = {}
     with QuantizedCheckpoint(model) as checkpoint:
         architecture = architecture_for(str(checkpoint.config.get("model_type")))
         config = _full_config(checkpoint)
         tensors = _plan(checkpoint, architecture, config, mixture, pure=pure)
         if matrix is not None:
             tensors = with_importance(tensors, matrix)
-        if layers is not None:
+        if method != "rtn":
+            layers = CalibratedLayers(model, method, calibration, errors=errors, **drawn)
             tensors = layers.applied_to(
                 tensors, lambda name, tensor: architecture.to_file_order(name, tensor, config)
             )
@@ -181,8 +180,7 @@ def export_gguf(
             add_tokenizer(writer, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
 
         write_gguf(path, architecture.name, tensors, add_metadata)
-    records = {} if layers is None else layers.records
-    return _report(path, mixture, tensors, method, {name: record.error for name, record in records.items()})
+    return _report(path, mixture, tensors, method, errors)
 
 
 def _add_imatrix(writer: Any, matrix: Imatrix, source: str | Path | Imatrix | None) -> None:

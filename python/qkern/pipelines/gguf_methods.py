@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -13,11 +12,12 @@ import torch
 from qkern.calibration import LayerStream
 from qkern.errors import InputError, UnsupportedError
 from qkern.models import column_weight, describe, set_column_weight
+from qkern.nn import expert_parameters
 from qkern.ops import gguf_decode, gguf_encode
 from qkern.ops.gguf_encode.fields import LAYOUTS
 from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines.checks import choose_targets
-from qkern.pipelines.layerwise import LayerRecord, capture, fold_scales, stages_of
+from qkern.pipelines.layerwise import capture, fold_scales, stages_of
 from qkern.pipelines.load import usable_device
 from qkern.pipelines.quantize import calibration_ids
 from qkern.pipelines.source import open_source
@@ -86,6 +86,8 @@ class CalibratedLayers:
         ``"gptq"`` or ``"awq"``.
     calibration, samples, length, seed, device
         As in `qkern.quantize`.
+    errors : dict
+        Takes in the squared error of each linear's outputs, relative, as the linears are done.
 
     Raises
     ------
@@ -104,11 +106,19 @@ class CalibratedLayers:
         samples: int,
         length: int,
         seed: int,
-        device: str = "auto",
+        device: str,
+        errors: dict[str, float],
     ) -> None:
         target_device = usable_device(device)
         source = open_source(model)
+        experts = expert_parameters(source.model)
+        if experts:
+            raise UnsupportedError(
+                f"method {method} does not follow experts that lie in one parameter ({experts[0]}): use "
+                "method='rtn', with calibration if you like"
+            )
         self.method = method
+        self.errors = errors
         self.structure = describe(source.model)
         if method == "awq" and self.structure.architecture is None:
             raise UnsupportedError(
@@ -124,7 +134,6 @@ class CalibratedLayers:
             head=self.structure.head,
             device=target_device,
         )
-        self.records: dict[str, LayerRecord] = {}
         self._types: dict[str, str] = {}
         self._done = _Done()
 
@@ -256,8 +265,7 @@ class CalibratedLayers:
         return result
 
     def _take(self, done: _Done, layer: nn.Module, index: int, name: str, seen: HessianAccumulator) -> None:
-        """Encode one linear, record it, and give it the value that its blocks stand for."""
-        started = time.monotonic()
+        """Encode one linear, and give it the value that its blocks stand for."""
         module = layer.get_submodule(name)
         weight = column_weight(module)
         full = f"{self.stream.prefix(index)}{name}.weight"
@@ -277,9 +285,7 @@ class CalibratedLayers:
             logger.warning("%s: %s", full, note)
         set_column_weight(module, gguf_decode(blocks, kind).to(weight.device))
         done.blocks[full] = blocks
-        self.records[full] = LayerRecord(
-            scheme=kind, error=error, notes=notes, seconds=time.monotonic() - started
-        )
+        self.errors[full] = error
 
     @torch.no_grad()
     def _head_blocks(self, tensor: PlannedTensor) -> Tensor:
