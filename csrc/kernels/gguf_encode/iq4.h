@@ -1,7 +1,7 @@
 // IQ4_NL (32 weights) and IQ4_XS (8 x 32, scales of 6 bits): codes of a table that is denser near zero. Sixteen
 // candidate scales side by side, as in search.h; the error of a fit is S(x x) - scale S(x v).
 #pragma once
-#include "kquants.h"
+#include "kquants_small.h"
 #include "legacy.h"
 #include "qkern/gguf_blocks.h"
 
@@ -20,8 +20,13 @@ inline Lanes nearest_value(const Lanes& u) {
     return value;
 }
 
-// The best least-squares scale of the candidates' codes; `error` is what it leaves less S(x x).
-inline Fit fit_values(const float* x, const float* w, const Lanes& inverse) {
+// The best of the candidates' least-squares fits: its scale, what a scale that is off costs, and by how much the fit
+// is better than nothing.
+struct ValueFit {
+    float scale, weight, gain;
+};
+
+inline ValueFit fit_values(const float* x, const float* w, const Lanes& inverse) {
     Lanes vv{}, xv{};
     for (int i = 0; i < kBlock; ++i) {
         const Lanes v = nearest_value(inverse * x[i]);
@@ -30,11 +35,9 @@ inline Fit fit_values(const float* x, const float* w, const Lanes& inverse) {
         xv += wv * x[i];
     }
     const Lanes scale = xv * inverse_or_zero(vv);
-    Fit fit;
-    const int c = best_lane(-(scale * xv), &fit.error);
-    fit.scale = lane(scale, c);
-    fit.offset = 0.0f;
-    return fit;
+    float loss;
+    const int c = best_lane(-(scale * xv), &loss);
+    return {lane(scale, c), lane(vv, c), -loss};
 }
 
 // The error of each lane's own scale, as it is stored.
@@ -55,15 +58,15 @@ const float kReachIq4[kLanes] = {0.72f, 0.76f, 0.80f, 0.84f, 0.87f, 0.90f, 0.93f
 const float kNearIq4[kLanes] = {0.0f,   -0.008f, 0.008f, -0.016f, 0.016f, -0.024f, 0.024f, -0.033f,
                                 0.033f, -0.043f, 0.043f, -0.054f, 0.054f, -0.068f, 0.068f, 0.085f};
 
-// The real scale of 32 weights; 0 where an fp16 scale holds none of them.
-inline float fit_iq4(const float* x, const float* w) {
+// Scale 0 where an fp16 scale holds none of the weights.
+inline ValueFit fit_iq4(const float* x, const float* w) {
     const float extreme = range_of(x, kBlock).extreme();
-    if (!(extreme < -kTiny || extreme > kTiny)) return 0.0f;
+    if (!(extreme < -kTiny || extreme > kTiny)) return {0.0f, 0.0f, 0.0f};
     const Lanes reach = load(kReachIq4) * (static_cast<float>(kIq4Values[0]) / extreme);
-    const Fit down = fit_values(x, w, reach), up = fit_values(x, w, -reach);
-    const Fit first = up.error < down.error ? up : down;
-    const Fit again = fit_values(x, w, inverse_or_zero(first.scale + first.scale * load(kNearIq4)));
-    return again.error < first.error ? again.scale : first.scale;
+    const ValueFit down = fit_values(x, w, reach), up = fit_values(x, w, -reach);
+    const ValueFit first = up.gain > down.gain ? up : down;
+    const ValueFit again = fit_values(x, w, inverse_or_zero(first.scale + first.scale * load(kNearIq4)));
+    return again.gain > first.gain ? again : first;
 }
 
 inline void choose_values(const float* x, float scale, uint8_t* qs) {
@@ -79,7 +82,7 @@ inline void choose_values(const float* x, float scale, uint8_t* qs) {
 }
 
 inline void encode_block(const float* x, const float* w, BlockIQ4_NL* block) {
-    block->d = to_f16(fit_iq4(x, w));
+    block->d = to_f16(fit_iq4(x, w).scale);
     choose_values(x, from_f16(block->d), block->qs);
 }
 
@@ -93,8 +96,8 @@ inline float choose_scales_iq4(const float* x, const float* w, const float* fits
     const float inverse_d = inverse_or_zero(d);
     float total = 0.0f;
     for (int j = 0; j < kRunsIq4; ++j) {
-        const Lanes nearest = clamp_round(splat(fits[j] * inverse_d), -32.0f, 31.0f);
-        const Lanes scales = clamp_round(nearest + load(kStepScaleIq4), -32.0f, 31.0f);
+        const Lanes nearest = code_of(splat(fits[j] * inverse_d), kLowScale, kHighScale);
+        const Lanes scales = within(nearest + load(kStepScaleIq4), kLowScale, kHighScale);
         float error;
         const int c = best_lane(error_of_values(x + kBlock * j, w + kBlock * j, scales * d), &error);
         scale[j] = lane(scales, c);
@@ -113,26 +116,34 @@ inline float refit_iq4(const float* x, const float* w, float d, const float* sca
         aa += weighted * v;
         ax += weighted * load(x + i);
     }
-    return from_f16(to_f16(sum(ax) * inverse_or_zero(sum(aa))));
+    return as_f16(sum(ax) * inverse_or_zero(sum(aa)));
 }
 
 inline void encode_block(const float* x, const float* w, BlockIQ4_XS* block) {
-    float fits[kRunsIq4], scale[kRunsIq4], again[kRunsIq4];
-    float widest = 0.0f;
+    float fits[kRunsIq4], weights[kRunsIq4], scale[kRunsIq4], again[kRunsIq4];
+    float widest = 0.0f, fitted = 0.0f;
     for (int j = 0; j < kRunsIq4; ++j) {
-        fits[j] = fit_iq4(x + kBlock * j, w + kBlock * j);
+        const ValueFit fit = fit_iq4(x + kBlock * j, w + kBlock * j);
+        fits[j] = fit.scale;
+        weights[j] = fit.weight;
+        fitted -= fit.gain;
         if (fits[j] * fits[j] > widest * widest) widest = fits[j];
     }
-    // The widest run gets -32, the longer side.
-    float d = from_f16(to_f16(widest / -32.0f));
+    for (int k = 0; k < kSuper; ++k) fitted += (w[k] * x[k]) * x[k];
+    float cost, d = choose_d(fits, weights, kRunsIq4, widest, &cost);
     float error = choose_scales_iq4(x, w, fits, d, scale);
-    for (int r = 0; r < 2; ++r) {
-        const float next = refit_iq4(x, w, d, scale);
+    const auto consider = [&](float next) {
         const float left = choose_scales_iq4(x, w, fits, next, again);
-        if (!(left < error)) break;
+        if (!(left < error)) return false;
         error = left;
         d = next;
         memcpy(scale, again, sizeof(scale));
+        return true;
+    };
+    if (cost > kCoarse * fitted) {
+        for (int top = kFirstCoarse; top < kLastCoarse; ++top) consider(as_f16(widest / static_cast<float>(-top)));
+    }
+    for (int r = 0; r < 2 && consider(refit_iq4(x, w, d, scale)); ++r) {
     }
     block->d = to_f16(d);
     block->scales_h = 0;

@@ -108,6 +108,37 @@ inline void pack_quads(const uint8_t* codes, uint8_t* qs) {
     }
 }
 
+// Signed 6-bit scales: d times -32 to 31, in Q3_K and IQ4_XS.
+constexpr float kLowScale = -32.0f, kHighScale = 31.0f;
+// Where their rounding costs more than this, relative to what else is lost, true errors choose d from widest over
+// -kFirstCoarse, -kFirstCoarse - 1, ...
+constexpr float kCoarse = 0.03f;
+constexpr int kFirstCoarse = 25, kLastCoarse = 44;
+
+// The d under which the integers nearest to the fitted scales cost least; a lane is a candidate. A scale that is off
+// by e costs weight * e * e. The widest gets about -32, the longer side.
+inline float choose_d(const float* fits, const float* weights, int count, float widest, float* cost) {
+    float best = 0.0f;
+    *cost = kNoFit;
+    for (int c = 0; c < 2 * kLanes; c += kLanes) {
+        float tops[kLanes];
+        for (int k = 0; k < kLanes; ++k) tops[k] = -28.0f - 0.25f * static_cast<float>(c + k);
+        const Lanes d = widest / load(tops), inverse = inverse_or_zero(d);
+        Lanes costs{};
+        for (int j = 0; j < count; ++j) {
+            const Lanes off = code_of(inverse * fits[j], kLowScale, kHighScale) * d - fits[j];
+            costs += (off * weights[j]) * off;
+        }
+        float least_cost;
+        const int k = best_lane(costs, &least_cost);
+        if (least_cost < *cost) {
+            *cost = least_cost;
+            best = lane(d, k);
+        }
+    }
+    return as_f16(best);
+}
+
 // Q2_K --------------------------------------------------------------------------------------------------
 
 constexpr float kTop2 = 3.0f, kTop4 = 15.0f;
@@ -235,7 +266,6 @@ inline bool refit(const Columns& t, const Grid2& grid, float* d, float* dmin) {
     return true;
 }
 
-#ifndef Q2_TUNE
 // Ends of the codes, in steps of the range from its own ends inwards. Codes beyond the range serve weights that lie at
 // both ends and the middle; with importance it may be the outlier that does not count.
 const float kInsets2[][2] = {{0.0f, 0.0f},  {0.25f, 0.0f},  {0.5f, 0.0f},  {0.75f, 0.0f},  {0.0f, 0.25f}, {0.25f, 0.25f},
@@ -246,23 +276,22 @@ const float kInsetsWeighted2[][2] = {{1.5f, 0.0f}, {0.0f, 1.5f}, {1.0f, 1.0f}, {
 // d and dmin times these are the widest scale and the deepest minimum.
 const float kWidest2[] = {15.0f, 14.0f, 14.5f, 15.5f, 16.0f, 16.5f, 17.0f, 17.5f, 18.0f, 19.0f, 20.0f};
 const float kDeepest2[] = {14.0f, 14.5f, 15.5f, 16.0f, 17.0f, 18.0f, 19.0f};
-const float kTD2[] = {9,10.5,12,13.5,15,16.5,18,20,22,25,28,32,37};
-const float kTM2[] = {12,13.5,15,17,20,25,32,42,60,90};
-constexpr int kRounds2 = 2, kSteps2 = 8, kCountTD = sizeof(kTD2)/4, kCountTM = sizeof(kTM2)/4, kMSteps2 = 4;
+// More of them, by true errors, where the rounding to integers multiplies the error by more than kCoarse2.
+const float kWidestCoarse2[] = {9.0f,  10.5f, 12.0f, 13.5f, 15.0f, 16.5f, 18.0f,
+                                20.0f, 22.0f, 25.0f, 28.0f, 32.0f, 37.0f};
+const float kDeepestCoarse2[] = {12.0f, 13.5f, 15.0f, 17.0f, 20.0f, 25.0f, 32.0f, 42.0f, 60.0f, 90.0f};
 constexpr float kCoarse2 = 1.1f;
-#else
-#include "/tmp/a1/tune2.h"
-#endif
 
 // Each sub-block alone: the best of the codes that start from `insets`.
 template <bool kEven, int kCount>
-inline void fit_codes(const Columns& t, const Lanes& inverse, const float (&insets)[kCount][2], Affine* fit,
-                      Lanes* error) {
+inline void fit_codes(const Columns& t, const Lanes& inverse, const float (&insets)[kCount][2], const Lanes& penalty,
+                      Affine* fit, Lanes* error) {
     for (const auto& inset : insets) {
         const float stretch = kTop2 / (kTop2 - inset[0] - inset[1]);
         const Sums2 sums = choose2<kEven>(t, inverse * stretch, splat(-inset[0] * stretch));
         const Affine fitted = fit_of(t, sums);
-        const Lanes left = error_of(t, sums, fitted.scale, fitted.p);
+        Lanes left = error_of(t, sums, fitted.scale, fitted.p);
+        if (inset[0] < 0.0f || inset[1] < 0.0f) left = left * penalty;
         fit->scale = select_less(left, *error, fitted.scale, fit->scale);
         fit->p = select_less(left, *error, fitted.p, fit->p);
         *error = least(left, *error);
@@ -286,8 +315,10 @@ template <bool kEven> inline void encode_q2(const float* x, const float* w, Bloc
     const Lanes inverse = select_less(splat(kTiny), high, kTop2 / high, Lanes{});
     Affine fit{Lanes{}, Lanes{}};
     Lanes error = splat(kNoFit);
-    fit_codes<kEven>(t, inverse, kInsets2, &fit, &error);
-    if (!kEven) fit_codes<kEven>(t, inverse, kInsetsWeighted2, &fit, &error);
+    // A sub-block much wider than the others makes their integers small; codes beyond its range must be worth it.
+    const Lanes penalty = select_less(splat(sum(high) * (1.5f / kRun)), high, splat(1.25f), splat(1.0f));
+    fit_codes<kEven>(t, inverse, kInsets2, penalty, &fit, &error);
+    if (!kEven) fit_codes<kEven>(t, inverse, kInsetsWeighted2, penalty, &fit, &error);
     Sums2 sums{};
     for (int r = 0; r < 2; ++r) {
         const Lanes unit = inverse_or_zero(fit.scale);
@@ -317,22 +348,24 @@ template <bool kEven> inline void encode_q2(const float* x, const float* w, Bloc
     const bool coarse = best.total > kCoarse2 * sum(error_of(t, sums, fit.scale, fit.p));
     // True codes for the stored integers, their neighbours, and d and dmin again.
     recode<kEven>(t, &best);
-    descend<kEven>(t, &best, kSteps2);
+    descend<kEven>(t, &best, 8);
     if (coarse) {
-        for (int k = 0; k < kCountTD + kCountTM; ++k) {
-            next.d = k < kCountTD ? as_f16(widest / kTD2[k]) : best.d;
-            next.dmin = k < kCountTD ? best.dmin : as_f16(deepest / kTM2[k - kCountTD]);
+        const auto consider = [&](float d, float dmin) {
+            next.d = as_f16(d);
+            next.dmin = as_f16(dmin);
             choose_integers(t, sums, fit.scale, inverse_w1, &next);
             recode<kEven>(t, &next);
-            descend<kEven>(t, &next, kMSteps2);
+            descend<kEven>(t, &next, 4);
             if (next.total < best.total) best = next;
-        }
+        };
+        for (const float top : kWidestCoarse2) consider(widest / top, best.dmin);
+        for (const float top : kDeepestCoarse2) consider(best.d, deepest / top);
     }
-    for (int r = 0; r < kRounds2; ++r) {
+    for (int r = 0; r < 2; ++r) {
         next = best;
         if (!refit(t, best, &next.d, &next.dmin)) break;
         recode<kEven>(t, &next);
-        descend<kEven>(t, &next, kSteps2);
+        descend<kEven>(t, &next, 8);
         if (!(next.total < best.total)) break;
         best = next;
     }
@@ -358,7 +391,6 @@ inline void encode_block(const float* x, const float* w, BlockQ2_K* block) {
 // Q3_K --------------------------------------------------------------------------------------------------
 
 constexpr float kLow3 = -4.0f, kHigh3 = 3.0f;
-constexpr float kLowScale3 = -32.0f, kHighScale3 = 31.0f;
 
 // Weighted sums over a sub-block that a choice of codes l leaves.
 struct Sums3 {
@@ -410,7 +442,7 @@ template <bool kEven> inline void descend(const Columns& t, Grid3* grid, int rea
     Grid3 next = *grid;
     for (int k = 1; k <= 2 * reach; ++k) {
         const int step = k % 2 ? (k + 1) / 2 : -k / 2;
-        next.scale = within(scale + static_cast<float>(step), kLowScale3, kHighScale3);
+        next.scale = within(scale + static_cast<float>(step), kLowScale, kHighScale);
         recode<kEven>(t, &next);
         grid->sums.ll = select_less(next.error, grid->error, next.sums.ll, grid->sums.ll);
         grid->sums.xl = select_less(next.error, grid->error, next.sums.xl, grid->sums.xl);
@@ -420,43 +452,11 @@ template <bool kEven> inline void descend(const Columns& t, Grid3* grid, int rea
     grid->total = sum(grid->error);
 }
 
-// d times these is the scale of the widest sub-block.
-constexpr float kFirstD3 = -28.0f, kStepD3 = -0.25f;
-constexpr int kCountD3 = 2 * kLanes;
 // Codes that the weight of largest magnitude is mapped to, over -4; both signs are tried. Importance may lie on the
 // other weights, so that more of them are worth a look.
 const float kReach3[] = {0.70f, 0.78f, 0.84f, 0.89f, 0.94f, 0.98f, 1.02f, 1.07f, 1.12f, 1.20f};
 const float kReachWeighted3[] = {0.65f, 0.70f, 0.74f,  0.78f, 0.81f, 0.84f, 0.865f, 0.89f, 0.915f, 0.94f, 0.96f,
                                  0.98f, 1.00f, 1.02f, 1.045f, 1.07f, 1.095f, 1.12f, 1.15f, 1.20f,  1.25f, 1.30f};
-// Where the rounding of the scales costs more than this, relative to what else is lost, true errors choose d.
-constexpr float kCoarse3 = 0.03f;
-
-// The d under which the integers nearest to the fitted scales cost least; a lane is a candidate.
-inline float choose_d(const Lanes& fit, const Lanes& ll, float widest, float* cost) {
-    float fits[kLanes], weights[kLanes];
-    memcpy(fits, &fit, sizeof(fits));
-    memcpy(weights, &ll, sizeof(weights));
-    float best = 0.0f;
-    *cost = kNoFit;
-    for (int c = 0; c < kCountD3; c += kLanes) {
-        float tops[kLanes];
-        for (int k = 0; k < kLanes; ++k) tops[k] = kFirstD3 + kStepD3 * static_cast<float>(c + k);
-        const Lanes d = widest / load(tops), inverse = inverse_or_zero(d);
-        Lanes costs{};
-        for (int j = 0; j < kRun; ++j) {
-            const Lanes off = code_of(inverse * fits[j], kLowScale3, kHighScale3) * d - fits[j];
-            costs += (off * weights[j]) * off;
-        }
-        float least_cost;
-        const int k = best_lane(costs, &least_cost);
-        if (least_cost < *cost) {
-            *cost = least_cost;
-            best = lane(d, k);
-        }
-    }
-    return as_f16(best);
-}
-
 template <bool kEven, int kCount>
 inline void fit_scales(const Columns& t, const float (&reaches)[kCount], Lanes* fit, Sums3* sums) {
     Lanes low = t.x[0], high = t.x[0];
@@ -501,14 +501,17 @@ template <bool kEven> inline void encode_q3(const float* x, const float* w, Bloc
     const float fitted = sum(t.xx - fit * sums.xl);
     float cost;
     Grid3 best{}, next{};
-    best.d = choose_d(fit, sums.ll, widest, &cost);
-    best.scale = code_of(fit * inverse_or_zero(best.d), kLowScale3, kHighScale3);
+    float fits[kRun], weights[kRun];
+    memcpy(fits, &fit, sizeof(fits));
+    memcpy(weights, &sums.ll, sizeof(weights));
+    best.d = choose_d(fits, weights, kRun, widest, &cost);
+    best.scale = code_of(fit * inverse_or_zero(best.d), kLowScale, kHighScale);
     recode<kEven>(t, &best);
     descend<kEven>(t, &best, kReachScale);
-    if (cost > kCoarse3 * fitted) {
-        for (int top = 25; top < 44; ++top) {
+    if (cost > kCoarse * fitted) {
+        for (int top = kFirstCoarse; top < kLastCoarse; ++top) {
             next.d = as_f16(widest / static_cast<float>(-top));
-            next.scale = code_of(fit * inverse_or_zero(next.d), kLowScale3, kHighScale3);
+            next.scale = code_of(fit * inverse_or_zero(next.d), kLowScale, kHighScale);
             recode<kEven>(t, &next);
             descend<kEven>(t, &next, 1);
             if (next.total < best.total) best = next;
