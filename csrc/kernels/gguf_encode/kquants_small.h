@@ -26,6 +26,7 @@ struct Columns {
     Lanes x[kRun], w[kRun], wx[kRun];
     Lanes low;         // taken off x in Q2_K, so that x is at least 0 and no sum cancels
     Lanes w1, x1, xx;  // weighted sums of 1, x, x x
+    Lanes inverse_w1;
 };
 
 inline void turn(const float* rows, Lanes* columns) {
@@ -85,6 +86,7 @@ template <bool kEven> inline void add_up(Columns* t) {
         t->x1 += wx;
         t->xx += wx * t->x[i];
     }
+    t->inverse_w1 = 1.0f / t->w1;
 }
 
 // Bytes of the codes in the order of the weights.
@@ -113,7 +115,7 @@ constexpr float kLowScale = -32.0f, kHighScale = 31.0f;
 // Where their rounding costs more than this, relative to what else is lost, true errors choose d from widest over
 // -kFirstCoarse, -kFirstCoarse - 1, ...
 constexpr float kCoarse = 0.03f;
-constexpr int kFirstCoarse = 25, kLastCoarse = 44;
+constexpr int kFirstCoarse = 22, kLastCoarse = 45;
 
 // The d under which the integers nearest to the fitted scales cost least; a lane is a candidate. A scale that is off
 // by e costs weight * e * e. The widest gets about -32, the longer side.
@@ -185,7 +187,7 @@ inline Affine fit_of(const Columns& t, const Sums2& sums) {
     // Where all codes are alike this is rounding noise, and only the minimum can move.
     const Lanes determinant = select_less(difference, 1e-5f * squares, Lanes{}, difference);
     const Lanes scale = (t.w1 * sums.xl - sums.l * t.x1) * inverse_or_zero(determinant);
-    const Lanes p = (scale * sums.l - t.x1) / t.w1;
+    const Lanes p = (scale * sums.l - t.x1) * t.inverse_w1;
     const Lanes edge = (sums.xl + t.low * sums.l) * inverse_or_zero(sums.ll);
     return {select_less(p, t.low, edge, scale), most(t.low, p)};
 }
@@ -224,8 +226,7 @@ template <bool kEven> inline void descend(const Columns& t, Grid2* grid, int ste
 }
 
 // The integers that suit the codes of a fit: of the scales next to it, each with its best minimum.
-inline void choose_integers(const Columns& t, const Sums2& sums, const Lanes& scale, const Lanes& inverse_w1,
-                            Grid2* grid) {
+inline void choose_integers(const Columns& t, const Sums2& sums, const Lanes& scale, Grid2* grid) {
     const Lanes nearest = code_of(scale * inverse_or_zero(grid->d), 0.0f, kTop4);
     const float inverse_dmin = inverse_or_zero(grid->dmin);
     grid->error = splat(kNoFit);
@@ -233,7 +234,7 @@ inline void choose_integers(const Columns& t, const Sums2& sums, const Lanes& sc
         // The nearest first, so that it wins ties.
         const Lanes a = within(nearest + (k == 2 ? -1.0f : static_cast<float>(k)), 0.0f, kTop4);
         const Lanes s = a * grid->d;
-        const Lanes p = (s * sums.l - t.x1) * inverse_w1;
+        const Lanes p = (s * sums.l - t.x1) * t.inverse_w1;
         const Lanes b = code_of((p - t.low) * inverse_dmin, 0.0f, kTop4);
         const Lanes error = error_of(t, sums, s, b * grid->dmin + t.low);
         grid->scale = select_less(error, grid->error, a, grid->scale);
@@ -276,11 +277,13 @@ const float kInsetsWeighted2[][2] = {{1.5f, 0.0f}, {0.0f, 1.5f}, {1.0f, 1.0f}, {
 // d and dmin times these are the widest scale and the deepest minimum.
 const float kWidest2[] = {15.0f, 14.0f, 14.5f, 15.5f, 16.0f, 16.5f, 17.0f, 17.5f, 18.0f, 19.0f, 20.0f};
 const float kDeepest2[] = {14.0f, 14.5f, 15.5f, 16.0f, 17.0f, 18.0f, 19.0f};
-// More of them, by true errors, where the rounding to integers multiplies the error by more than kCoarse2.
-const float kWidestCoarse2[] = {9.0f,  10.5f, 12.0f, 13.5f, 15.0f, 16.5f, 18.0f,
-                                20.0f, 22.0f, 25.0f, 28.0f, 32.0f, 37.0f};
-const float kDeepestCoarse2[] = {12.0f, 13.5f, 15.0f, 17.0f, 20.0f, 25.0f, 32.0f, 42.0f, 60.0f, 90.0f};
+// More of them, by true errors, where the rounding to integers multiplies the error by more than kCoarse2; whole
+// numbers hold the widest sub-block as well as its fit does. With importance some minima lie much too deep.
 constexpr float kCoarse2 = 1.1f;
+const float kWidestCoarse2[] = {8.0f,  9.0f,  10.0f, 11.0f, 12.0f, 13.0f, 14.0f, 15.0f,
+                                16.5f, 18.0f, 20.0f, 22.0f, 25.0f, 28.0f, 32.0f, 37.0f};
+const float kDeepestCoarse2[] = {12.0f, 13.0f, 14.0f, 15.0f, 17.0f, 20.0f, 25.0f, 32.0f, 42.0f, 60.0f, 90.0f};
+const float kDeepestWeighted2[] = {18.0f, 22.0f, 27.0f, 34.0f};
 
 // Each sub-block alone: the best of the codes that start from `insets`.
 template <bool kEven, int kCount>
@@ -296,6 +299,28 @@ inline void fit_codes(const Columns& t, const Lanes& inverse, const float (&inse
         fit->p = select_less(left, *error, fitted.p, fit->p);
         *error = least(left, *error);
     }
+}
+
+// Integers for a d and dmin of which the codes of the fits may know little: codes and integers in turn, d and dmin of
+// their own, the neighbours. Replaces `best` if better.
+template <bool kEven>
+inline void try_grid(const Columns& t, const Sums2& sums, const Lanes& scale, float d, float dmin, Grid2* best) {
+    Grid2 grid{}, again{};
+    grid.d = again.d = as_f16(d);
+    grid.dmin = again.dmin = as_f16(dmin);
+    choose_integers(t, sums, scale, &grid);
+    recode<kEven>(t, &grid);
+    // The scale that suits the new codes and minimum.
+    const Lanes p = grid.minimum * grid.dmin + t.low;
+    choose_integers(t, grid.sums, (grid.sums.xl + p * grid.sums.l) * inverse_or_zero(grid.sums.ll), &again);
+    recode<kEven>(t, &again);
+    keep_better(again, &grid);
+    descend<kEven>(t, &grid, 4);
+    if (refit(t, grid, &grid.d, &grid.dmin)) {
+        recode<kEven>(t, &grid);
+        descend<kEven>(t, &grid, 4);
+    }
+    if (grid.total < best->total) *best = grid;
 }
 
 template <bool kEven> inline void encode_q2(const float* x, const float* w, BlockQ2_K* block) {
@@ -327,21 +352,20 @@ template <bool kEven> inline void encode_q2(const float* x, const float* w, Bloc
     }
 
     // d and dmin by these codes; the largest of the integers need not reach 15, nor stay below it.
-    const Lanes inverse_w1 = 1.0f / t.w1;
     const float widest = largest(fit.scale), deepest = largest(fit.p - t.low);
     Grid2 best{}, next{};
     best.total = kNoFit;
     next.dmin = as_f16(deepest / kTop4);
     for (const float top : kWidest2) {
         next.d = as_f16(widest / top);
-        choose_integers(t, sums, fit.scale, inverse_w1, &next);
+        choose_integers(t, sums, fit.scale, &next);
         next.total = sum(next.error);
         if (next.total < best.total) best = next;
     }
     next.d = best.d;
     for (const float top : kDeepest2) {
         next.dmin = as_f16(deepest / top);
-        choose_integers(t, sums, fit.scale, inverse_w1, &next);
+        choose_integers(t, sums, fit.scale, &next);
         next.total = sum(next.error);
         if (next.total < best.total) best = next;
     }
@@ -350,16 +374,10 @@ template <bool kEven> inline void encode_q2(const float* x, const float* w, Bloc
     recode<kEven>(t, &best);
     descend<kEven>(t, &best, 8);
     if (coarse) {
-        const auto consider = [&](float d, float dmin) {
-            next.d = as_f16(d);
-            next.dmin = as_f16(dmin);
-            choose_integers(t, sums, fit.scale, inverse_w1, &next);
-            recode<kEven>(t, &next);
-            descend<kEven>(t, &next, 4);
-            if (next.total < best.total) best = next;
-        };
-        for (const float top : kWidestCoarse2) consider(widest / top, best.dmin);
-        for (const float top : kDeepestCoarse2) consider(best.d, deepest / top);
+        for (const float top : kWidestCoarse2) try_grid<kEven>(t, sums, fit.scale, widest / top, best.dmin, &best);
+        for (const float top : kDeepestCoarse2) try_grid<kEven>(t, sums, fit.scale, best.d, deepest / top, &best);
+    } else if (!kEven) {
+        for (const float top : kDeepestWeighted2) try_grid<kEven>(t, sums, fit.scale, best.d, deepest / top, &best);
     }
     for (int r = 0; r < 2; ++r) {
         next = best;
@@ -457,6 +475,12 @@ template <bool kEven> inline void descend(const Columns& t, Grid3* grid, int rea
 const float kReach3[] = {0.70f, 0.78f, 0.84f, 0.89f, 0.94f, 0.98f, 1.02f, 1.07f, 1.12f, 1.20f};
 const float kReachWeighted3[] = {0.65f, 0.70f, 0.74f,  0.78f, 0.81f, 0.84f, 0.865f, 0.89f, 0.915f, 0.94f, 0.96f,
                                  0.98f, 1.00f, 1.02f, 1.045f, 1.07f, 1.095f, 1.12f, 1.15f, 1.20f,  1.25f, 1.30f};
+// The d that suits the codes and integers best.
+inline float refit(const Grid3& grid) {
+    const float squares = sum(grid.scale * (grid.scale * grid.sums.ll));
+    return as_f16(sum(grid.scale * grid.sums.xl) * inverse_or_zero(squares));
+}
+
 template <bool kEven, int kCount>
 inline void fit_scales(const Columns& t, const float (&reaches)[kCount], Lanes* fit, Sums3* sums) {
     Lanes low = t.x[0], high = t.x[0];
@@ -513,14 +537,16 @@ template <bool kEven> inline void encode_q3(const float* x, const float* w, Bloc
             next.d = as_f16(widest / static_cast<float>(-top));
             next.scale = code_of(fit * inverse_or_zero(next.d), kLowScale, kHighScale);
             recode<kEven>(t, &next);
-            descend<kEven>(t, &next, 1);
+            descend<kEven>(t, &next, 2);
+            next.d = refit(next);
+            recode<kEven>(t, &next);
+            descend<kEven>(t, &next, 2);
             if (next.total < best.total) best = next;
         }
     }
     for (int r = 0; r < kRounds; ++r) {
         next = best;
-        next.d = as_f16(sum(best.scale * best.sums.xl) *
-                        inverse_or_zero(sum(best.scale * (best.scale * best.sums.ll))));
+        next.d = refit(best);
         recode<kEven>(t, &next);
         descend<kEven>(t, &next, kReachScale);
         if (!(next.total < best.total)) break;
