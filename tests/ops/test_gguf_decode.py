@@ -80,7 +80,7 @@ GOLDEN = {
         half(1) + half(0) + [1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0] + [0x03] + [0] * 31 + [0x21] + [0] * 127,
         {0: 17.0, 32: 36.0, 1: 0.0},
     ),
-    # Weights 0, 32, 64, 96 share byte 0; sub-block 0 has scale 3 and minimum 2, sub-block 2 scale 15, 4 minimum 1.
+    # Weights 0, 32, 64, 96 share a byte; sub-block 0 has scale 3 and minimum 2, 2 scale 15, 4 minimum 1.
     "q2_k": (
         [0x23, 0, 0x0F, 0, 0x10, 0, 0, 0, 0x01]
         + [0] * 7
@@ -92,7 +92,7 @@ GOLDEN = {
         + half(2),
         {0: -4.0, 1: -4.0, 32: 7.5, 64: -2.0, 96: 0.0, 128: 1.0},
     ),
-    # scale[0] = 0b101111 and scale[8] = 0b010001 lie in three bytes; the third bit of weight 128 is bit 4 of hmask[0].
+    # scale[0] = 0b101111 and scale[8] = 0b010001; the third bit of weight 128 is bit 4 of hmask[0].
     "q3_k": (
         [0b00010010]
         + [0] * 31

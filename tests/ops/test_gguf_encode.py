@@ -198,9 +198,14 @@ def test_no_block_is_worse_than_rounding_its_range(name, seed, power, size, zero
     assert (ours <= 1.001 * theirs + 32 * (2.0**-24 * 128) ** 2).all()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+# What a super-block of any shape may lose of its energy: 4 bits at most a few percent; of 3000 random ones Q2_K
+# lost at most 0.148, Q3_K 0.035.
+SUPER_ERROR = {"q2_k": 0.2, "q3_k": 0.05, "q4_k": 0.05, "q5_k": 0.05, "q6_k": 0.05, "iq4_xs": 0.05}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(["q4_k", "q5_k", "q6_k"]),
+    name=st.sampled_from(list(SUPER_ERROR)),
     seed=st.integers(0, 2**32 - 1),
     power=st.floats(0.2, 6),
     size=st.floats(-7, 4),
@@ -213,14 +218,15 @@ def test_super_blocks_are_better_than_nothing(name, seed, power, size, zeros, bl
     x = np.sign(x) * np.abs(x) ** power * 10.0**size * (generator.random(x.shape) >= zeros)
     x = torch.from_numpy(x.clip(-60000, 60000).astype(np.float32))
     importance = torch.from_numpy((generator.random(256) >= blind).astype(np.float32))
+    if name in ("q2_k", "q3_k", "iq4_xs"):
+        importance[::16] = 1  # a sub-block without any counts as even, and may dwarf the scales of the others
     floor = 256 * (2.0**-24 * 63 * 63) ** 2
     for weights in (None, importance):
         decoded = gguf_decode(gguf_encode(x, name, importance=weights), name)
         scale = torch.ones(256) if weights is None else weights
         error = ((decoded - x).double().square() * scale).sum(1)
         energy = (x.double().square() * scale).sum(1)
-        # 4 bits leave at most a few percent of any signal; blocks of one sign and any shape included.
-        assert (error <= 0.05 * energy + floor).all()
+        assert (error <= SUPER_ERROR[name] * energy + floor).all()
 
 
 def trained_weights():
@@ -279,3 +285,30 @@ def test_error_is_below_that_of_ggml(name, make, weighted):
     ours = ((gguf_decode(gguf_encode(x, name, importance=importance), name) - x).square() * scale).sum()
     theirs = ((gguf_decode(ggml_encode(x, name, importance), name) - x).square() * scale).sum()
     assert ours < theirs
+
+
+def rows_of(kind):
+    """A thousand blocks of 256 weights, and the importance of their columns."""
+    generator = np.random.default_rng(7)
+    x = generator.standard_t(4, (500, 512)) if kind == "heavy" else generator.standard_normal((500, 512))
+    if kind == "outliers":
+        x[generator.random(x.shape) < 0.005] *= 10
+    importance = torch.from_numpy(generator.standard_normal(512) ** 2 + 0.01).float()
+    return torch.from_numpy(x * 0.02).float(), importance / importance.mean()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["gaussian", "heavy", "outliers"])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "iq4_nl", "iq4_xs"])
+def test_no_block_is_worse_than_that_of_ggml(name, kind, weighted):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'qkern[llama]'")
+    x, scale = rows_of(kind)
+    importance = scale if weighted else None
+    if not weighted:
+        scale = torch.ones(512)
+    ours, theirs = (
+        ((gguf_decode(raw, name) - x).double().square() * scale).reshape(-1, 256).sum(1)
+        for raw in (gguf_encode(x, name, importance=importance), ggml_encode(x, name, importance))
+    )
+    assert ours.sum() < 0.95 * theirs.sum()
+    assert (ours <= 1.02 * theirs).all()

@@ -54,9 +54,17 @@ inline Lanes error_of_values(const float* x, const float* w, const Lanes& scale)
 // Units of the table that the value of largest magnitude is mapped to, over -127.
 const float kReachIq4[kLanes] = {0.72f, 0.76f, 0.80f, 0.84f, 0.87f, 0.90f, 0.93f, 0.955f,
                                  0.98f, 1.00f, 1.02f, 1.05f, 1.08f, 1.12f, 1.16f, 1.2f};
+// Values of the table and a little beside them that the weight that counts most is mapped to.
+const float kAnchorIq4[kLanes] = {-104.0f, -83.0f, -65.0f, -49.0f, 69.0f,  53.0f,  38.0f,  89.0f,
+                                  113.0f,  -74.0f, -57.0f, 61.0f,  79.0f, -93.0f, 101.0f, -115.0f};
 // Relative steps around a fit.
 const float kNearIq4[kLanes] = {0.0f,   -0.008f, 0.008f, -0.016f, 0.016f, -0.024f, 0.024f, -0.033f,
                                 0.033f, -0.043f, 0.043f, -0.054f, 0.054f, -0.068f, 0.068f, 0.085f};
+
+inline ValueFit refined(const float* x, const float* w, const ValueFit& fit) {
+    const ValueFit near = fit_values(x, w, inverse_or_zero(fit.scale + fit.scale * load(kNearIq4)));
+    return near.gain > fit.gain ? near : fit;
+}
 
 // Scale 0 where an fp16 scale holds none of the weights.
 inline ValueFit fit_iq4(const float* x, const float* w) {
@@ -64,9 +72,17 @@ inline ValueFit fit_iq4(const float* x, const float* w) {
     if (!(extreme < -kTiny || extreme > kTiny)) return {0.0f, 0.0f, 0.0f};
     const Lanes reach = load(kReachIq4) * (static_cast<float>(kIq4Values[0]) / extreme);
     const ValueFit down = fit_values(x, w, reach), up = fit_values(x, w, -reach);
-    const ValueFit first = up.gain > down.gain ? up : down;
-    const ValueFit again = fit_values(x, w, inverse_or_zero(first.scale + first.scale * load(kNearIq4)));
-    return again.gain > first.gain ? again : first;
+    const ValueFit fit = refined(x, w, up.gain > down.gain ? up : down);
+    // With importance the outlier need not be what counts.
+    float heaviest = 0.0f, anchor = extreme;
+    for (int i = 0; i < kBlock; ++i) {
+        const float weight = (w[i] * x[i]) * x[i];
+        anchor = weight > heaviest ? x[i] : anchor;
+        heaviest = weight > heaviest ? weight : heaviest;
+    }
+    if (anchor == extreme || !(anchor < -kTiny || anchor > kTiny)) return fit;
+    const ValueFit other = refined(x, w, fit_values(x, w, load(kAnchorIq4) / anchor));
+    return other.gain > fit.gain ? other : fit;
 }
 
 inline void choose_values(const float* x, float scale, uint8_t* qs) {

@@ -475,35 +475,36 @@ template <bool kEven> inline void descend(const Columns& t, Grid3* grid, int rea
 const float kReach3[] = {0.70f, 0.78f, 0.84f, 0.89f, 0.94f, 0.98f, 1.02f, 1.07f, 1.12f, 1.20f};
 const float kReachWeighted3[] = {0.65f, 0.70f, 0.74f,  0.78f, 0.81f, 0.84f, 0.865f, 0.89f, 0.915f, 0.94f, 0.96f,
                                  0.98f, 1.00f, 1.02f, 1.045f, 1.07f, 1.095f, 1.12f, 1.15f, 1.20f,  1.25f, 1.30f};
+// The same for the weight that counts most.
+const float kReachAnchor3[] = {1.0f, 0.87f, 0.75f, 0.62f, 0.5f, 0.37f, 0.25f};
 // The d that suits the codes and integers best.
 inline float refit(const Grid3& grid) {
     const float squares = sum(grid.scale * (grid.scale * grid.sums.ll));
     return as_f16(sum(grid.scale * grid.sums.xl) * inverse_or_zero(squares));
 }
 
+// The best scales so far, and by how much they are better than nothing.
+struct Best3 {
+    Lanes scale, gain;
+};
+
 template <bool kEven, int kCount>
-inline void fit_scales(const Columns& t, const float (&reaches)[kCount], Lanes* fit, Sums3* sums) {
-    Lanes low = t.x[0], high = t.x[0];
-    for (int i = 1; i < kRun; ++i) {
-        low = least(t.x[i], low);
-        high = most(t.x[i], high);
-    }
-    const Lanes extreme = select_less(high, -low, low, high), size = most(high, -low);
-    const Lanes inverse = select_less(splat(kTiny), size, kLow3 / extreme, Lanes{});
-    Lanes gain{};
-    *fit = Lanes{};
+inline void fit_scales(const Columns& t, const Lanes& inverse, const float (&reaches)[kCount], Best3* best) {
     for (const float reach : reaches) {
         Sums3 down, up;
         choose_both<kEven>(t, inverse * reach, &down, &up);
-        const Lanes scale = down.xl * inverse_or_zero(down.ll), gained = scale * down.xl;
-        *fit = select_less(gain, gained, scale, *fit);
-        gain = most(gained, gain);
-        const Lanes other = up.xl * inverse_or_zero(up.ll), gained_other = other * up.xl;
-        *fit = select_less(gain, gained_other, -other, *fit);
-        gain = most(gained_other, gain);
+        const Lanes scale = down.xl * inverse_or_zero(down.ll), gain = scale * down.xl;
+        best->scale = select_less(best->gain, gain, scale, best->scale);
+        best->gain = most(gain, best->gain);
+        const Lanes other = up.xl * inverse_or_zero(up.ll), other_gain = other * up.xl;
+        best->scale = select_less(best->gain, other_gain, -other, best->scale);
+        best->gain = most(other_gain, best->gain);
     }
-    *sums = choose3<kEven>(t, inverse_or_zero(*fit));
-    *fit = sums->xl * inverse_or_zero(sums->ll);
+}
+
+// Codes per unit of weight that map the value to -4; 0 where no fp16 scale holds it.
+inline Lanes inverse_of(const Lanes& value) {
+    return select_less(splat(kTiny), most(value, -value), kLow3 / value, Lanes{});
 }
 
 template <bool kEven> inline void encode_q3(const float* x, const float* w, BlockQ3_K* block) {
@@ -512,13 +513,27 @@ template <bool kEven> inline void encode_q3(const float* x, const float* w, Bloc
     if (!kEven) turn(w, t.w);
     add_up<kEven>(&t);
     constexpr int kReachScale = kEven ? 1 : 3, kRounds = kEven ? 1 : 2;
-    Lanes fit;
-    Sums3 sums;
-    if (kEven) {
-        fit_scales<kEven>(t, kReach3, &fit, &sums);
-    } else {
-        fit_scales<kEven>(t, kReachWeighted3, &fit, &sums);
+    Lanes low = t.x[0], high = t.x[0];
+    for (int i = 1; i < kRun; ++i) {
+        low = least(t.x[i], low);
+        high = most(t.x[i], high);
     }
+    Best3 found{};
+    const Lanes inverse = inverse_of(select_less(high, -low, low, high));
+    if (kEven) {
+        fit_scales<kEven>(t, inverse, kReach3, &found);
+    } else {
+        fit_scales<kEven>(t, inverse, kReachWeighted3, &found);
+        Lanes heaviest{}, anchor{};
+        for (int i = 0; i < kRun; ++i) {
+            const Lanes weight = t.wx[i] * t.x[i];
+            anchor = select_less(heaviest, weight, t.x[i], anchor);
+            heaviest = most(weight, heaviest);
+        }
+        fit_scales<kEven>(t, inverse_of(anchor), kReachAnchor3, &found);
+    }
+    const Sums3 sums = choose3<kEven>(t, inverse_or_zero(found.scale));
+    const Lanes fit = sums.xl * inverse_or_zero(sums.ll);
 
     // The widest sub-block gets about -32, the longer side.
     const float down = largest(-fit), up = largest(fit), widest = down > up ? -down : up;

@@ -62,7 +62,7 @@ _IQ4_VALUES: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 5
 
 
 def _iq4_values(qs: Tensor) -> Tensor:
-    """What the nibbles of runs of sixteen bytes stand for, fp32."""
+    """Look up what the nibbles of runs of sixteen bytes stand for, as fp32."""
     table = torch.tensor(_IQ4_VALUES, dtype=torch.float32, device=qs.device)
     return table[_nibbles(qs, 16).int()]
 
