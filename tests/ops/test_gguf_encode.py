@@ -198,8 +198,8 @@ def test_no_block_is_worse_than_rounding_its_range(name, seed, power, size, zero
     assert (ours <= 1.001 * theirs + 32 * (2.0**-24 * 128) ** 2).all()
 
 
-# What a super-block of any shape may lose of its energy: 4 bits at most a few percent; of 3000 random ones Q2_K
-# lost at most 0.148, Q3_K 0.035.
+# What a super-block of any shape may lose of its energy: 4 bits at most a few percent; of 3000 random ones
+# Q2_K lost at most 0.148, Q3_K 0.035.
 SUPER_ERROR = {"q2_k": 0.2, "q3_k": 0.05, "q4_k": 0.05, "q5_k": 0.05, "q6_k": 0.05, "iq4_xs": 0.05}
 
 
