@@ -156,7 +156,7 @@ inline void encode_block(const float* x, const float* w, BlockIQ4_XS* block) {
         memcpy(scale, again, sizeof(scale));
         return true;
     };
-    if (cost > kCoarse * fitted) {
+    if (cost > kCoarseScales * fitted) {
         for (int top = kFirstCoarse; top < kLastCoarse; ++top) consider(as_f16(widest / static_cast<float>(-top)));
     }
     for (int r = 0; r < 2 && consider(refit_iq4(x, w, d, scale)); ++r) {

@@ -114,7 +114,7 @@ inline void pack_quads(const uint8_t* codes, uint8_t* qs) {
 constexpr float kLowScale = -32.0f, kHighScale = 31.0f;
 // Where their rounding costs more than this, relative to what else is lost, true errors choose d from widest over
 // -kFirstCoarse, -kFirstCoarse - 1, ...
-constexpr float kCoarse = 0.03f;
+constexpr float kCoarseScales = 0.03f;
 constexpr int kFirstCoarse = 22, kLastCoarse = 45;
 
 // The d under which the integers nearest to the fitted scales cost least; a lane is a candidate. A scale that is off
@@ -547,7 +547,7 @@ template <bool kEven> inline void encode_q3(const float* x, const float* w, Bloc
     best.scale = code_of(fit * inverse_or_zero(best.d), kLowScale, kHighScale);
     recode<kEven>(t, &best);
     descend<kEven>(t, &best, kReachScale);
-    if (cost > kCoarse * fitted) {
+    if (cost > kCoarseScales * fitted) {
         for (int top = kFirstCoarse; top < kLastCoarse; ++top) {
             next.d = as_f16(widest / static_cast<float>(-top));
             next.scale = code_of(fit * inverse_or_zero(next.d), kLowScale, kHighScale);
