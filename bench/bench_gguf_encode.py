@@ -16,10 +16,13 @@ from table import VERSION
 
 __all__ = ["VERSION", "prepare"]
 
-TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
+TYPES = (
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"),
+)
 CASES = [*TYPES, *(f"{name} imatrix" for name in TYPES if name != "q8_0")]
 # Relative squared errors that no sound encoder of so many bits exceeds on normal weights.
-ALLOWED = {"q4": 0.01, "q5": 0.003, "q6": 1e-3, "q8": 1e-4}
+ALLOWED = {"q2": 0.1, "q3": 0.03, "q4": 0.01, "q5": 0.003, "q6": 1e-3, "q8": 1e-4, "iq4": 0.01}
 
 
 def weights(case: dict[str, Any]) -> tuple[Any, Any, str]:
@@ -58,7 +61,7 @@ def prepare(case: dict[str, Any]) -> Job:
     return Job(
         calls=[lambda: gguf_encode(x, name, importance=importance)],
         error=lost,
-        allowed=ALLOWED[name[:2]],
+        allowed=ALLOWED[name.split("_")[0]],
         bytes=x.nbytes,
         facts=facts,
     )

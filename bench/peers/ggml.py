@@ -29,6 +29,7 @@ TYPES = {
 }
 TYPES |= {"q2_K": (10, 256, 84), "q3_K": (11, 256, 110), "q4_K": (12, 256, 144)}
 TYPES |= {"q5_K": (13, 256, 176), "q6_K": (14, 256, 210)}
+TYPES |= {"iq4_nl": (20, 32, 18), "iq4_xs": (23, 256, 136)}
 COMPARABLE = {"w2": ("q2_K",), "w3": ("q3_K",), "w4": ("q4_0", "q4_K"), "w8": ("q8_0",), "nf": ("q4_0",)}
 F32, NODES = 0, 4
 # int8 activations, one scale for 32 or 256.
@@ -234,7 +235,7 @@ def encoding(case: dict[str, Any]) -> Job:
     return Job(
         calls=[call],
         error=lost,
-        allowed=ALLOWED[name[:2]],
+        allowed=ALLOWED[name.split("_")[0]],
         bytes=x.nbytes,
         facts={"loss": float(f"{lost:.6g}")},
         memory=memory,

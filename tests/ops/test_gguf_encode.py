@@ -10,23 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gguf import GGMLQuantizationType, quants
-from qkern.errors import InputError
+from qkern.errors import InputError, UnsupportedError
 from qkern.ops import gguf_decode, gguf_encode
 from qkern.ops._native import force_tier, usable_tiers
 from qkern.ops.gguf_types import GGUF_TYPES
 
 BLOCKS = [name for name, kind in GGUF_TYPES.items() if kind.block > 1]
 # Root mean square error on Gaussian weights, relative to their deviation: measured 0.0812, 0.0705, 0.0408,
-# 0.0344, 0.0054, 0.0711, 0.0353, 0.0170, and a margin of 3 %.
+# 0.0344, 0.0054, 0.2585, 0.1428, 0.0711, 0.0353, 0.0170, 0.0731, 0.0737, and a margin of 3 %.
 GAUSSIAN_ERROR = {
     "q4_0": 0.0837,
     "q4_1": 0.0727,
     "q5_0": 0.0421,
     "q5_1": 0.0355,
     "q8_0": 0.0056,
+    "q2_k": 0.2662,
+    "q3_k": 0.1471,
     "q4_k": 0.0733,
     "q5_k": 0.0364,
     "q6_k": 0.0176,
+    "iq4_nl": 0.0753,
+    "iq4_xs": 0.0759,
 }
 
 
@@ -82,7 +86,7 @@ def test_decoding_and_encoding_again_changes_little(name):
         assert (again - x).norm() <= 0.02 * x.norm()
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "q8_0"])
 def test_importance_moves_the_error(name):
     x = gaussian(64, 512)
     importance = torch.where(torch.arange(512) % 4 == 0, 50.0, 1.0)
@@ -140,7 +144,8 @@ def test_values_at_the_end_of_fp16_stay_finite(name, size):
     x = (2 * torch.rand(64, 256, generator=torch.Generator().manual_seed(0)) - 1) * size
     x[:, 0], x[:, 1] = -size, size
     decoded = gguf_decode(gguf_encode(x, name), name)
-    assert (decoded - x).norm() < 0.2 * x.norm()
+    # Two bits of evenly spread values leave a quarter of them, less what the sub-blocks' own ranges save.
+    assert (decoded - x).norm() < (0.23 if name == "q2_k" else 0.2) * x.norm()
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -151,7 +156,7 @@ def test_columns_that_hardly_count(name, light):
     importance[256:] = 1.0
     importance[5], x[:, 5] = 1.0, 0.0  # a block whose only weight that counts is zero
     decoded = gguf_decode(gguf_encode(x, name, importance=importance), name)
-    assert (decoded - x)[:, 256:].norm() < 0.1 * x.norm()
+    assert (decoded - x)[:, 256:].norm() < GAUSSIAN_ERROR[name] * x[:, 256:].norm()
     assert decoded.isfinite().all()
 
 
@@ -159,7 +164,9 @@ def test_wrong_arguments_are_named():
     x = gaussian(2, 96)
     with pytest.raises(InputError, match=r"blocks of 256 weights: got rows of 96"):
         gguf_encode(x, "q6_k")
-    with pytest.raises(InputError, match=r"unknown GGUF tensor type: got 'iq2_xs', allowed are f32"):
+    with pytest.raises(InputError, match=r"unknown GGUF tensor type: got 'q4', allowed are f32"):
+        gguf_encode(x, "q4")
+    with pytest.raises(UnsupportedError, match=r"type iq2_xs is not offered: allowed are f32"):
         gguf_encode(x, "iq2_xs")
     with pytest.raises(InputError, match=r"importance must have shape \[96\]"):
         gguf_encode(x, "q4_0", importance=torch.ones(95))
@@ -191,9 +198,14 @@ def test_no_block_is_worse_than_rounding_its_range(name, seed, power, size, zero
     assert (ours <= 1.001 * theirs + 32 * (2.0**-24 * 128) ** 2).all()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+# What a super-block of any shape may lose of its energy: 4 bits at most a few percent; of 3000 random ones
+# Q2_K lost at most 0.148, Q3_K 0.035.
+SUPER_ERROR = {"q2_k": 0.2, "q3_k": 0.05, "q4_k": 0.05, "q5_k": 0.05, "q6_k": 0.05, "iq4_xs": 0.05}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(["q4_k", "q5_k", "q6_k"]),
+    name=st.sampled_from(list(SUPER_ERROR)),
     seed=st.integers(0, 2**32 - 1),
     power=st.floats(0.2, 6),
     size=st.floats(-7, 4),
@@ -206,14 +218,15 @@ def test_super_blocks_are_better_than_nothing(name, seed, power, size, zeros, bl
     x = np.sign(x) * np.abs(x) ** power * 10.0**size * (generator.random(x.shape) >= zeros)
     x = torch.from_numpy(x.clip(-60000, 60000).astype(np.float32))
     importance = torch.from_numpy((generator.random(256) >= blind).astype(np.float32))
+    if name in ("q2_k", "q3_k", "iq4_xs"):
+        importance[::16] = 1  # a sub-block without any counts as even, and may dwarf the scales of the others
     floor = 256 * (2.0**-24 * 63 * 63) ** 2
     for weights in (None, importance):
         decoded = gguf_decode(gguf_encode(x, name, importance=weights), name)
         scale = torch.ones(256) if weights is None else weights
         error = ((decoded - x).double().square() * scale).sum(1)
         energy = (x.double().square() * scale).sum(1)
-        # 4 bits leave at most a few percent of any signal; blocks of one sign and any shape included.
-        assert (error <= 0.05 * energy + floor).all()
+        assert (error <= SUPER_ERROR[name] * energy + floor).all()
 
 
 def trained_weights():
@@ -272,3 +285,30 @@ def test_error_is_below_that_of_ggml(name, make, weighted):
     ours = ((gguf_decode(gguf_encode(x, name, importance=importance), name) - x).square() * scale).sum()
     theirs = ((gguf_decode(ggml_encode(x, name, importance), name) - x).square() * scale).sum()
     assert ours < theirs
+
+
+def rows_of(kind):
+    """A thousand blocks of 256 weights, and the importance of their columns."""
+    generator = np.random.default_rng(7)
+    x = generator.standard_t(4, (500, 512)) if kind == "heavy" else generator.standard_normal((500, 512))
+    if kind == "outliers":
+        x[generator.random(x.shape) < 0.005] *= 10
+    importance = torch.from_numpy(generator.standard_normal(512) ** 2 + 0.01).float()
+    return torch.from_numpy(x * 0.02).float(), importance / importance.mean()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["gaussian", "heavy", "outliers"])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "iq4_nl", "iq4_xs"])
+def test_no_block_is_worse_than_that_of_ggml(name, kind, weighted):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'qkern[llama]'")
+    x, scale = rows_of(kind)
+    importance = scale if weighted else None
+    if not weighted:
+        scale = torch.ones(512)
+    ours, theirs = (
+        ((gguf_decode(raw, name) - x).double().square() * scale).reshape(-1, 256).sum(1)
+        for raw in (gguf_encode(x, name, importance=importance), ggml_encode(x, name, importance))
+    )
+    assert ours.sum() < 0.95 * theirs.sum()
+    assert (ours <= 1.02 * theirs).all()

@@ -44,6 +44,50 @@ inline void decode_block(const BlockQ8_0& b, float* y) {
     for (int i = 0; i < 32; ++i) y[i] = static_cast<float>(b.qs[i]) * d;
 }
 
+// 32 codes of a table, times a step.
+inline void looked_up(float step, const uint8_t* qs, float* y) {
+    for (int i = 0; i < 16; ++i) {
+        y[i] = step * static_cast<float>(kIq4Values[qs[i] & 15]);
+        y[i + 16] = step * static_cast<float>(kIq4Values[qs[i] >> 4]);
+    }
+}
+
+inline void decode_block(const BlockIQ4_NL& b, float* y) { looked_up(from_f16(b.d), b.qs, y); }
+
+inline void decode_block(const BlockIQ4_XS& b, float* y) {
+    const float d = from_f16(b.d);
+    for (int j = 0; j < 8; ++j) {
+        const int scale = (b.scales_l[j / 2] >> 4 * (j & 1) & 15) | (b.scales_h >> 2 * j & 3) << 4;
+        looked_up(d * static_cast<float>(scale - 32), b.qs + 16 * j, y + 32 * j);
+    }
+}
+
+inline void decode_block(const BlockQ2_K& b, float* y) {
+    const float d = from_f16(b.d), dmin = from_f16(b.dmin);
+    for (int j = 0; j < 16; ++j) {
+        const float step = d * static_cast<float>(b.scales[j] & 15);
+        const float offset = dmin * static_cast<float>(b.scales[j] >> 4);
+        const uint8_t* quads = b.qs + 32 * (j / 8) + 16 * (j % 2);
+        const int shift = 2 * (j % 8 / 2);
+        for (int i = 0; i < 16; ++i) y[16 * j + i] = step * static_cast<float>(quads[i] >> shift & 3) - offset;
+    }
+}
+
+inline void decode_block(const BlockQ3_K& b, float* y) {
+    const float d = from_f16(b.d);
+    for (int j = 0; j < 16; ++j) {
+        const int scale = (b.scales[j % 8] >> 4 * (j / 8) & 15) | (b.scales[8 + j % 4] >> 2 * (j / 4) & 3) << 4;
+        const float step = d * static_cast<float>(scale - 32);
+        const uint8_t* quads = b.qs + 32 * (j / 8) + 16 * (j % 2);
+        const uint8_t* thirds = b.hmask + 16 * (j % 2);
+        const int shift = 2 * (j % 8 / 2), bit = j / 2;
+        for (int i = 0; i < 16; ++i) {
+            const int code = (quads[i] >> shift & 3) | (thirds[i] >> bit & 1) << 2;
+            y[16 * j + i] = step * static_cast<float>(code - 4);
+        }
+    }
+}
+
 // qh null: Q4_K.
 inline void decode_super(uint16_t half, uint16_t half_min, const uint8_t* scales, const uint8_t* qh, const uint8_t* qs,
                          float* y) {
@@ -106,9 +150,13 @@ void decode(GgufType type, const uint8_t* raw, float* out, int64_t K, int64_t be
     case GgufType::q5_0: return decode_rows<BlockQ5_0>(raw, out, K, begin, end, 32);
     case GgufType::q5_1: return decode_rows<BlockQ5_1>(raw, out, K, begin, end, 32);
     case GgufType::q8_0: return decode_rows<BlockQ8_0>(raw, out, K, begin, end, 32);
+    case GgufType::iq4_nl: return decode_rows<BlockIQ4_NL>(raw, out, K, begin, end, 32);
+    case GgufType::q2_k: return decode_rows<BlockQ2_K>(raw, out, K, begin, end, 256);
+    case GgufType::q3_k: return decode_rows<BlockQ3_K>(raw, out, K, begin, end, 256);
     case GgufType::q4_k: return decode_rows<BlockQ4_K>(raw, out, K, begin, end, 256);
     case GgufType::q5_k: return decode_rows<BlockQ5_K>(raw, out, K, begin, end, 256);
     case GgufType::q6_k: return decode_rows<BlockQ6_K>(raw, out, K, begin, end, 256);
+    case GgufType::iq4_xs: return decode_rows<BlockIQ4_XS>(raw, out, K, begin, end, 256);
     case GgufType::f16: return decode_halves(false, raw, out, K, begin, end);
     case GgufType::bf16: return decode_halves(true, raw, out, K, begin, end);
     }

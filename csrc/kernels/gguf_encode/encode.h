@@ -1,6 +1,8 @@
 // gguf_encode: rows of fp32 to GGUF blocks. The one source of all tiers; see lanes.h and README.md.
 #pragma once
+#include "iq4.h"
 #include "kquants.h"
+#include "kquants_small.h"
 #include "legacy.h"
 #include "qkern/kernels.h"
 
@@ -63,9 +65,13 @@ Status encode(GgufType type, const float* x, const float* importance, uint8_t* o
         case GgufType::q5_0: return encode_rows<BlockQ5_0>(x, importance, out, K, begin, end, kBlock, kBlock);
         case GgufType::q5_1: return encode_rows<BlockQ5_1>(x, importance, out, K, begin, end, kBlock, kBlock);
         case GgufType::q8_0: return encode_rows<BlockQ8_0>(x, importance, out, K, begin, end, kBlock, kBlock);
+        case GgufType::iq4_nl: return encode_rows<BlockIQ4_NL>(x, importance, out, K, begin, end, kBlock, kBlock);
+        case GgufType::q2_k: return encode_rows<BlockQ2_K>(x, importance, out, K, begin, end, kSuper, kRun);
+        case GgufType::q3_k: return encode_rows<BlockQ3_K>(x, importance, out, K, begin, end, kSuper, kRun);
         case GgufType::q4_k: return encode_rows<BlockQ4_K>(x, importance, out, K, begin, end, kSuper, kSub);
         case GgufType::q5_k: return encode_rows<BlockQ5_K>(x, importance, out, K, begin, end, kSuper, kSub);
         case GgufType::q6_k: return encode_rows<BlockQ6_K>(x, importance, out, K, begin, end, kSuper, kSub6);
+        case GgufType::iq4_xs: return encode_rows<BlockIQ4_XS>(x, importance, out, K, begin, end, kSuper, kBlock);
         case GgufType::f16: return encode_halves(false, x, out, K, begin, end);
         case GgufType::bf16: return encode_halves(true, x, out, K, begin, end);
     }

@@ -51,6 +51,7 @@ def collect() -> dict[str, Any]:
     import qkern.ops  # enters every implementation into the registry  # noqa: F401
     from qkern._version import __version__
     from qkern.ops import _native, registry
+    from qkern.ops.gguf_types import GGUF_TYPES
     from qkern.schemes import Scheme
 
     reason = _native.why_not_cpu(torch.device("cpu"))
@@ -83,6 +84,7 @@ def collect() -> dict[str, Any]:
         "cuda": cuda,
         "matrix": matrix,
         "cuda_matrix": on_cuda,
+        "gguf_types": list(GGUF_TYPES),
     }
 
 
@@ -147,6 +149,7 @@ def _print(facts: dict[str, Any]) -> None:
     console.print(_matrix("this CPU, natively by tier", facts["matrix"], cpu.get("kernels", {})))
     if facts["cuda_matrix"]:
         console.print(_matrix("this GPU", facts["cuda_matrix"], {}))
+    console.print(f"types of gguf_encode and gguf_decode: {' '.join(facts['gguf_types'])}", markup=False)
     console.print(f"schemes asked for, one of each kind: {' '.join(SCHEMES)}", markup=False)
     for line in _refusals(facts["matrix"]) + _refusals(facts["cuda_matrix"]):
         console.print(line, markup=False)

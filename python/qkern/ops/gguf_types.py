@@ -53,6 +53,28 @@ _ALL: Final = (
     GGUFType("iq4_xs", 23, 256, 136),
     GGUFType("bf16", 30, 1, 2),
 )
+# Types of llama.cpp's that nothing here encodes or decodes; a name says more than an unknown number.
+_NOT_OFFERED: Final = {
+    "q8_1": 9,
+    "q8_k": 15,
+    "iq2_xxs": 16,
+    "iq2_xs": 17,
+    "iq3_xxs": 18,
+    "iq1_s": 19,
+    "iq3_s": 21,
+    "iq2_s": 22,
+    "i8": 24,
+    "i16": 25,
+    "i32": 26,
+    "i64": 27,
+    "f64": 28,
+    "iq1_m": 29,
+    "tq1_0": 34,
+    "tq2_0": 35,
+    "mxfp4": 39,
+    "nvfp4": 40,
+    "q1_0": 41,
+}
 GGUF_TYPES: Final[dict[str, GGUFType]] = {kind.name: kind for kind in _ALL}
 _BY_ID: Final[dict[int, GGUFType]] = {kind.id: kind for kind in _ALL}
 
@@ -62,13 +84,19 @@ def gguf_type(name: str) -> GGUFType:
 
     Raises
     ------
+    UnsupportedError
+        If it is a type of llama.cpp's that qkern neither encodes nor decodes.
     InputError
-        If the name is not in the table.
+        If there is no such type.
     """
-    kind = GGUF_TYPES.get(name.lower())
-    if kind is None:
-        raise InputError(f"unknown GGUF tensor type: got {name!r}, allowed are {', '.join(GGUF_TYPES)}")
-    return kind
+    lower = name.lower()
+    kind = GGUF_TYPES.get(lower)
+    if kind is not None:
+        return kind
+    allowed = ", ".join(GGUF_TYPES)
+    if lower in _NOT_OFFERED:
+        raise UnsupportedError(f"GGUF tensor type {lower} is not offered: allowed are {allowed}")
+    raise InputError(f"unknown GGUF tensor type: got {name!r}, allowed are {allowed}")
 
 
 def gguf_type_by_id(number: int) -> GGUFType:
@@ -81,6 +109,8 @@ def gguf_type_by_id(number: int) -> GGUFType:
     """
     kind = _BY_ID.get(number)
     if kind is None:
+        names = [name for name, other in _NOT_OFFERED.items() if other == number]
+        named = f"{number} ({names[0]})" if names else str(number)
         allowed = ", ".join(f"{kind.id} ({kind.name})" for kind in _ALL)
-        raise UnsupportedError(f"GGUF tensor type {number} is not decoded: known are {allowed}")
+        raise UnsupportedError(f"GGUF tensor type {named} is not decoded: allowed are {allowed}")
     return kind

@@ -41,6 +41,8 @@ def gguf_decode(raw: Tensor, type: str, *, backend: str = "auto") -> Tensor:
 
     Raises
     ------
+    UnsupportedError
+        On a type of llama.cpp's that is not decoded.
     InputError
         On an unknown type, or bytes that are not whole blocks.
     """

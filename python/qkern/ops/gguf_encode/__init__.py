@@ -29,8 +29,8 @@ def gguf_encode(x: Tensor, type: str, *, importance: Tensor | None = None, backe
     x : Tensor
         fp32, fp16 or bf16 ``[..., K]``, any strides; K is a multiple of the type's block.
     type : str
-        ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q4_k``, ``q5_k`` or
-        ``q6_k``.
+        ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``iq4_nl``, ``q2_k``,
+        ``q3_k``, ``q4_k``, ``q5_k``, ``q6_k`` or ``iq4_xs``.
     importance : Tensor or None
         ``[K]``, at least 0: weight of each column's squared error; None: all alike.
     backend : str
@@ -43,6 +43,8 @@ def gguf_encode(x: Tensor, type: str, *, importance: Tensor | None = None, backe
 
     Raises
     ------
+    UnsupportedError
+        On a type of llama.cpp's that is not encoded, such as ``iq2_xs``.
     InputError
         On an unknown type, a K that the block does not divide, a bad importance, or values that are
         NaN, Inf or beyond the range of the type's fp16 scales.
