@@ -242,6 +242,14 @@ class CalibratedLayers:
                     for name in group:
                         self._take(done, layer, index, name, seen)
             stream.advance(index)
+        worst = max(done.blocks, key=self.errors.__getitem__, default="none")
+        logger.info(
+            "layer %d of %d: worst error %.2e (%s)",
+            index + 1,
+            self.structure.count,
+            self.errors.get(worst, 0.0),
+            worst,
+        )
         return done
 
     def _search_scales(

@@ -182,7 +182,7 @@ class _Grid:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Choice:
-    """Scales and minima of a group, fp32 ``[N]``, the codes ``[N, B]`` that they gave, and the loss."""
+    """Scale, minimum and loss of each row of a group, and the codes and change ``[N, B]`` that they gave."""
 
     scale: Tensor
     minimum: Tensor
