@@ -14,6 +14,8 @@ from qkern.ops import gguf_decode, gguf_encode
 from qkern.pipelines import export_gguf, gguf_methods
 from qkern.pipelines import quantize as quantize_folder
 
+OVERRIDES = {"gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 16}}
+
 
 def linears_of(model):
     return [f"{name}.weight" for name in named_linears(model, skip=("lm_head",))]
@@ -37,9 +39,9 @@ def logits_of(model, ids, weights=None):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"])
 def test_the_file_holds_the_chosen_blocks(method, model_type, model_folder, ids, tmp_path, monkeypatch):
-    folder, model = model_folder(model_type, tie_word_embeddings=False)
+    folder, model = model_folder(model_type, **OVERRIDES.get(model_type, {"tie_word_embeddings": False}))
     chosen = []
 
     def spy(blocks, kind):
@@ -84,9 +86,9 @@ def reload(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2", "phi3"])
 def test_what_awq_folds_leaves_the_model_what_it_was(model_type, model_folder, ids, tmp_path):
-    folder, model = model_folder(model_type)
+    folder, model = model_folder(model_type, **OVERRIDES.get(model_type, {}))
     before = logits_of(model, ids)
     export_gguf(folder, tmp_path / "model.gguf", "q8_0", method="awq", calibration=ids)
     weights = weights_of(tmp_path / "model.gguf")
@@ -146,6 +148,22 @@ def test_an_export_is_reproducible(model_folder, ids, tmp_path):
     for name in ("one", "two"):
         export_gguf(folder, tmp_path / f"{name}.gguf", "q5_1", method="gptq", calibration=ids)
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+
+
+def test_a_dry_run_knows_the_size_of_what_is_cut_into_files(model_folder, ids, tmp_path):
+    folder, _ = model_folder("llama")
+    options = {"method": "gptq", "calibration": ids, "max_shard_size": "50KB"}
+    planned = export_gguf(folder, tmp_path / "model.gguf", "q4_0", dry_run=True, **options)
+    assert list(tmp_path.iterdir()) == []
+    assert planned.errors == {}
+    report = export_gguf(folder, tmp_path / "model.gguf", "q4_0", **options)
+    assert len(report.files) > 1
+    assert report.file_bytes == planned.file_bytes
+    whole = export_gguf(folder, tmp_path / "whole.gguf", "q4_0", method="gptq", calibration=ids)
+    assert report.errors == whole.errors
+    weights = weights_of(tmp_path / "whole.gguf")
+    with GGUFFile(report.files[0]) as parts:
+        assert all(torch.equal(value, weights[name]) for name, value in parts.state_dict())
 
 
 def test_what_cannot_be_is_refused_and_leaves_no_file(model_folder, shipped, ids, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qkern.errors import InputError
-from qkern.ops import dequantize_groupwise
+from qkern.ops import dequantize_groupwise, gguf_decode, gguf_encode
 from qkern.quantizers import (
     HessianAccumulator,
     grouped_query_share,
@@ -15,6 +15,7 @@ from qkern.quantizers import (
     quantize_gptq,
     quantize_rtn,
     search_clip,
+    search_gguf_scales,
     search_scales,
 )
 from qkern.schemes import Scheme
@@ -219,3 +220,40 @@ def test_wrong_arguments_are_refused() -> None:
         search_scales([w], x, "w4", share=torch.arange(5))
     with pytest.raises(InputError, match="shrink"):
         search_clip(w, x, "w4", shrink=1.0)
+
+
+def in_blocks(w: Tensor, kind: str, x: Tensor) -> Tensor:
+    """What GGUF blocks keep of a weight, its error weighed by the input."""
+    return gguf_decode(gguf_encode(w, kind, importance=x.square().mean(0)), kind)
+
+
+# A block with a minimum serves a few loud columns better than one without, so there is less to undo.
+@pytest.mark.parametrize(
+    ("kinds", "left"), [(("q4_0",), 0.5), (("q5_1", "q4_0"), 0.5), (("q4_1", "f16"), 0.9)]
+)
+def test_gguf_scales_undo_loud_channels(kinds: Sequence[str], left: float) -> None:
+    x = inputs()
+    loud_x, _ = loud_form(x, weight())
+    weights = [loud_form(x, weight(seed=seed))[1] for seed in range(len(kinds))]
+    scales = search_gguf_scales(weights, loud_x, kinds)
+    scaled_x = loud_x / scales
+    before = after = 0.0
+    for w, kind in zip(weights, kinds, strict=True):
+        before += lost(w, in_blocks(w, kind, loud_x), loud_x)
+        after += lost(w * scales, in_blocks(w * scales, kind, scaled_x), scaled_x)
+    assert after < left * before
+
+
+def test_gguf_scales_of_shared_channels_are_equal() -> None:
+    share = torch.arange(K) % 48
+    scales = search_gguf_scales([weight()], inputs(), ["q4_0"], share=share)
+    assert torch.equal(scales[:48], scales[48:])
+
+
+def test_gguf_scales_need_a_type_for_each_weight() -> None:
+    with pytest.raises(InputError, match="one type for each of 2 weights: got 1"):
+        search_gguf_scales([weight(), weight()], inputs(), ["q4_0"])
+    with pytest.raises(InputError, match="unknown GGUF tensor type"):
+        search_gguf_scales([weight()], inputs(), ["w4"])
+    with pytest.raises(InputError, match="ratios must be at least 1"):
+        search_gguf_scales([weight()], inputs(), ["q4_0"], ratios=0)
