@@ -62,6 +62,9 @@ inline Twice<V> select_less(const Twice<V>& x, const Twice<V>& y, const Twice<V>
     return {select_less(x.a, y.a, yes.a, no.a), select_less(x.b, y.b, yes.b, no.b)};
 }
 
+inline Lanes lesser(const Lanes& x, const Lanes& y) { return select_less(x, y, x, y); }
+inline Lanes greater(const Lanes& x, const Lanes& y) { return select_less(y, x, x, y); }
+
 inline Lanes splat(float value) { return value - Lanes{}; }
 
 inline Lanes load(const float* data) {
@@ -83,6 +86,15 @@ inline Lanes clamp_round(const Lanes& v, float low, float high) {
     const Lanes lows = splat(low), highs = splat(high);
     const Lanes value = select_less(v, lows, lows, v);
     return round(select_less(highs, value, highs, value));
+}
+
+// What to_f16 makes of values below 65504, but for ties.
+inline Lanes round_f16(const Lanes& value) {
+    const Lanes size = greater(value, -value);
+    const Lanes upper = value * 8193.0f;
+    const Lanes normal = upper - (upper - value);
+    const Lanes subnormal = (value + 0.75f) - 0.75f;
+    return select_less(size, splat(1.0f / (1 << 14)), subnormal, normal);
 }
 
 // 1 / value, and 0 where value is 0 or NaN.

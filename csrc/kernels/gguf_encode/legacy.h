@@ -1,7 +1,7 @@
 // The 32-weight blocks: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 #pragma once
 #include "qkern/gguf_blocks.h"
-#include "search.h"
+#include "tile.h"
 
 namespace {
 
@@ -21,81 +21,79 @@ inline void pack_fifth_bits(const int32_t* codes, uint8_t* qh) {
     memcpy(qh, &bits, 4);
 }
 
+inline void pack(const int32_t* codes, BlockQ4_0* block) { pack_nibbles(codes, block->qs); }
+inline void pack(const int32_t* codes, BlockQ4_1* block) { pack_nibbles(codes, block->qs); }
+inline void pack(const int32_t* codes, BlockQ5_0* block) {
+    pack_nibbles(codes, block->qs);
+    pack_fifth_bits(codes, block->qh);
+}
+inline void pack(const int32_t* codes, BlockQ5_1* block) {
+    pack_nibbles(codes, block->qs);
+    pack_fifth_bits(codes, block->qh);
+}
+
+using BlockTile = Tile<kBlock, kBlock>;
+
 // Code units that the value of largest magnitude is mapped to, relative to -half (the longer side): a little
-// clipping pays. Chosen by the error on Gaussian, heavy-tailed and trained blocks.
-const float kReach[kLanes] = {0.80f, 0.84f, 0.87f, 0.90f, 0.925f, 0.945f, 0.96f, 0.975f,
-                              0.99f, 1.00f, 1.01f, 1.025f, 1.04f, 1.06f, 1.08f, 1.11f};
-// Steps around the fitted scale, in the last pass over true errors.
-const float kNear[kLanes] = {0.0f,    -0.005f, 0.005f, -0.010f, 0.010f, -0.016f, 0.016f, -0.022f,
-                             0.022f, -0.029f, 0.029f, -0.037f, 0.037f, -0.046f, 0.046f, 0.056f};
+// clipping pays. Either sign of the scale is tried.
+constexpr float kReach[] = {0.76f, 0.79f, 0.82f, 0.84f,  0.86f, 0.88f,  0.90f, 0.915f, 0.93f, 0.945f,
+                            0.96f, 0.975f, 0.99f, 1.00f, 1.01f, 1.025f, 1.04f, 1.06f,  1.08f, 1.11f};
+// Then scales around the best.
+constexpr float kNear[] = {0.0f, -0.008f, 0.008f, -0.016f, 0.016f, 0.0f};
 
 // w = d * (q - half), 0 <= q < 2 * half.
-inline void symmetric_block(const float* x, const float* w, int half, uint16_t* d, int32_t* codes) {
+template <class Block>
+inline void symmetric_blocks(const BlockTile& tile, int half, const float* x, int count, Block* blocks) {
+    const Run run{tile.x, tile.w, kBlock};
     const float low = static_cast<float>(-half), high = static_cast<float>(half - 1);
-    const float extreme = range_of(x, kBlock).extreme();
-    float scale = 0.0f;
-    if (extreme < -kTiny || extreme > kTiny) {
-        const Lanes reach = load(kReach) * (low / extreme);
-        const Fit down = fit_scale(x, w, kBlock, reach, low, high);
-        const Fit up = fit_scale(x, w, kBlock, -reach, low, high);
-        const float fitted = up.error < down.error ? up.scale : down.scale;
-        const Lanes near = fitted + fitted * load(kNear);
-        float error;
-        scale = lane(near, best_lane(true_error(x, w, kBlock, near, Lanes{}, low, high), &error));
+    const Lanes extreme = extreme_of(run), xx = squares(run);
+    const Lanes unit = select_less(splat(kTiny), greater(extreme, -extreme), low / extreme, Lanes{});
+    Ray best{splat(kNoFit), Lanes{}, Lanes{}};
+    for (const float reach : kReach) {
+        keep_better(fit_ray(run, xx, unit * reach, low, high), &best);
+        keep_better(fit_ray(run, xx, unit * -reach, low, high), &best);
     }
-    *d = to_f16(scale);
-    choose_codes(x, kBlock, inverse_or_zero(from_f16(*d)), 0.0f, low, high, codes);
-    for (int i = 0; i < kBlock; ++i) codes[i] += half;
+    for (const float near : kNear) {
+        keep_better(fit_ray(run, xx, inverse_or_zero(best.scale) * (1.0f + near), low, high), &best);
+    }
+    for (int c = 0; c < count; ++c) {
+        int32_t codes[kBlock];
+        blocks[c].d = to_f16(lane(best.scale, c));
+        choose_codes(x + c * kBlock, kBlock, inverse_or_zero(from_f16(blocks[c].d)), 0.0f, low, high, codes);
+        for (int i = 0; i < kBlock; ++i) codes[i] += half;
+        pack(codes, blocks + c);
+    }
 }
 
 // w = d * q + m, 0 <= q <= top.
-inline void affine_block(const float* x, const float* w, int top, uint16_t* d, uint16_t* m, int32_t* codes) {
-    const float high = static_cast<float>(top);
-    const Range range = range_of(x, kBlock);
-    const float span = range.high - range.low;
-    float scale = 0.0f, offset = range.low;
-    if (span > kTiny) {
-        const float step = span / high;
-        float sum_w = 0.0f;
-        for (int i = 0; i < kBlock; ++i) sum_w += w[i];
-        const Lanes low = range.low + load(kInsetLow) * step;
-        const Lanes inverse = high / (span - (load(kInsetLow) + load(kInsetHigh)) * step);
-        const Fit coarse = fit_affine(x, w, kBlock, sum_w, inverse, low, high, false);
-        const Fit fit = refine_affine(x, w, kBlock, sum_w, coarse, high, false);
-        scale = fit.scale;
-        offset = fit.offset;
-    }
+template <class Block>
+inline void affine_blocks(BlockTile& tile, float top, const float* x, int count, Block* blocks) {
+    Line lines[kLines];
+    const Centered run = center(tile.x, tile.w, kBlock);
+    const Best best = fit_lines(run, top, false, lines);
     // A fit may start below the range, where fp16 ends before the weights do.
-    offset = offset < -65504.0f ? -65504.0f : offset > 65504.0f ? 65504.0f : offset;
-    *d = to_f16(scale);
-    *m = to_f16(offset);
-    choose_codes(x, kBlock, inverse_or_zero(from_f16(*d)), -from_f16(*m), 0.0f, high, codes);
+    const Lanes offset = lesser(greater(best.offset, splat(-65504.0f)), splat(65504.0f));
+    for (int c = 0; c < count; ++c) {
+        int32_t codes[kBlock];
+        blocks[c].d = to_f16(lane(best.scale, c));
+        blocks[c].m = to_f16(lane(offset, c));
+        choose_codes(x + c * kBlock, kBlock, inverse_or_zero(from_f16(blocks[c].d)), -from_f16(blocks[c].m), 0.0f,
+                     top, codes);
+        pack(codes, blocks + c);
+    }
 }
 
-inline void encode_block(const float* x, const float* w, BlockQ4_0* block) {
-    int32_t codes[kBlock];
-    symmetric_block(x, w, 8, &block->d, codes);
-    pack_nibbles(codes, block->qs);
+inline void encode_tile(BlockTile& tile, const float* x, int count, BlockQ4_0* blocks) {
+    symmetric_blocks(tile, 8, x, count, blocks);
 }
-
-inline void encode_block(const float* x, const float* w, BlockQ4_1* block) {
-    int32_t codes[kBlock];
-    affine_block(x, w, 15, &block->d, &block->m, codes);
-    pack_nibbles(codes, block->qs);
+inline void encode_tile(BlockTile& tile, const float* x, int count, BlockQ5_0* blocks) {
+    symmetric_blocks(tile, 16, x, count, blocks);
 }
-
-inline void encode_block(const float* x, const float* w, BlockQ5_0* block) {
-    int32_t codes[kBlock];
-    symmetric_block(x, w, 16, &block->d, codes);
-    pack_nibbles(codes, block->qs);
-    pack_fifth_bits(codes, block->qh);
+inline void encode_tile(BlockTile& tile, const float* x, int count, BlockQ4_1* blocks) {
+    affine_blocks(tile, 15.0f, x, count, blocks);
 }
-
-inline void encode_block(const float* x, const float* w, BlockQ5_1* block) {
-    int32_t codes[kBlock];
-    affine_block(x, w, 31, &block->d, &block->m, codes);
-    pack_nibbles(codes, block->qs);
-    pack_fifth_bits(codes, block->qh);
+inline void encode_tile(BlockTile& tile, const float* x, int count, BlockQ5_1* blocks) {
+    affine_blocks(tile, 31.0f, x, count, blocks);
 }
 
 // The largest magnitude is code 127 or -127; eight bits leave nothing to search for.

@@ -1,0 +1,229 @@
+// Sixteen blocks side by side, and the fits of a scale (and offset) to a run of their weights. Lane c of
+// weight i is weight i of block c; candidates are tried one after another, in all blocks at once. No lane
+// ever looks at another, so that a block's bytes do not depend on its neighbours, and nothing is summed or
+// compared across lanes.
+//
+// A candidate fixes the codes l of a run. All that has to be known about them are a few sums: the error of
+// any scale and offset with these codes is a quadratic in the two, with its minimum at the least-squares fit.
+#pragma once
+#include "search.h"
+
+namespace {
+
+constexpr float kEven = 1.0f / 256;
+
+// `length` weights of sixteen blocks, in runs of `group`. In each run the importance is relative to its
+// largest, which is `share` of the block's largest. A run without any counts evenly, and a little.
+template <int length, int group> struct Tile {
+    static constexpr int kRuns = length / group;
+    Lanes x[length], w[length], share[kRuns];
+
+    // Block c begins at x[c * length], its importance at importance[(first + c) % period * length].
+    void load(const float* from, const float* importance, int64_t first, int64_t period, int count) {
+        gather(x, from, 0, count, count);
+        if (!importance) {
+            for (int i = 0; i < length; ++i) w[i] = splat(1.0f);
+            for (int r = 0; r < kRuns; ++r) share[r] = splat(kEven);
+            return;
+        }
+        gather(w, importance, first, period, count);
+        Lanes peak{};
+        for (int r = 0; r < kRuns; ++r) {
+            Lanes* run = w + r * group;
+            Lanes most = run[0];
+            for (int i = 1; i < group; ++i) most = greater(most, run[i]);
+            for (int i = 0; i < group; ++i) run[i] = select_less(Lanes{}, most, run[i] / most, splat(1.0f));
+            share[r] = most;
+            peak = greater(peak, most);
+        }
+        for (int r = 0; r < kRuns; ++r) {
+            share[r] = select_less(Lanes{}, share[r], share[r] / peak, splat(kEven));
+        }
+    }
+
+  private:
+    // Lanes beyond `count` repeat the last block.
+    static void gather(Lanes* to, const float* from, int64_t first, int64_t period, int count) {
+        for (int c = 0; c < kLanes; ++c) {
+            const float* block = from + (first + (c < count ? c : count - 1)) % period * length;
+            float* lane = reinterpret_cast<float*>(to) + c;
+            for (int i = 0; i < length; ++i) lane[i * kLanes] = block[i];
+        }
+    }
+};
+
+// The same stretch of sixteen blocks.
+struct Run {
+    const Lanes *x, *w;
+    int n;
+};
+
+// The value of largest magnitude, with its sign.
+inline Lanes extreme_of(const Run& run) {
+    Lanes low = run.x[0], high = run.x[0];
+    for (int i = 1; i < run.n; ++i) {
+        low = lesser(low, run.x[i]);
+        high = greater(high, run.x[i]);
+    }
+    return select_less(high, -low, low, high);
+}
+
+// x ~ scale * l ---------------------------------------------------------------------------------------------
+
+// With these codes a scale s leaves error + ll * (s - scale)^2.
+struct Ray {
+    Lanes error, scale, ll;
+};
+
+// The codes are the nearest of low..high at `inverse` code units per unit of weight.
+inline Ray fit_ray(const Run& run, const Lanes& xx, const Lanes& inverse, float low, float high) {
+    Lanes ll{}, xl{};
+    for (int i = 0; i < run.n; ++i) {
+        const Lanes l = clamp_round(run.x[i] * inverse, low, high);
+        const Lanes wl = run.w[i] * l;
+        ll += wl * l;
+        xl += wl * run.x[i];
+    }
+    const Lanes scale = xl * inverse_or_zero(ll);
+    return {greater(xx - scale * xl, Lanes{}), scale, ll};
+}
+
+inline void keep_better(const Ray& ray, Ray* best) {
+    const Lanes least = best->error;
+    best->error = select_less(ray.error, least, ray.error, least);
+    best->scale = select_less(ray.error, least, ray.scale, best->scale);
+    best->ll = select_less(ray.error, least, ray.ll, best->ll);
+}
+
+inline Lanes squares(const Run& run) {
+    Lanes xx{};
+    for (int i = 0; i < run.n; ++i) xx += (run.w[i] * run.x[i]) * run.x[i];
+    return xx;
+}
+
+// x ~ scale * l + offset ------------------------------------------------------------------------------------
+
+// With these codes an offset o asks for the scale s(o) = scale - slope * (o - offset), and any scale s leaves
+// error + stiff * (o - offset)^2 + ll * (s - s(o))^2.
+struct Line {
+    Lanes error, scale, offset, slope, stiff, ll;
+};
+
+// A run, its weights x less their mean: sums of small numbers lose less.
+struct Centered {
+    Run run;
+    Lanes mean, inverse_weight, weight, xx;
+    Lanes low, high;
+};
+
+inline Centered center(Lanes* x, const Lanes* w, int n) {
+    Centered run{{x, w, n}, Lanes{}, Lanes{}, Lanes{}, Lanes{}, x[0], x[0]};
+    Lanes sum{};
+    for (int i = 0; i < n; ++i) {
+        run.weight += w[i];
+        sum += w[i] * x[i];
+        run.low = lesser(run.low, x[i]);
+        run.high = greater(run.high, x[i]);
+    }
+    run.inverse_weight = 1.0f / run.weight;
+    run.mean = sum * run.inverse_weight;
+    run.low = run.low - run.mean;
+    run.high = run.high - run.mean;
+    for (int i = 0; i < n; ++i) {
+        x[i] = x[i] - run.mean;
+        run.xx += (w[i] * x[i]) * x[i];
+    }
+    return run;
+}
+
+// The map of weights (less their mean) to code units: x * inverse + shift.
+struct Map {
+    Lanes inverse, shift;
+};
+
+inline Map map_of(const Centered& run, const Lanes& scale, const Lanes& offset) {
+    const Lanes inverse = inverse_or_zero(scale);
+    return {inverse, (run.mean - offset) * inverse};
+}
+
+inline Line fit_line(const Centered& run, const Map& map, float top) {
+    Lanes l1{}, ll{}, xl{};
+    for (int i = 0; i < run.run.n; ++i) {
+        const Lanes x = run.run.x[i];
+        const Lanes l = clamp_round(x * map.inverse + map.shift, 0.0f, top);
+        const Lanes wl = run.run.w[i] * l;
+        l1 += wl;
+        ll += wl * l;
+        xl += wl * x;
+    }
+    const Lanes center = l1 * run.inverse_weight, inverse_ll = inverse_or_zero(ll);
+    // Where all codes are alike the spread is rounding noise, and only the offset can move.
+    const Lanes noisy = ll - l1 * center;
+    const Lanes spread = select_less(noisy, 1e-5f * ll, Lanes{}, noisy);
+    Line line;
+    line.scale = xl * inverse_or_zero(spread);
+    line.offset = run.mean - line.scale * center;
+    line.error = greater(run.xx - line.scale * xl, Lanes{});
+    line.slope = l1 * inverse_ll;
+    line.stiff = select_less(Lanes{}, ll, run.weight * spread * inverse_ll, run.weight);
+    line.ll = ll;
+    return line;
+}
+
+// Code units by which a candidate's ends lie inside the range that another one maps to 0..top: the end that is
+// farther from the mean, where an outlier is, and the nearer one.
+struct Inset {
+    float far, near;
+};
+
+inline Map inset(const Centered& run, const Map& map, const Inset& ends, float top) {
+    const float stretch = top / (top - ends.far - ends.near);
+    const Lanes low = select_less(-run.low, run.high, splat(ends.near), splat(ends.far));
+    return {map.inverse * stretch, (map.shift - low) * stretch};
+}
+
+// Ends of the first candidates, against the range of the run, and of those around the best of them.
+constexpr int kCoarseLines = 24, kFineLines = 18, kLines = kCoarseLines + kFineLines;
+constexpr Inset kCoarse[2][kCoarseLines] = {{{0.0f, 0.0f}, {0.25f, 0.25f}, {0.5f, -0.25f}, {0.0f, 0.5f}, {0.25f, 0.0f}, {0.0f, -1.0f}, {2.0f, 0.0f}, {1.5f, 0.25f}, {-0.25f, 0.0f}, {1.25f, 0.5f}, {0.0f, 1.0f}, {3.0f, 0.25f}, {0.0f, -2.25f}, {0.0f, -0.25f}, {-1.0f, -2.0f}, {0.25f, 2.25f}, {2.25f, 0.5f}, {-1.25f, 0.25f}, {-0.75f, 0.0f}, {0.5f, 0.5f}, {0.0f, 1.5f}, {0.25f, 0.75f}, {2.5f, 0.0f}, {0.75f, 0.0f}},
+{{0.0f, 0.0f}, {0.25f, -0.75f}, {0.25f, -0.25f}, {0.0f, 0.5f}, {-2.0f, 0.25f}, {1.25f, 0.25f}, {0.0f, -1.25f}, {-2.25f, -0.75f}, {-1.25f, -2.5f}, {-0.25f, -1.0f}, {0.0f, 0.25f}, {0.5f, 0.25f}, {-1.0f, -1.25f}, {2.0f, 0.0f}, {-2.25f, -2.25f}, {0.25f, 1.0f}, {0.0f, -0.25f}, {3.0f, -0.25f}, {3.0f, 0.5f}, {0.75f, -0.25f}, {-2.0f, -2.5f}, {-1.25f, -0.75f}, {0.75f, 0.0f}, {-0.5f, 0.0f}}};
+constexpr Inset kFine[2][kFineLines] = {{{0.0f, 0.0f}, {1.5f, -0.15f}, {-0.3f, -0.15f}, {1.05f, -1.05f}, {0.15f, 0.15f}, {-1.65f, -1.2f}, {0.15f, 0.0f}, {1.8f, 0.15f}, {0.75f, 0.3f}, {-1.5f, -1.8f}, {-0.3f, -0.3f}, {-0.8f, 1.0f}, {-0.1f, 0.0f}, {-0.3f, 1.0f}, {1.0f, -0.8f}, {1.0f, 0.1f}, {-0.5f, 0.0f}, {0.2f, 0.3f}},
+{{0.0f, 0.0f}, {0.0f, 1.8f}, {-0.15f, -0.15f}, {0.3f, 0.15f}, {-1.5f, -1.65f}, {1.5f, 1.8f}, {1.35f, -0.15f}, {-0.15f, 0.0f}, {-0.45f, 1.05f}, {-0.75f, -1.65f}, {-1.0f, 1.0f}, {-0.1f, -0.1f}, {1.0f, -0.9f}, {0.1f, 0.1f}, {-1.0f, -0.3f}, {-0.5f, 0.9f}, {-0.3f, -1.0f}, {0.5f, 0.0f}}};
+
+// The best fit among candidates; they are all left in `lines`. With `below_zero` the offset is at most 0
+// (K-quants subtract a minimum that is at least 0).
+struct Best {
+    Lanes error, scale, offset;
+};
+
+inline void keep_better(const Line& line, bool below_zero, Best* best) {
+    Lanes error = line.error, scale = line.scale, offset = line.offset;
+    if (below_zero) {
+        const Lanes above = greater(offset, Lanes{});
+        error += line.stiff * above * above;
+        scale += line.slope * above;
+        offset = offset - above;
+    }
+    const Lanes least = best->error;
+    best->error = select_less(error, least, error, least);
+    best->scale = select_less(error, least, scale, best->scale);
+    best->offset = select_less(error, least, offset, best->offset);
+}
+
+inline Best fit_lines(const Centered& run, float top, bool below_zero, Line* lines) {
+    const Lanes low = below_zero ? lesser(run.low, -run.mean) : run.low;
+    const Lanes span = run.high - low;
+    const Lanes step = select_less(splat(kTiny), span, span * (1.0f / top), Lanes{});
+    const Map range = map_of(run, step, low + run.mean);
+    Best best{splat(kNoFit), Lanes{}, low + run.mean};
+    for (const Inset& ends : kCoarse[top > 15.0f]) {
+        *lines = fit_line(run, inset(run, range, ends, top), top);
+        keep_better(*lines++, below_zero, &best);
+    }
+    for (const Inset& ends : kFine[top > 15.0f]) {
+        *lines = fit_line(run, inset(run, map_of(run, best.scale, best.offset), ends, top), top);
+        keep_better(*lines++, below_zero, &best);
+    }
+    return best;
+}
+
+}  // namespace
