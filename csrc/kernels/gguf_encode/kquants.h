@@ -91,9 +91,11 @@ inline Grid fit_grid(SuperTile& tile, float top) {
     Centered runs[kSubs];
     Line lines[kSubs][kLines + 1];
     Lanes largest{}, deepest{};
+    Line tops[kSubs];
     for (int j = 0; j < kSubs; ++j) {
         runs[j] = center(tile.x + j * kSub, tile.w + j * kSub, kSub);
         const Best best = fit_lines(runs[j], top, true, lines[j]);
+        tops[j] = best.line;
         lines[j][kLines] = lines[j][0];
         largest = greater(largest, best.scale);
         deepest = greater(deepest, -best.offset);
@@ -121,11 +123,25 @@ inline Grid fit_grid(SuperTile& tile, float top) {
         }
         keep();
     };
+    // The pair of scales that suits the best fits; then all fits compete for the integers.
+    Lanes fewest = splat(kNoFit), d{}, dmin{};
     for (const float wide : kWiden) {
+        grid.d = round_f16(largest * (wide / kTop6));
         for (const float deep : kWiden) {
-            choose(round_f16(largest * (wide / kTop6)), round_f16(deepest * (deep / kTop6)));
+            grid.dmin = round_f16(deepest * (deep / kTop6));
+            Lanes error{};
+            for (int j = 0; j < kSubs; ++j) {
+                grid.error[j] = splat(kNoFit);
+                grid.scale[j] = grid.minimum[j] = Lanes{};
+                keep_better(tops[j], j, &grid);
+                error += grid.error[j] * tile.share[j];
+            }
+            d = select_less(error, fewest, grid.d, d);
+            dmin = select_less(error, fewest, grid.dmin, dmin);
+            fewest = lesser(error, fewest);
         }
     }
+    choose(d, dmin);
     grid = best;
     for (int j = 0; j < kSubs; ++j) descend(runs[j], j, top, &grid);
     keep();
@@ -268,7 +284,7 @@ inline Grid6 fit_grid(const SuperTile6& tile) {
         for (int j = 0; j < kSubs6; ++j) {
             for (const float step : kSteps6) {
                 const Lanes scale = clamp_round(grid.scale[j] + step, -128.0f, 127.0f);
-                keep_better(fit_ray(runs[j], xx[j], inverse_or_zero(scale * grid.d), kLow6, kHigh6), j, &grid);
+                keep_better(fit_ray(runs[j], xx[j], code_units(scale * grid.d), kLow6, kHigh6), j, &grid);
             }
         }
         keep();
@@ -283,7 +299,7 @@ inline Grid6 fit_grid(const SuperTile6& tile) {
         Lanes aa{}, ax{};
         for (int j = 0; j < kSubs6; ++j) {
             Ray& ray = rays[j][kRays];
-            ray = fit_ray(runs[j], xx[j], inverse_or_zero(grid.scale[j] * grid.d), kLow6, kHigh6);
+            ray = fit_ray(runs[j], xx[j], code_units(grid.scale[j] * grid.d), kLow6, kHigh6);
             const Lanes a = grid.scale[j] * (ray.ll * tile.share[j]);
             aa += grid.scale[j] * a;
             ax += a * ray.scale;

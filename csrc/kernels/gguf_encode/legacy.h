@@ -54,7 +54,7 @@ inline void symmetric_blocks(const BlockTile& tile, int half, const float* x, in
         keep_better(fit_ray(run, xx, unit * -reach, low, high), &best);
     }
     for (const float near : kNear) {
-        keep_better(fit_ray(run, xx, inverse_or_zero(best.scale) * (1.0f + near), low, high), &best);
+        keep_better(fit_ray(run, xx, code_units(best.scale) * (1.0f + near), low, high), &best);
     }
     for (int c = 0; c < count; ++c) {
         int32_t codes[kBlock];

@@ -52,6 +52,11 @@ template <int length, int group> struct Tile {
     }
 };
 
+// 1 / scale, and 0 for scales that fp16 cannot hold.
+inline Lanes code_units(const Lanes& scale) {
+    return select_less(splat(kTiny), greater(scale, -scale), 1.0f / scale, Lanes{});
+}
+
 // The same stretch of sixteen blocks.
 struct Run {
     const Lanes *x, *w;
@@ -79,7 +84,7 @@ struct Ray {
 inline Ray fit_ray(const Run& run, const Lanes& xx, const Lanes& inverse, float low, float high) {
     Lanes ll{}, xl{};
     for (int i = 0; i < run.n; ++i) {
-        const Lanes l = clamp_round(run.x[i] * inverse, low, high);
+        const Lanes l = snap(run.x[i] * inverse, low, high);
         const Lanes wl = run.w[i] * l;
         ll += wl * l;
         xl += wl * run.x[i];
@@ -142,7 +147,7 @@ struct Map {
 };
 
 inline Map map_of(const Centered& run, const Lanes& scale, const Lanes& offset) {
-    const Lanes inverse = inverse_or_zero(scale);
+    const Lanes inverse = code_units(scale);
     return {inverse, (run.mean - offset) * inverse};
 }
 
@@ -150,7 +155,7 @@ inline Line fit_line(const Centered& run, const Map& map, float top) {
     Lanes l1{}, ll{}, xl{};
     for (int i = 0; i < run.run.n; ++i) {
         const Lanes x = run.run.x[i];
-        const Lanes l = clamp_round(x * map.inverse + map.shift, 0.0f, top);
+        const Lanes l = snap(x * map.inverse + map.shift, 0.0f, top);
         const Lanes wl = run.run.w[i] * l;
         l1 += wl;
         ll += wl * l;
@@ -183,6 +188,7 @@ inline Map inset(const Centered& run, const Map& map, const Inset& ends, float t
 }
 
 // Ends of the first candidates, against the range of the run, and of those around the best of them.
+constexpr int kFirstFine = 10;
 constexpr int kCoarseLines = 24, kFineLines = 18, kLines = kCoarseLines + kFineLines;
 constexpr Inset kCoarse[2][kCoarseLines] = {{{0.0f, 0.0f}, {0.25f, 0.25f}, {0.5f, -0.25f}, {0.0f, 0.5f}, {0.25f, 0.0f}, {0.0f, -1.0f}, {2.0f, 0.0f}, {1.5f, 0.25f}, {-0.25f, 0.0f}, {1.25f, 0.5f}, {0.0f, 1.0f}, {3.0f, 0.25f}, {0.0f, -2.25f}, {0.0f, -0.25f}, {-1.0f, -2.0f}, {0.25f, 2.25f}, {2.25f, 0.5f}, {-1.25f, 0.25f}, {-0.75f, 0.0f}, {0.5f, 0.5f}, {0.0f, 1.5f}, {0.25f, 0.75f}, {2.5f, 0.0f}, {0.75f, 0.0f}},
 {{0.0f, 0.0f}, {0.25f, -0.75f}, {0.25f, -0.25f}, {0.0f, 0.5f}, {-2.0f, 0.25f}, {1.25f, 0.25f}, {0.0f, -1.25f}, {-2.25f, -0.75f}, {-1.25f, -2.5f}, {-0.25f, -1.0f}, {0.0f, 0.25f}, {0.5f, 0.25f}, {-1.0f, -1.25f}, {2.0f, 0.0f}, {-2.25f, -2.25f}, {0.25f, 1.0f}, {0.0f, -0.25f}, {3.0f, -0.25f}, {3.0f, 0.5f}, {0.75f, -0.25f}, {-2.0f, -2.5f}, {-1.25f, -0.75f}, {0.75f, 0.0f}, {-0.5f, 0.0f}}};
@@ -193,6 +199,7 @@ constexpr Inset kFine[2][kFineLines] = {{{0.0f, 0.0f}, {1.5f, -0.15f}, {-0.3f, -
 // (K-quants subtract a minimum that is at least 0).
 struct Best {
     Lanes error, scale, offset;
+    Line line;
 };
 
 inline void keep_better(const Line& line, bool below_zero, Best* best) {
@@ -207,6 +214,12 @@ inline void keep_better(const Line& line, bool below_zero, Best* best) {
     best->error = select_less(error, least, error, least);
     best->scale = select_less(error, least, scale, best->scale);
     best->offset = select_less(error, least, offset, best->offset);
+    best->line.error = select_less(error, least, line.error, best->line.error);
+    best->line.scale = select_less(error, least, line.scale, best->line.scale);
+    best->line.offset = select_less(error, least, line.offset, best->line.offset);
+    best->line.slope = select_less(error, least, line.slope, best->line.slope);
+    best->line.stiff = select_less(error, least, line.stiff, best->line.stiff);
+    best->line.ll = select_less(error, least, line.ll, best->line.ll);
 }
 
 inline Best fit_lines(const Centered& run, float top, bool below_zero, Line* lines) {
@@ -214,14 +227,18 @@ inline Best fit_lines(const Centered& run, float top, bool below_zero, Line* lin
     const Lanes span = run.high - low;
     const Lanes step = select_less(splat(kTiny), span, span * (1.0f / top), Lanes{});
     const Map range = map_of(run, step, low + run.mean);
-    Best best{splat(kNoFit), Lanes{}, low + run.mean};
+    Best best{splat(kNoFit), Lanes{}, low + run.mean, {}};
     for (const Inset& ends : kCoarse[top > 15.0f]) {
         *lines = fit_line(run, inset(run, range, ends, top), top);
         keep_better(*lines++, below_zero, &best);
     }
-    for (const Inset& ends : kFine[top > 15.0f]) {
-        *lines = fit_line(run, inset(run, map_of(run, best.scale, best.offset), ends, top), top);
-        keep_better(*lines++, below_zero, &best);
+    for (int phase = 0; phase < 2; ++phase) {
+        const Map around = map_of(run, best.scale, best.offset);
+        const int half = kFirstFine;
+        for (int k = phase * half; k < (phase ? kFineLines : half); ++k) {
+            *lines = fit_line(run, inset(run, around, kFine[top > 15.0f][k], top), top);
+            keep_better(*lines++, below_zero, &best);
+        }
     }
     return best;
 }
