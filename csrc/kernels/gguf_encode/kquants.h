@@ -38,19 +38,11 @@ inline void keep_better(const Line& line, int j, Grid* grid) {
     grid->minimum[j] = select_less(error, least, minimum, grid->minimum[j]);
 }
 
-// Steps of a sub-block's integers, in turn from the best so far. A minimum follows its scale, so that the
-// middle of the range stays.
-constexpr struct {
-    float scale, minimum;
-} kSteps[] = {{0, 0}, {1, 0}, {-1, 0}, {0, 1}, {0, -1}, {0, 0}};
-
 // Chooses codes at the stored scales and integers at the codes, in turn.
 inline void descend(const Centered& run, int j, float top, Grid* grid) {
-    const Lanes follow = 0.5f * top * grid->d * inverse_or_zero(grid->dmin);
-    for (const auto& step : kSteps) {
-        const Lanes scale = clamp_round(grid->scale[j] + step.scale, 0.0f, kTop6);
-        const Lanes minimum = clamp_round(grid->minimum[j] + (follow * step.scale + step.minimum), 0.0f, kTop6);
-        keep_better(fit_line(run, map_of(run, scale * grid->d, -(minimum * grid->dmin)), top), j, grid);
+    for (int step = 0; step < 2; ++step) {
+        const Map map = map_of(run, grid->scale[j] * grid->d, -(grid->minimum[j] * grid->dmin));
+        keep_better(fit_line(run, map, top), j, grid);
     }
 }
 
@@ -123,7 +115,8 @@ inline Grid fit_grid(SuperTile& tile, float top) {
         }
         keep();
     };
-    // The pair of scales that suits the best fits; then all fits compete for the integers.
+    // Two pairs of scales, for which all fits compete: the largest exactly, and what suits the best fits.
+    choose(round_f16(largest * (1.0f / kTop6)), round_f16(deepest * (1.0f / kTop6)));
     Lanes fewest = splat(kNoFit), d{}, dmin{};
     for (const float wide : kWiden) {
         grid.d = round_f16(largest * (wide / kTop6));
