@@ -228,10 +228,11 @@ inline void keep_better(const Ray& ray, int j, Grid6* grid) {
     grid->scale[j] = select_less(error, least, scale, grid->scale[j]);
 }
 
-// Code units that the value of largest magnitude is mapped to, relative to -32.
-constexpr float kReach6[] = {0.945f, 0.955f, 0.964f, 0.972f, 0.978f, 0.984f, 0.989f, 0.993f, 0.997f,
-                             1.000f, 1.004f, 1.008f, 1.012f, 1.016f, 1.021f, 1.027f, 1.035f};
-constexpr int kRays = sizeof(kReach6) / sizeof(kReach6[0]);
+// As kReach, of 64 codes.
+constexpr int kRays = 24;
+constexpr float kReach6[kRays] = {
+    1.00f, 0.97f, 0.91f, 0.94f, 0.85f, 0.88f, 1.03f, 0.81f, 0.72f, 0.78f, 1.09f, 0.68f, 0.60f, 0.75f, 1.01f,
+     0.83f, 0.96f, 0.90f, 0.99f, 1.07f, 0.66f, 0.93f, 1.13f, 0.87f};
 // d relative to the one that gives the widest sub-block the code -128, the longer side.
 constexpr float kWiden6[] = {1.0f, 0.996f, 1.004f, 1.008f, 1.012f, 1.016f, 1.02f, 1.024f, 1.028f, 1.032f, 1.037f, 1.042f};
 constexpr float kSteps6[] = {0, 1, -1, 2, -2};

@@ -34,10 +34,16 @@ inline void pack(const int32_t* codes, BlockQ5_1* block) {
 
 using BlockTile = Tile<kBlock, kBlock>;
 
-// Code units that the value of largest magnitude is mapped to, relative to -half (the longer side): a little
-// clipping pays. Either sign of the scale is tried.
-constexpr float kReach[] = {0.76f, 0.79f, 0.82f, 0.84f,  0.86f, 0.88f,  0.90f, 0.915f, 0.93f, 0.945f,
-                            0.96f, 0.975f, 0.99f, 1.00f, 1.01f, 1.025f, 1.04f, 1.06f,  1.08f, 1.11f};
+// Code units that the value of largest magnitude is mapped to, relative to -half (the longer side), for 16 and
+// for 32 codes: chosen as kCoarseEnds. A negative one turns the scale, -half has no partner.
+constexpr int kReaches = 32;
+constexpr float kReach[2][kReaches] = {
+    {1.03f, 1.23f, 0.91f, 2.18f, 1.10f, 0.98f, 1.40f, -1.08f, 0.79f, 1.72f, -1.34f, 0.86f, 2.60f, -1.20f, 1.06f,
+     1.16f, 0.64f, -1.52f, 1.30f, -2.34f, 1.51f, -1.03f, 1.01f, 0.95f, -1.41f, 1.87f, 0.89f, 0.77f, -1.79f,
+     2.35f, 0.84f, 1.13f},
+    {1.01f, 0.94f, 1.17f, 1.06f, 0.88f, 1.44f, 0.98f, 0.82f, 1.29f, 1.03f, 1.75f, 1.13f, 0.92f, 0.74f, -1.09f,
+     0.64f, -1.03f, 0.96f, 0.99f, 1.21f, 1.35f, 1.09f, 1.92f, 1.51f, 0.86f, 0.80f, 1.05f, -1.15f, 0.90f, 1.25f,
+     0.77f, 1.00f}};
 // Then scales around the best.
 constexpr float kNear[] = {0.0f, -0.008f, 0.008f, -0.016f, 0.016f, 0.0f};
 
@@ -49,9 +55,8 @@ inline void symmetric_blocks(const BlockTile& tile, int half, const float* x, in
     const Lanes extreme = extreme_of(run), xx = squares(run);
     const Lanes unit = select_less(splat(kTiny), greater(extreme, -extreme), low / extreme, Lanes{});
     Ray best{splat(kNoFit), Lanes{}, Lanes{}};
-    for (const float reach : kReach) {
+    for (const float reach : kReach[half > 8]) {
         keep_better(fit_ray(run, xx, unit * reach, low, high), &best);
-        keep_better(fit_ray(run, xx, unit * -reach, low, high), &best);
     }
     for (const float near : kNear) {
         keep_better(fit_ray(run, xx, code_units(best.scale) * (1.0f + near), low, high), &best);
@@ -68,9 +73,8 @@ inline void symmetric_blocks(const BlockTile& tile, int half, const float* x, in
 // w = d * q + m, 0 <= q <= top.
 template <class Block>
 inline void affine_blocks(BlockTile& tile, float top, const float* x, int count, Block* blocks) {
-    Line lines[kLines];
     const Centered run = center(tile.x, tile.w, kBlock);
-    const Best best = fit_lines(run, top, false, lines);
+    const Best best = fit_lines(run, top, false, nullptr);
     // A fit may start below the range, where fp16 ends before the weights do.
     const Lanes offset = lesser(greater(best.offset, splat(-65504.0f)), splat(65504.0f));
     for (int c = 0; c < count; ++c) {

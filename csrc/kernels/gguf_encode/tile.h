@@ -187,13 +187,35 @@ inline Map inset(const Centered& run, const Map& map, const Inset& ends, float t
     return {map.inverse * stretch, (map.shift - low) * stretch};
 }
 
-// Ends of the first candidates, against the range of the run, and of those around the best of them.
-constexpr int kFirstFine = 10;
-constexpr int kCoarseLines = 28, kFineLines = 16, kLines = kCoarseLines + kFineLines;
-constexpr Inset kCoarse[2][kCoarseLines] = {{{0.0f, 0.0f}, {0.25f, 0.25f}, {0.5f, -0.25f}, {0.0f, 0.5f}, {0.25f, 0.0f}, {2.0f, 0.0f}, {0.0f, -1.0f}, {1.5f, 0.25f}, {-0.25f, 0.0f}, {1.25f, 0.5f}, {3.0f, 0.25f}, {-2.25f, 0.25f}, {-0.25f, 0.75f}, {-1.25f, 0.25f}, {0.25f, 1.5f}, {0.0f, -0.25f}, {0.25f, 2.75f}, {2.25f, 0.5f}, {-1.0f, -2.0f}, {0.5f, 0.5f}, {-0.75f, 0.0f}, {0.25f, 0.75f}, {0.75f, 0.0f}, {-0.25f, 0.25f}, {2.5f, 0.0f}, {-1.0f, -1.25f}, {-1.0f, -2.5f}, {0.25f, 1.25f}},
-{{0.0f, 0.0f}, {0.25f, -0.75f}, {0.25f, -0.25f}, {0.0f, 0.5f}, {-2.0f, 0.25f}, {1.25f, 0.25f}, {0.0f, -1.25f}, {-2.25f, -2.25f}, {0.0f, 0.25f}, {0.25f, -2.25f}, {-1.25f, -2.5f}, {2.0f, 0.0f}, {0.5f, 0.25f}, {-0.25f, -1.0f}, {0.25f, 1.0f}, {-2.25f, -0.75f}, {3.0f, -0.25f}, {0.0f, -0.25f}, {0.75f, -0.25f}, {3.0f, 0.5f}, {0.0f, 2.0f}, {0.5f, 0.0f}, {-2.0f, -2.5f}, {-2.25f, 0.0f}, {-1.25f, -0.75f}, {-0.5f, 0.0f}, {-2.5f, -2.25f}, {1.0f, 0.5f}}};
-constexpr Inset kFine[2][kFineLines] = {{{0.0f, 0.0f}, {1.65f, -0.15f}, {-0.3f, -0.15f}, {-0.15f, 1.05f}, {0.15f, 0.0f}, {1.2f, -0.75f}, {1.05f, 0.15f}, {1.8f, -0.3f}, {-1.05f, 0.9f}, {-0.15f, 0.0f}, {-0.2f, -0.3f}, {0.1f, 0.1f}, {1.0f, -0.8f}, {0.7f, 0.6f}, {0.0f, 0.0f}, {0.4f, 0.9f}},
-{{0.0f, 0.0f}, {0.75f, -1.2f}, {-0.45f, 1.2f}, {-1.5f, -1.65f}, {1.5f, 1.8f}, {1.65f, 0.0f}, {0.0f, 1.8f}, {-0.15f, 0.0f}, {0.15f, 0.0f}, {-0.3f, 1.05f}, {-0.1f, -0.1f}, {0.3f, 0.2f}, {-0.5f, 1.0f}, {1.0f, -1.0f}, {0.1f, 0.1f}, {-1.0f, 1.0f}}};
+// Candidates of 16 and of 32 codes, by greedy choice: each entry is the one that lowers the error of Gaussian,
+// heavy-tailed and outlier-ridden runs most, with and without importance, given those before it. The first
+// are against the range of the run; K-quants leave the later of them out. Then come those around the best.
+constexpr int kCoarse = 48, kCoarseK = 28, kFine = 10, kFiner = 6, kLines = kCoarseK + kFine + kFiner;
+constexpr Inset kCoarseEnds[2][kCoarse] = {
+    {{0.25f, 0.25f}, {0.5f, -0.25f}, {0.0f, 0.5f}, {0.25f, 0.0f}, {0.0f, -1.0f}, {2.0f, 0.0f}, {1.25f, 0.25f},
+     {-0.25f, 0.0f}, {0.0f, 0.75f}, {-2.25f, -1.0f}, {1.0f, 0.5f}, {0.0f, -2.25f}, {3.0f, 0.0f}, {1.5f, 0.0f},
+     {0.25f, 1.25f}, {-1.25f, 0.25f}, {2.75f, 0.25f}, {0.25f, 1.75f}, {0.0f, -0.25f}, {0.25f, -1.0f},
+     {0.0f, 0.25f}, {0.75f, 1.0f}, {3.0f, -0.25f}, {1.0f, 2.5f}, {3.0f, 0.5f}, {0.75f, 0.0f}, {0.75f, 0.75f},
+     {-1.0f, -0.75f}, {2.0f, -0.25f}, {0.25f, 1.5f}, {0.75f, 0.25f}, {0.0f, 0.0f}, {0.0f, -0.5f},
+     {-2.5f, -1.5f}, {-2.0f, -2.25f}, {2.0f, 0.5f}, {0.0f, 2.75f}, {-1.0f, -0.25f}, {0.25f, 0.5f},
+     {2.25f, 1.25f}, {-0.5f, 0.25f}, {2.75f, 1.0f}, {-1.0f, 0.25f}, {-2.5f, -0.75f}, {0.25f, 2.25f},
+     {1.25f, 0.0f}, {0.25f, -0.25f}, {-0.25f, 0.75f}},
+    {{0.0f, 0.0f}, {0.25f, -0.75f}, {0.25f, -0.25f}, {0.0f, 0.5f}, {0.0f, -2.0f}, {0.0f, -1.25f},
+     {0.75f, 0.25f}, {-1.25f, -2.0f}, {2.0f, 0.0f}, {0.25f, -2.25f}, {1.0f, 0.0f}, {0.0f, 0.25f},
+     {-2.25f, -2.25f}, {-1.25f, -2.5f}, {3.0f, 0.0f}, {0.0f, -0.75f}, {0.0f, 0.75f}, {-0.75f, -0.25f},
+     {0.0f, 1.5f}, {0.0f, -0.25f}, {3.0f, 0.5f}, {-2.5f, 0.25f}, {0.5f, 2.25f}, {1.75f, 0.25f},
+     {-0.25f, -1.25f}, {-1.75f, -2.25f}, {3.0f, 2.0f}, {-2.0f, -1.0f}, {-0.25f, 0.0f}, {0.0f, -0.5f},
+     {0.5f, 1.0f}, {0.25f, 0.0f}, {0.5f, 0.5f}, {1.25f, -0.25f}, {-1.0f, -1.5f}, {0.75f, 0.0f}, {-2.0f, -1.5f},
+     {0.25f, -2.0f}, {-2.25f, -2.0f}, {-0.25f, 0.25f}, {0.5f, 1.25f}, {-0.5f, -1.0f}, {0.5f, 3.0f},
+     {1.0f, 2.5f}, {3.0f, 0.25f}, {2.0f, 0.5f}, {2.75f, 1.0f}, {3.0f, -0.25f}}};
+constexpr Inset kFineEnds[2][kFine] = {
+    {{0.0f, 0.0f}, {0.9f, 0.0f}, {1.2f, -0.75f}, {0.15f, 0.0f}, {-0.3f, -0.15f}, {1.8f, 0.9f}, {0.15f, 0.15f},
+     {1.5f, -0.15f}, {-0.45f, 1.05f}, {1.05f, 1.8f}},
+    {{0.0f, 0.0f}, {-1.65f, -0.3f}, {0.15f, 0.0f}, {0.0f, 0.15f}, {-0.3f, -0.15f}, {-0.45f, 1.05f},
+     {1.2f, -0.75f}, {-0.9f, 1.05f}, {-1.5f, -1.5f}, {0.3f, 0.15f}}};
+constexpr Inset kFinerEnds[2][kFiner] = {
+    {{0.2f, 0.1f}, {-0.1f, 0.0f}, {1.0f, -1.0f}, {-0.1f, -0.2f}, {-1.0f, -0.2f}, {0.4f, 0.4f}},
+    {{-0.1f, -0.1f}, {0.1f, 0.1f}, {-0.7f, 1.0f}, {1.0f, -1.0f}, {-1.0f, -0.9f}, {-0.2f, -1.0f}}};
 
 // The best fit among candidates; they are all left in `lines`. With `below_zero` the offset is at most 0
 // (K-quants subtract a minimum that is at least 0).
@@ -222,24 +244,23 @@ inline void keep_better(const Line& line, bool below_zero, Best* best) {
     best->line.ll = select_less(error, least, line.ll, best->line.ll);
 }
 
-inline Best fit_lines(const Centered& run, float top, bool below_zero, Line* lines) {
-    const Lanes low = below_zero ? lesser(run.low, -run.mean) : run.low;
+inline Best fit_lines(const Centered& run, float top, bool k_quant, Line* lines) {
+    const int levels = top > 15.0f;
+    const Lanes low = k_quant ? lesser(run.low, -run.mean) : run.low;
     const Lanes span = run.high - low;
     const Lanes step = select_less(splat(kTiny), span, span * (1.0f / top), Lanes{});
-    const Map range = map_of(run, step, low + run.mean);
     Best best{splat(kNoFit), Lanes{}, low + run.mean, {}};
-    for (const Inset& ends : kCoarse[top > 15.0f]) {
-        *lines = fit_line(run, inset(run, range, ends, top), top);
-        keep_better(*lines++, below_zero, &best);
-    }
-    for (int phase = 0; phase < 2; ++phase) {
-        const Map around = map_of(run, best.scale, best.offset);
-        const int half = kFirstFine;
-        for (int k = phase * half; k < (phase ? kFineLines : half); ++k) {
-            *lines = fit_line(run, inset(run, around, kFine[top > 15.0f][k], top), top);
-            keep_better(*lines++, below_zero, &best);
+    Line line;
+    const auto try_around = [&](const Map& map, const Inset* ends, int count) {
+        for (int k = 0; k < count; ++k) {
+            line = fit_line(run, inset(run, map, ends[k], top), top);
+            keep_better(line, k_quant, &best);
+            if (lines) *lines++ = line;
         }
-    }
+    };
+    try_around(map_of(run, step, low + run.mean), kCoarseEnds[levels], k_quant ? kCoarseK : kCoarse);
+    try_around(map_of(run, best.scale, best.offset), kFineEnds[levels], kFine);
+    try_around(map_of(run, best.scale, best.offset), kFinerEnds[levels], kFiner);
     return best;
 }
 
