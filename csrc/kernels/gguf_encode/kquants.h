@@ -38,11 +38,24 @@ inline void keep_better(const Line& line, int j, Grid* grid) {
     grid->minimum[j] = select_less(error, least, minimum, grid->minimum[j]);
 }
 
+// Steps of a sub-block's integers, each from the best so far. A minimum follows its scale, so that the middle
+// of the range stays.
+struct Step {
+    float scale, minimum;
+};
+constexpr Step kStay[] = {{0, 0}}, kAround[] = {{0, 0}, {1, 0}, {-1, 0}, {0, 1}, {0, -1}, {0, 0}};
+
 // Chooses codes at the stored scales and integers at the codes, in turn.
-inline void descend(const Centered& run, int j, float top, Grid* grid) {
-    for (int step = 0; step < 2; ++step) {
-        const Map map = map_of(run, grid->scale[j] * grid->d, -(grid->minimum[j] * grid->dmin));
-        keep_better(fit_line(run, map, top), j, grid);
+template <int count>
+inline void descend(const Centered* runs, float top, const Step (&steps)[count], Grid* grid) {
+    const Lanes follow = 0.5f * top * grid->d * inverse_or_zero(grid->dmin);
+    for (int j = 0; j < kSubs; ++j) {
+        for (const Step& step : steps) {
+            const Lanes scale = clamp_round(grid->scale[j] + step.scale, 0.0f, kTop6);
+            const Lanes minimum = clamp_round(grid->minimum[j] + (follow * step.scale + step.minimum), 0.0f, kTop6);
+            const Map map = map_of(runs[j], scale * grid->d, -(minimum * grid->dmin));
+            keep_better(fit_line(runs[j], map, top), j, grid);
+        }
     }
 }
 
@@ -136,14 +149,16 @@ inline Grid fit_grid(SuperTile& tile, float top) {
     }
     choose(d, dmin);
     grid = best;
-    for (int j = 0; j < kSubs; ++j) descend(runs[j], j, top, &grid);
+    descend(runs, top, kStay, &grid);
     keep();
-    for (int round = 0; round < 2; ++round) {
-        refit(runs, tile.share, top, lines, &grid);
-        choose(grid.d, grid.dmin);
-        for (int j = 0; j < kSubs; ++j) descend(runs[j], j, top, &grid);
-        keep();
-    }
+    refit(runs, tile.share, top, lines, &grid);
+    choose(grid.d, grid.dmin);
+    descend(runs, top, kStay, &grid);
+    keep();
+    refit(runs, tile.share, top, lines, &grid);
+    choose(grid.d, grid.dmin);
+    descend(runs, top, kAround, &grid);
+    keep();
     return best;
 }
 

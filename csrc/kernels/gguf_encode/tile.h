@@ -190,7 +190,7 @@ inline Map inset(const Centered& run, const Map& map, const Inset& ends, float t
 // Candidates of 16 and of 32 codes, by greedy choice: each entry is the one that lowers the error of Gaussian,
 // heavy-tailed and outlier-ridden runs most, with and without importance, given those before it. The first
 // are against the range of the run; K-quants leave the later of them out. Then come those around the best.
-constexpr int kCoarse = 48, kCoarseK = 28, kFine = 10, kFiner = 6, kLines = kCoarseK + kFine + kFiner;
+constexpr int kCoarse = 48, kCoarseK = 36, kFine = 10, kFiner = 6, kLines = kCoarseK + kFine + kFiner;
 constexpr Inset kCoarseEnds[2][kCoarse] = {
     {{0.25f, 0.25f}, {0.5f, -0.25f}, {0.0f, 0.5f}, {0.25f, 0.0f}, {0.0f, -1.0f}, {2.0f, 0.0f}, {1.25f, 0.25f},
      {-0.25f, 0.0f}, {0.0f, 0.75f}, {-2.25f, -1.0f}, {1.0f, 0.5f}, {0.0f, -2.25f}, {3.0f, 0.0f}, {1.5f, 0.0f},
