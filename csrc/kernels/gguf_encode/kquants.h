@@ -66,11 +66,11 @@ inline Lanes total(const Grid& grid, const Lanes* share) {
 }
 
 // The d and dmin that fit codes and integers of all sub-blocks best; those of the grid where they do not exist.
-inline void refit(const Centered* runs, const Lanes* share, float top, Line (*lines)[kLines + 1], Grid* grid) {
+inline void refit(const Centered* runs, const Lanes* share, float top, Line (*lines)[kCoarse + kLater + 1], int count, Grid* grid) {
     Lanes aa{}, ab{}, bb{}, ax{}, bx{};
     for (int j = 0; j < kSubs; ++j) {
         const Lanes a = grid->scale[j], b = -grid->minimum[j];
-        Line& line = lines[j][kLines];
+        Line& line = lines[j][count];
         line = fit_line(runs[j], map_of(runs[j], a * grid->d, b * grid->dmin), top);
         const Lanes l1 = line.slope * line.ll;
         aa += (a * a) * (line.ll * share[j]);
@@ -89,21 +89,34 @@ inline void refit(const Centered* runs, const Lanes* share, float top, Line (*li
 
 // d and dmin relative to those that give the largest scale and the largest minimum the code 63.
 constexpr float kWiden[] = {1.0f, 0.99f, 1.007f, 1.014f, 1.021f, 1.029f, 1.037f, 1.046f};
+// First candidates of Q4_K without importance, where time matters most; otherwise all.
+constexpr int kCoarse4 = 36;
+// Where a large sub-block has a nearly as good fit with a smaller scale, the others may gain more than it loses.
+constexpr float kNearly = 1.03f;
 
 using SuperTile = Tile<kSuper, kSub>;
 
 inline Grid fit_grid(SuperTile& tile, float top) {
+    const int coarse = tile.even && top == 15.0f ? kCoarse4 : kCoarse, count = coarse + kLater;
     Centered runs[kSubs];
-    Line lines[kSubs][kLines + 1];
-    Lanes largest{}, deepest{};
-    Line tops[kSubs];
+    // The last of each is made by `refit`.
+    Line lines[kSubs][kCoarse + kLater + 1], tops[kSubs];
+    Lanes largest{}, deepest{}, finer{}, shallower{};
     for (int j = 0; j < kSubs; ++j) {
-        runs[j] = center(tile.x + j * kSub, tile.w + j * kSub, kSub);
-        const Best best = fit_lines(runs[j], top, true, lines[j]);
+        runs[j] = center(tile.x + j * kSub, tile.weights(j), kSub);
+        const Best best = fit_lines(runs[j], top, true, coarse, lines[j]);
         tops[j] = best.line;
-        lines[j][kLines] = lines[j][0];
+        lines[j][count] = best.line;
+        Lanes scale = best.scale, offset = best.offset;
+        for (int k = 0; k < count && !tile.even; ++k) {
+            const Lanes nearly = select_less(lines[j][k].error, kNearly * best.error, lines[j][k].scale, scale);
+            offset = select_less(nearly, scale, lines[j][k].offset, offset);
+            scale = lesser(nearly, scale);
+        }
         largest = greater(largest, best.scale);
         deepest = greater(deepest, -best.offset);
+        finer = greater(finer, scale);
+        shallower = greater(shallower, -offset);
     }
     Grid best{}, grid;
     Lanes least = splat(kNoFit);
@@ -116,20 +129,23 @@ inline Grid fit_grid(SuperTile& tile, float top) {
             best.minimum[j] = select_less(error, least, grid.minimum[j], best.minimum[j]);
             best.error[j] = select_less(error, least, grid.error[j], best.error[j]);
         }
-        least = select_less(error, least, error, least);
+        least = lesser(error, least);
     };
-    const auto choose = [&](const Lanes& d, const Lanes& dmin) {
+    // The lines from `first` on compete for the integers.
+    const auto choose = [&](const Lanes& d, const Lanes& dmin, int first) {
         grid.d = d;
         grid.dmin = dmin;
         for (int j = 0; j < kSubs; ++j) {
             grid.error[j] = splat(kNoFit);
             grid.scale[j] = grid.minimum[j] = Lanes{};
-            for (const Line& line : lines[j]) keep_better(line, j, &grid);
+            for (int k = first; k <= count; ++k) keep_better(lines[j][k], j, &grid);
         }
+        descend(runs, top, kStay, &grid);
         keep();
     };
-    // Two pairs of scales, for which all fits compete: the largest exactly, and what suits the best fits.
-    choose(round_f16(largest * (1.0f / kTop6)), round_f16(deepest * (1.0f / kTop6)));
+    choose(round_f16(largest * (1.0f / kTop6)), round_f16(deepest * (1.0f / kTop6)), 0);
+    if (!tile.even) choose(round_f16(finer * (1.0f / kTop6)), round_f16(shallower * (1.0f / kTop6)), 0);
+    // The pair of scales that suits the best lines.
     Lanes fewest = splat(kNoFit), d{}, dmin{};
     for (const float wide : kWiden) {
         grid.d = round_f16(largest * (wide / kTop6));
@@ -147,16 +163,12 @@ inline Grid fit_grid(SuperTile& tile, float top) {
             fewest = lesser(error, fewest);
         }
     }
-    choose(d, dmin);
+    choose(d, dmin, 0);
     grid = best;
-    descend(runs, top, kStay, &grid);
-    keep();
-    refit(runs, tile.share, top, lines, &grid);
-    choose(grid.d, grid.dmin);
-    descend(runs, top, kStay, &grid);
-    keep();
-    refit(runs, tile.share, top, lines, &grid);
-    choose(grid.d, grid.dmin);
+    refit(runs, tile.share, top, lines, count, &grid);
+    choose(grid.d, grid.dmin, 0);
+    refit(runs, tile.share, top, lines, count, &grid);
+    choose(grid.d, grid.dmin, count);
     descend(runs, top, kAround, &grid);
     keep();
     return best;
@@ -257,7 +269,7 @@ inline Grid6 fit_grid(const SuperTile6& tile) {
     Run runs[kSubs6];
     Lanes xx[kSubs6], widest{};
     for (int j = 0; j < kSubs6; ++j) {
-        runs[j] = {tile.x + j * kSub6, tile.w + j * kSub6, kSub6};
+        runs[j] = {tile.x + j * kSub6, tile.weights(j), kSub6};
         xx[j] = squares(runs[j]);
         const Lanes extreme = extreme_of(runs[j]);
         const Lanes unit = select_less(splat(kTiny), greater(extreme, -extreme), kLow6 / extreme, Lanes{});

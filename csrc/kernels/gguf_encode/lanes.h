@@ -88,6 +88,13 @@ inline Lanes clamp_round(const Lanes& v, float low, float high) {
     return round(select_less(highs, value, highs, value));
 }
 
+inline Lanes root(const Lanes& value) {
+    float values[kLanes];
+    memcpy(values, &value, sizeof(values));
+    for (int c = 0; c < kLanes; ++c) values[c] = __builtin_sqrtf(values[c]);
+    return load(values);
+}
+
 // What to_f16 makes of values below 65504, but for ties.
 inline Lanes round_f16(const Lanes& value) {
     const Lanes size = greater(value, -value);

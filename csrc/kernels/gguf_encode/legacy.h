@@ -50,13 +50,17 @@ constexpr float kNear[] = {0.0f, -0.008f, 0.008f, -0.016f, 0.016f, 0.0f};
 // w = d * (q - half), 0 <= q < 2 * half.
 template <class Block>
 inline void symmetric_blocks(const BlockTile& tile, int half, const float* x, int count, Block* blocks) {
-    const Run run{tile.x, tile.w, kBlock};
+    const Run run{tile.x, tile.weights(0), kBlock};
     const float low = static_cast<float>(-half), high = static_cast<float>(half - 1);
     const Lanes extreme = extreme_of(run), xx = squares(run);
     const Lanes unit = select_less(splat(kTiny), greater(extreme, -extreme), low / extreme, Lanes{});
     Ray best{splat(kNoFit), Lanes{}, Lanes{}};
     for (const float reach : kReach[half > 8]) {
         keep_better(fit_ray(run, xx, unit * reach, low, high), &best);
+    }
+    const Lanes deviation = root(xx / weight_of(run)), size = greater(extreme, -extreme);
+    for (const Lanes& factor : Narrowing(size * inverse_or_zero(kDeviations * deviation)).factors) {
+        keep_better(fit_ray(run, xx, unit * factor, low, high), &best);
     }
     for (const float near : kNear) {
         keep_better(fit_ray(run, xx, code_units(best.scale) * (1.0f + near), low, high), &best);
@@ -73,8 +77,8 @@ inline void symmetric_blocks(const BlockTile& tile, int half, const float* x, in
 // w = d * q + m, 0 <= q <= top.
 template <class Block>
 inline void affine_blocks(BlockTile& tile, float top, const float* x, int count, Block* blocks) {
-    const Centered run = center(tile.x, tile.w, kBlock);
-    const Best best = fit_lines(run, top, false, nullptr);
+    const Centered run = center(tile.x, tile.weights(0), kBlock);
+    const Best best = fit_lines(run, top, false, kCoarse, nullptr);
     // A fit may start below the range, where fp16 ends before the weights do.
     const Lanes offset = lesser(greater(best.offset, splat(-65504.0f)), splat(65504.0f));
     for (int c = 0; c < count; ++c) {

@@ -17,12 +17,15 @@ constexpr float kEven = 1.0f / 256;
 template <int length, int group> struct Tile {
     static constexpr int kRuns = length / group;
     Lanes x[length], w[length], share[kRuns];
+    bool even;
+
+    const Lanes* weights(int run) const { return even ? nullptr : w + run * group; }
 
     // Block c begins at x[c * length], its importance at importance[(first + c) % period * length].
     void load(const float* from, const float* importance, int64_t first, int64_t period, int count) {
         gather(x, from, 0, count, count);
-        if (!importance) {
-            for (int i = 0; i < length; ++i) w[i] = splat(1.0f);
+        even = !importance;
+        if (even) {
             for (int r = 0; r < kRuns; ++r) share[r] = splat(kEven);
             return;
         }
@@ -57,11 +60,13 @@ inline Lanes code_units(const Lanes& scale) {
     return select_less(splat(kTiny), greater(scale, -scale), 1.0f / scale, Lanes{});
 }
 
-// The same stretch of sixteen blocks.
+// The same stretch of sixteen blocks; no `w` if all count alike.
 struct Run {
     const Lanes *x, *w;
     int n;
 };
+
+inline Lanes weigh(const Run& run, int i, const Lanes& value) { return run.w ? run.w[i] * value : value; }
 
 // The value of largest magnitude, with its sign.
 inline Lanes extreme_of(const Run& run) {
@@ -85,7 +90,7 @@ inline Ray fit_ray(const Run& run, const Lanes& xx, const Lanes& inverse, float 
     Lanes ll{}, xl{};
     for (int i = 0; i < run.n; ++i) {
         const Lanes l = snap(run.x[i] * inverse, low, high);
-        const Lanes wl = run.w[i] * l;
+        const Lanes wl = weigh(run, i, l);
         ll += wl * l;
         xl += wl * run.x[i];
     }
@@ -100,9 +105,15 @@ inline void keep_better(const Ray& ray, Ray* best) {
     best->ll = select_less(ray.error, least, ray.ll, best->ll);
 }
 
+inline Lanes weight_of(const Run& run) {
+    Lanes sum{};
+    for (int i = 0; i < run.n; ++i) sum += weigh(run, i, splat(1.0f));
+    return sum;
+}
+
 inline Lanes squares(const Run& run) {
     Lanes xx{};
-    for (int i = 0; i < run.n; ++i) xx += (run.w[i] * run.x[i]) * run.x[i];
+    for (int i = 0; i < run.n; ++i) xx += weigh(run, i, run.x[i]) * run.x[i];
     return xx;
 }
 
@@ -125,8 +136,8 @@ inline Centered center(Lanes* x, const Lanes* w, int n) {
     Centered run{{x, w, n}, Lanes{}, Lanes{}, Lanes{}, Lanes{}, x[0], x[0]};
     Lanes sum{};
     for (int i = 0; i < n; ++i) {
-        run.weight += w[i];
-        sum += w[i] * x[i];
+        run.weight += weigh(run.run, i, splat(1.0f));
+        sum += weigh(run.run, i, x[i]);
         run.low = lesser(run.low, x[i]);
         run.high = greater(run.high, x[i]);
     }
@@ -136,7 +147,7 @@ inline Centered center(Lanes* x, const Lanes* w, int n) {
     run.high = run.high - run.mean;
     for (int i = 0; i < n; ++i) {
         x[i] = x[i] - run.mean;
-        run.xx += (w[i] * x[i]) * x[i];
+        run.xx += weigh(run.run, i, x[i]) * x[i];
     }
     return run;
 }
@@ -156,7 +167,7 @@ inline Line fit_line(const Centered& run, const Map& map, float top) {
     for (int i = 0; i < run.run.n; ++i) {
         const Lanes x = run.run.x[i];
         const Lanes l = snap(x * map.inverse + map.shift, 0.0f, top);
-        const Lanes wl = run.run.w[i] * l;
+        const Lanes wl = weigh(run.run, i, l);
         l1 += wl;
         ll += wl * l;
         xl += wl * x;
@@ -190,7 +201,7 @@ inline Map inset(const Centered& run, const Map& map, const Inset& ends, float t
 // Candidates of 16 and of 32 codes, by greedy choice: each entry is the one that lowers the error of Gaussian,
 // heavy-tailed and outlier-ridden runs most, with and without importance, given those before it. The first
 // are against the range of the run; K-quants leave the later of them out. Then come those around the best.
-constexpr int kCoarse = 48, kCoarseK = 36, kFine = 10, kFiner = 6, kLines = kCoarseK + kFine + kFiner;
+constexpr int kCoarse = 48, kFine = 10, kFiner = 6, kNarrow = 4, kLater = kNarrow + kFine + kFiner;
 constexpr Inset kCoarseEnds[2][kCoarse] = {
     {{0.25f, 0.25f}, {0.5f, -0.25f}, {0.0f, 0.5f}, {0.25f, 0.0f}, {0.0f, -1.0f}, {2.0f, 0.0f}, {1.25f, 0.25f},
      {-0.25f, 0.0f}, {0.0f, 0.75f}, {-2.25f, -1.0f}, {1.0f, 0.5f}, {0.0f, -2.25f}, {3.0f, 0.0f}, {1.5f, 0.0f},
@@ -216,6 +227,22 @@ constexpr Inset kFineEnds[2][kFine] = {
 constexpr Inset kFinerEnds[2][kFiner] = {
     {{0.2f, 0.1f}, {-0.1f, 0.0f}, {1.0f, -1.0f}, {-0.1f, -0.2f}, {-1.0f, -0.2f}, {0.4f, 0.4f}},
     {{-0.1f, -0.1f}, {0.1f, 0.1f}, {-0.7f, 1.0f}, {1.0f, -1.0f}, {-1.0f, -0.9f}, {-0.2f, -1.0f}}};
+
+// Where a few weights have nearly all of the importance the range says little. Four steps lead from it to as many
+// deviations to either side of the mean: `whole` is the first over the second.
+constexpr float kDeviations = 2.2f;
+
+struct Narrowing {
+    Lanes factors[kNarrow];
+
+    explicit Narrowing(const Lanes& whole) {
+        const Lanes half = root(whole);
+        factors[0] = root(half);
+        factors[1] = half;
+        factors[2] = half * factors[0];
+        factors[3] = whole;
+    }
+};
 
 // The best fit among candidates; they are all left in `lines`. With `below_zero` the offset is at most 0
 // (K-quants subtract a minimum that is at least 0).
@@ -244,21 +271,27 @@ inline void keep_better(const Line& line, bool below_zero, Best* best) {
     best->line.ll = select_less(error, least, line.ll, best->line.ll);
 }
 
-inline Best fit_lines(const Centered& run, float top, bool k_quant, Line* lines) {
+inline Best fit_lines(const Centered& run, float top, bool k_quant, int coarse, Line* lines) {
     const int levels = top > 15.0f;
     const Lanes low = k_quant ? lesser(run.low, -run.mean) : run.low;
     const Lanes span = run.high - low;
     const Lanes step = select_less(splat(kTiny), span, span * (1.0f / top), Lanes{});
     Best best{splat(kNoFit), Lanes{}, low + run.mean, {}};
     Line line;
-    const auto try_around = [&](const Map& map, const Inset* ends, int count) {
-        for (int k = 0; k < count; ++k) {
-            line = fit_line(run, inset(run, map, ends[k], top), top);
-            keep_better(line, k_quant, &best);
-            if (lines) *lines++ = line;
-        }
+    const auto consider = [&](const Map& map) {
+        line = fit_line(run, map, top);
+        keep_better(line, k_quant, &best);
+        if (lines) *lines++ = line;
     };
-    try_around(map_of(run, step, low + run.mean), kCoarseEnds[levels], k_quant ? kCoarseK : kCoarse);
+    const auto try_around = [&](const Map& map, const Inset* ends, int count) {
+        for (int k = 0; k < count; ++k) consider(inset(run, map, ends[k], top));
+    };
+    const Map range = map_of(run, step, low + run.mean);
+    try_around(range, kCoarseEnds[levels], coarse);
+    const Lanes deviation = root(run.xx * run.inverse_weight);
+    for (const Lanes& factor : Narrowing(span * inverse_or_zero(2.0f * kDeviations * deviation)).factors) {
+        consider({range.inverse * factor, range.shift});
+    }
     try_around(map_of(run, best.scale, best.offset), kFineEnds[levels], kFine);
     try_around(map_of(run, best.scale, best.offset), kFinerEnds[levels], kFiner);
     return best;
