@@ -94,6 +94,15 @@ constexpr int kCoarse4 = 36;
 // Where a large sub-block has a nearly as good fit with a smaller scale, the others may gain more than it loses.
 constexpr float kNearly = 1.03f;
 
+// Pairs of d and dmin that are looked at closely where an importance is given; otherwise one.
+constexpr int kPairs = 3;
+
+inline void exchange_if_less(const Lanes& x, const Lanes& y, Lanes* a, Lanes* b) {
+    const Lanes old = *b;
+    *b = select_less(x, y, *a, old);
+    *a = select_less(x, y, old, *a);
+}
+
 using SuperTile = Tile<kSuper, kSub>;
 
 inline Grid fit_grid(SuperTile& tile, float top) {
@@ -145,25 +154,34 @@ inline Grid fit_grid(SuperTile& tile, float top) {
     };
     choose(round_f16(largest * (1.0f / kTop6)), round_f16(deepest * (1.0f / kTop6)), 0);
     if (!tile.even) choose(round_f16(finer * (1.0f / kTop6)), round_f16(shallower * (1.0f / kTop6)), 0);
-    // The pair of scales that suits the best lines.
-    Lanes fewest = splat(kNoFit), d{}, dmin{};
+    // The pairs of scales that suit the best lines, in order.
+    const int pairs = tile.even ? 1 : kPairs;
+    Lanes fewest[kPairs], d[kPairs], dmin[kPairs];
+    for (int p = 0; p < pairs; ++p) {
+        fewest[p] = splat(kNoFit);
+        d[p] = dmin[p] = Lanes{};
+    }
     for (const float wide : kWiden) {
         grid.d = round_f16(largest * (wide / kTop6));
         for (const float deep : kWiden) {
             grid.dmin = round_f16(deepest * (deep / kTop6));
-            Lanes error{};
+            Lanes error{}, next_d = grid.d, next_dmin = grid.dmin;
             for (int j = 0; j < kSubs; ++j) {
                 grid.error[j] = splat(kNoFit);
                 grid.scale[j] = grid.minimum[j] = Lanes{};
                 keep_better(tops[j], j, &grid);
                 error += grid.error[j] * tile.share[j];
             }
-            d = select_less(error, fewest, grid.d, d);
-            dmin = select_less(error, fewest, grid.dmin, dmin);
-            fewest = lesser(error, fewest);
+            for (int p = 0; p < pairs; ++p) {
+                exchange_if_less(error, fewest[p], &next_d, &d[p]);
+                exchange_if_less(error, fewest[p], &next_dmin, &dmin[p]);
+                const Lanes least_yet = lesser(error, fewest[p]);
+                error = greater(error, fewest[p]);
+                fewest[p] = least_yet;
+            }
         }
     }
-    choose(d, dmin, 0);
+    for (int p = 0; p < pairs; ++p) choose(d[p], dmin[p], 0);
     grid = best;
     refit(runs, tile.share, top, lines, count, &grid);
     choose(grid.d, grid.dmin, 0);
