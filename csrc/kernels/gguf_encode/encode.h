@@ -48,6 +48,7 @@ template <class Block, int length, int group>
 Status encode_tiles(const float* x, const float* importance, uint8_t* out, int64_t K, int64_t begin, int64_t end) {
     Tile<length, group> tile;
     const int64_t period = K / length, last = end * period;
+    if (importance && all_below(importance, K, 1)) importance = nullptr;
     if (!all_below(x + begin * K, (end - begin) * K, kFp16Limit)) return Status::non_finite;
     for (int64_t b = begin * period; b < last; b += kLanes) {
         const int count = static_cast<int>(last - b < kLanes ? last - b : kLanes);
