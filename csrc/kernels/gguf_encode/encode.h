@@ -18,6 +18,12 @@ inline bool all_below(const float* x, int64_t n, uint32_t limit) {
     return bad == 0;
 }
 
+inline bool all_alike(const float* x, int64_t n) {
+    bool alike = true;
+    for (int64_t i = 1; i < n; ++i) alike &= x[i] == x[0];
+    return alike;
+}
+
 // Importance of a block's weights; a run of `group` without any is treated as evenly important.
 inline void load_weights(const float* importance, int length, int group, float* w) {
     for (int begin = 0; begin < length; begin += group) {
@@ -48,7 +54,7 @@ template <class Block, int length, int group>
 Status encode_tiles(const float* x, const float* importance, uint8_t* out, int64_t K, int64_t begin, int64_t end) {
     Tile<length, group> tile;
     const int64_t period = K / length, last = end * period;
-    if (importance && all_below(importance, K, 1)) importance = nullptr;
+    if (importance && all_alike(importance, K)) importance = nullptr;
     if (!all_below(x + begin * K, (end - begin) * K, kFp16Limit)) return Status::non_finite;
     for (int64_t b = begin * period; b < last; b += kLanes) {
         const int count = static_cast<int>(last - b < kLanes ? last - b : kLanes);

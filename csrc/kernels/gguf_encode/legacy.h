@@ -38,12 +38,12 @@ using BlockTile = Tile<kBlock, kBlock>;
 // for 32 codes: chosen as kCoarseEnds. A negative one turns the scale, -half has no partner.
 constexpr int kReaches = 32;
 constexpr float kReach[2][kReaches] = {
-    {1.03f, 1.23f, 0.91f, 2.18f, 1.10f, 0.98f, 1.40f, -1.08f, 0.79f, 1.72f, -1.34f, 0.86f, 2.60f, -1.20f, 1.06f,
-     1.16f, 0.64f, -1.52f, 1.30f, -2.34f, 1.51f, -1.03f, 1.01f, 0.95f, -1.41f, 1.87f, 0.89f, 0.77f, -1.79f,
-     2.35f, 0.84f, 1.13f},
-    {1.01f, 0.94f, 1.17f, 1.06f, 0.88f, 1.44f, 0.98f, 0.82f, 1.29f, 1.03f, 1.75f, 1.13f, 0.92f, 0.74f, -1.09f,
-     0.64f, -1.03f, 0.96f, 0.99f, 1.21f, 1.35f, 1.09f, 1.92f, 1.51f, 0.86f, 0.80f, 1.05f, -1.15f, 0.90f, 1.25f,
-     0.77f, 1.00f}};
+    {1.00f, 1.03f, 1.23f, 0.91f, 2.18f, 1.10f, 0.98f, 1.40f, -1.08f, 0.79f, 1.72f, -1.34f, 0.86f, 2.60f, -1.20f,
+     1.06f, 1.16f, 0.64f, -1.52f, 1.30f, -2.34f, 1.51f, -1.03f, 1.01f, 0.95f, -1.41f, 1.87f, 0.89f, 0.77f,
+     -1.79f, 2.35f, 0.84f},
+    {1.00f, 1.01f, 0.94f, 1.17f, 1.06f, 0.88f, 1.44f, 0.98f, 0.82f, 1.29f, 1.03f, 1.75f, 1.13f, 0.92f, 0.74f,
+     -1.09f, 0.64f, -1.03f, 0.96f, 0.99f, 1.21f, 1.35f, 1.09f, 1.92f, 1.51f, 0.86f, 0.80f, 1.05f, -1.15f, 0.90f,
+     1.25f, 0.77f}};
 // Then scales around the best.
 constexpr float kNear[] = {0.0f, -0.008f, 0.008f, -0.016f, 0.016f, 0.0f};
 
@@ -65,9 +65,13 @@ inline void symmetric_blocks(const BlockTile& tile, int half, const float* x, in
     for (const float near : kNear) {
         keep_better(fit_ray(run, xx, code_units(best.scale) * (1.0f + near), low, high), &best);
     }
+    // Never worse than the range, rounded.
+    const Lanes fitted = round_f16(best.scale), plain = round_f16(extreme * (1.0f / low));
+    const Lanes d = select_less(stored_error(run, plain, Lanes{}, low, high),
+                                stored_error(run, fitted, Lanes{}, low, high), plain, fitted);
     for (int c = 0; c < count; ++c) {
         int32_t codes[kBlock];
-        blocks[c].d = to_f16(lane(best.scale, c));
+        blocks[c].d = to_f16(lane(d, c));
         choose_codes(x + c * kBlock, kBlock, inverse_or_zero(from_f16(blocks[c].d)), 0.0f, low, high, codes);
         for (int i = 0; i < kBlock; ++i) codes[i] += half;
         pack(codes, blocks + c);
@@ -80,11 +84,17 @@ inline void affine_blocks(BlockTile& tile, float top, const float* x, int count,
     const Centered run = center(tile.x, tile.weights(0), kBlock);
     const Best best = fit_lines(run, top, false, kCoarse, nullptr);
     // A fit may start below the range, where fp16 ends before the weights do.
-    const Lanes offset = lesser(greater(best.offset, splat(-65504.0f)), splat(65504.0f));
+    const Lanes offset = round_f16(lesser(greater(best.offset, splat(-65504.0f)), splat(65504.0f)));
+    const Lanes scale = round_f16(best.scale);
+    // Never worse than the range, rounded.
+    const Lanes low = round_f16(run.low + run.mean), step = round_f16((run.high - run.low) * (1.0f / top));
+    const Lanes plain = stored_error(run.run, step, low - run.mean, 0.0f, top);
+    const Lanes fitted = stored_error(run.run, scale, offset - run.mean, 0.0f, top);
+    const Lanes d = select_less(plain, fitted, step, scale), m = select_less(plain, fitted, low, offset);
     for (int c = 0; c < count; ++c) {
         int32_t codes[kBlock];
-        blocks[c].d = to_f16(lane(best.scale, c));
-        blocks[c].m = to_f16(lane(offset, c));
+        blocks[c].d = to_f16(lane(d, c));
+        blocks[c].m = to_f16(lane(m, c));
         choose_codes(x + c * kBlock, kBlock, inverse_or_zero(from_f16(blocks[c].d)), -from_f16(blocks[c].m), 0.0f,
                      top, codes);
         pack(codes, blocks + c);

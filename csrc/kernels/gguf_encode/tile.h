@@ -78,6 +78,19 @@ inline Lanes extreme_of(const Run& run) {
     return select_less(high, -low, low, high);
 }
 
+// The error of a scale and offset as they are stored. Nothing cancels, as it does in the fits where they leave
+// next to nothing.
+inline Lanes stored_error(const Run& run, const Lanes& scale, const Lanes& offset, float low, float high) {
+    const Lanes inverse = inverse_or_zero(scale);
+    Lanes error{};
+    for (int i = 0; i < run.n; ++i) {
+        const Lanes shifted = run.x[i] - offset;
+        const Lanes r = shifted - snap(shifted * inverse, low, high) * scale;
+        error += weigh(run, i, r) * r;
+    }
+    return error;
+}
+
 // x ~ scale * l ---------------------------------------------------------------------------------------------
 
 // With these codes a scale s leaves error + ll * (s - scale)^2.
