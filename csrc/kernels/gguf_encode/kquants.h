@@ -1,6 +1,7 @@
 // The 256-weight super-blocks: Q4_K and Q5_K (8 x 32, scales and minima of 6 bits), Q6_K (16 x 16, scales of
-// 8 bits). Each search has the same three steps: fit every sub-block alone; take the super-block's fp16
-// scale from the fits; then choose every sub-block's integers by true errors against the stored scale.
+// 8 bits). Each search has the same three steps: fit every sub-block alone and keep what each candidate says;
+// look for the super-block's fp16 scales for which the candidates' best integers leave least; then choose
+// codes, integers and fp16 scales in turn.
 #pragma once
 #include "qkern/gguf_blocks.h"
 #include "tile.h"
@@ -52,12 +53,16 @@ inline void descend(const Centered* runs, float top, const Step (&steps)[count],
     for (int j = 0; j < kSubs; ++j) {
         for (const Step& step : steps) {
             const Lanes scale = clamp_round(grid->scale[j] + step.scale, 0.0f, kTop6);
-            const Lanes minimum = clamp_round(grid->minimum[j] + (follow * step.scale + step.minimum), 0.0f, kTop6);
+            const Lanes moved = grid->minimum[j] + (follow * step.scale + step.minimum);
+            const Lanes minimum = clamp_round(moved, 0.0f, kTop6);
             const Map map = map_of(runs[j], scale * grid->d, -(minimum * grid->dmin));
             keep_better(fit_line(runs[j], map, top), j, grid);
         }
     }
 }
+
+// Lines that are kept of a sub-block: those of its search, and the one of its codes at the last refit.
+constexpr int kStored = kCoarse + kLater + 1;
 
 inline Lanes total(const Grid& grid, const Lanes* share) {
     Lanes error{};
@@ -66,7 +71,8 @@ inline Lanes total(const Grid& grid, const Lanes* share) {
 }
 
 // The d and dmin that fit codes and integers of all sub-blocks best; those of the grid where they do not exist.
-inline void refit(const Centered* runs, const Lanes* share, float top, Line (*lines)[kCoarse + kLater + 1], int count, Grid* grid) {
+inline void refit(const Centered* runs, const Lanes* share, float top, Line (*lines)[kStored], int count,
+                  Grid* grid) {
     Lanes aa{}, ab{}, bb{}, ax{}, bx{};
     for (int j = 0; j < kSubs; ++j) {
         const Lanes a = grid->scale[j], b = -grid->minimum[j];
@@ -108,8 +114,7 @@ using SuperTile = Tile<kSuper, kSub>;
 inline Grid fit_grid(SuperTile& tile, float top) {
     const int coarse = tile.even && top == 15.0f ? kCoarse4 : kCoarse, count = coarse + kLater;
     Centered runs[kSubs];
-    // The last of each is made by `refit`.
-    Line lines[kSubs][kCoarse + kLater + 1], tops[kSubs];
+    Line lines[kSubs][kStored], tops[kSubs];
     Lanes largest{}, deepest{}, finer{}, shallower{};
     for (int j = 0; j < kSubs; ++j) {
         runs[j] = center(tile.x + j * kSub, tile.weights(j), kSub);
@@ -233,8 +238,8 @@ inline void affine_super_blocks(SuperTile& tile, float top, const float* x, int 
         for (int j = 0; j < kSubs; ++j) {
             scale[j] = lane(grid.scale[j], c);
             minimum[j] = lane(grid.minimum[j], c);
-            choose_codes(x + c * kSuper + j * kSub, kSub, inverse_or_zero(d * scale[j]), dmin * minimum[j], 0.0f, top,
-                         codes + j * kSub);
+            choose_codes(x + c * kSuper + j * kSub, kSub, inverse_or_zero(d * scale[j]), dmin * minimum[j], 0.0f,
+                         top, codes + j * kSub);
         }
         blocks[c].d = to_f16(d);
         blocks[c].dmin = to_f16(dmin);
@@ -277,9 +282,10 @@ inline void keep_better(const Ray& ray, int j, Grid6* grid) {
 constexpr int kRays = 24;
 constexpr float kReach6[kRays] = {
     1.00f, 0.97f, 0.91f, 0.94f, 0.85f, 0.88f, 1.03f, 0.81f, 0.72f, 0.78f, 1.09f, 0.68f, 0.60f, 0.75f, 1.01f,
-     0.83f, 0.96f, 0.90f, 0.99f, 1.07f, 0.66f, 0.93f, 1.13f, 0.87f};
+    0.83f, 0.96f, 0.90f, 0.99f, 1.07f, 0.66f, 0.93f, 1.13f, 0.87f};
 // d relative to the one that gives the widest sub-block the code -128, the longer side.
-constexpr float kWiden6[] = {1.0f, 0.996f, 1.004f, 1.008f, 1.012f, 1.016f, 1.02f, 1.024f, 1.028f, 1.032f, 1.037f, 1.042f};
+constexpr float kWiden6[] = {1.0f,   0.996f, 1.004f, 1.008f, 1.012f, 1.016f,
+                             1.020f, 1.024f, 1.028f, 1.032f, 1.037f, 1.042f};
 constexpr float kSteps6[] = {0, 1, -1, 2, -2};
 
 inline Grid6 fit_grid(const SuperTile6& tile) {
@@ -309,7 +315,7 @@ inline Grid6 fit_grid(const SuperTile6& tile) {
             best.scale[j] = select_less(error, least, grid.scale[j], best.scale[j]);
             best.error[j] = select_less(error, least, grid.error[j], best.error[j]);
         }
-        least = select_less(error, least, error, least);
+        least = lesser(error, least);
     };
     const auto choose = [&](const Lanes& d) {
         grid.d = d;

@@ -213,7 +213,7 @@ inline Map inset(const Centered& run, const Map& map, const Inset& ends, float t
 
 // Candidates of 16 and of 32 codes, by greedy choice: each entry is the one that lowers the error of Gaussian,
 // heavy-tailed and outlier-ridden runs most, with and without importance, given those before it. The first
-// are against the range of the run; K-quants leave the later of them out. Then come those around the best.
+// are against the range of the run, the fine ones around the best so far.
 constexpr int kCoarse = 48, kFine = 10, kFiner = 6, kNarrow = 4, kLater = kNarrow + kFine + kFiner;
 constexpr Inset kCoarseEnds[2][kCoarse] = {
     {{0.25f, 0.25f}, {0.5f, -0.25f}, {0.0f, 0.5f}, {0.25f, 0.0f}, {0.0f, -1.0f}, {2.0f, 0.0f}, {1.25f, 0.25f},
@@ -241,8 +241,8 @@ constexpr Inset kFinerEnds[2][kFiner] = {
     {{0.2f, 0.1f}, {-0.1f, 0.0f}, {1.0f, -1.0f}, {-0.1f, -0.2f}, {-1.0f, -0.2f}, {0.4f, 0.4f}},
     {{-0.1f, -0.1f}, {0.1f, 0.1f}, {-0.7f, 1.0f}, {1.0f, -1.0f}, {-1.0f, -0.9f}, {-0.2f, -1.0f}}};
 
-// Where a few weights have nearly all of the importance the range says little. Four steps lead from it to as many
-// deviations to either side of the mean: `whole` is the first over the second.
+// Where a few weights have nearly all of the importance the range says little. Four steps, in equal ratios, lead
+// from it to so many standard deviations on either side of the mean; `whole` is the ratio of the two.
 constexpr float kDeviations = 2.2f;
 
 struct Narrowing {
@@ -257,8 +257,8 @@ struct Narrowing {
     }
 };
 
-// The best fit among candidates; they are all left in `lines`. With `below_zero` the offset is at most 0
-// (K-quants subtract a minimum that is at least 0).
+// The best fit so far, and what it says about its codes. With `below_zero` the offset is at most 0 (K-quants
+// subtract a minimum that is at least 0).
 struct Best {
     Lanes error, scale, offset;
     Line line;
@@ -284,6 +284,7 @@ inline void keep_better(const Line& line, bool below_zero, Best* best) {
     best->line.ll = select_less(error, least, line.ll, best->line.ll);
 }
 
+// Searches a run with the first `coarse` of the candidates and all later ones; leaves them in `lines`, if given.
 inline Best fit_lines(const Centered& run, float top, bool k_quant, int coarse, Line* lines) {
     const int levels = top > 15.0f;
     const Lanes low = k_quant ? lesser(run.low, -run.mean) : run.low;
