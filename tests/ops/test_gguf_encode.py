@@ -54,6 +54,16 @@ def test_tiers_give_the_same_bytes(name, K):
         assert torch.equal(weighted, encoded[0][2]), tier
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_bytes_do_not_depend_on_the_rows_beside(name):
+    x = gaussian(5, 768)
+    x[2] *= 1000.0
+    for importance in (None, gaussian(768, seed=1).square()):
+        together = gguf_encode(x, name, importance=importance)
+        alone = [gguf_encode(row[None], name, importance=importance) for row in x]
+        assert torch.equal(together, torch.cat(alone))
+
+
 @pytest.mark.parametrize("name", GAUSSIAN_ERROR)
 def test_error_on_gaussian_weights(name):
     x = gaussian(64, 1024)
