@@ -20,6 +20,12 @@ inline bool all_below(const float* x, int64_t n, uint32_t limit) {
     return bad == 0;
 }
 
+inline bool all_alike(const float* x, int64_t n) {
+    bool alike = true;
+    for (int64_t i = 1; i < n; ++i) alike &= x[i] == x[0];
+    return alike;
+}
+
 // Importance of a block's weights; a run of `group` without any is treated as evenly important.
 inline void load_weights(const float* importance, int length, int group, float* w) {
     for (int begin = 0; begin < length; begin += group) {
@@ -45,6 +51,21 @@ Status encode_rows(const float* x, const float* importance, uint8_t* out, int64_
     return Status::ok;
 }
 
+// The same, sixteen blocks at a time.
+template <class Block, int length, int group>
+Status encode_tiles(const float* x, const float* importance, uint8_t* out, int64_t K, int64_t begin, int64_t end) {
+    Tile<length, group> tile;
+    const int64_t period = K / length, last = end * period;
+    if (importance && all_alike(importance, K)) importance = nullptr;
+    if (!all_below(x + begin * K, (end - begin) * K, kFp16Limit)) return Status::non_finite;
+    for (int64_t b = begin * period; b < last; b += kLanes) {
+        const int count = static_cast<int>(last - b < kLanes ? last - b : kLanes);
+        tile.load(x + b * length, importance, b, period, count);
+        encode_tile(tile, x + b * length, count, reinterpret_cast<Block*>(out) + b);
+    }
+    return Status::ok;
+}
+
 Status encode_halves(bool bfloat, const float* x, uint8_t* out, int64_t K, int64_t begin, int64_t end) {
     // Below 65520 fp16 rounds to a finite value; bf16 has the range of fp32.
     const uint32_t limit = bfloat ? 0x7f7f8000u : 0x477ff000u;
@@ -60,17 +81,17 @@ Status encode_halves(bool bfloat, const float* x, uint8_t* out, int64_t K, int64
 Status encode(GgufType type, const float* x, const float* importance, uint8_t* out, int64_t K, int64_t begin,
               int64_t end) {
     switch (type) {
-        case GgufType::q4_0: return encode_rows<BlockQ4_0>(x, importance, out, K, begin, end, kBlock, kBlock);
-        case GgufType::q4_1: return encode_rows<BlockQ4_1>(x, importance, out, K, begin, end, kBlock, kBlock);
-        case GgufType::q5_0: return encode_rows<BlockQ5_0>(x, importance, out, K, begin, end, kBlock, kBlock);
-        case GgufType::q5_1: return encode_rows<BlockQ5_1>(x, importance, out, K, begin, end, kBlock, kBlock);
+        case GgufType::q4_0: return encode_tiles<BlockQ4_0, kBlock, kBlock>(x, importance, out, K, begin, end);
+        case GgufType::q4_1: return encode_tiles<BlockQ4_1, kBlock, kBlock>(x, importance, out, K, begin, end);
+        case GgufType::q5_0: return encode_tiles<BlockQ5_0, kBlock, kBlock>(x, importance, out, K, begin, end);
+        case GgufType::q5_1: return encode_tiles<BlockQ5_1, kBlock, kBlock>(x, importance, out, K, begin, end);
         case GgufType::q8_0: return encode_rows<BlockQ8_0>(x, importance, out, K, begin, end, kBlock, kBlock);
         case GgufType::iq4_nl: return encode_rows<BlockIQ4_NL>(x, importance, out, K, begin, end, kBlock, kBlock);
         case GgufType::q2_k: return encode_rows<BlockQ2_K>(x, importance, out, K, begin, end, kSuper, kRun);
         case GgufType::q3_k: return encode_rows<BlockQ3_K>(x, importance, out, K, begin, end, kSuper, kRun);
-        case GgufType::q4_k: return encode_rows<BlockQ4_K>(x, importance, out, K, begin, end, kSuper, kSub);
-        case GgufType::q5_k: return encode_rows<BlockQ5_K>(x, importance, out, K, begin, end, kSuper, kSub);
-        case GgufType::q6_k: return encode_rows<BlockQ6_K>(x, importance, out, K, begin, end, kSuper, kSub6);
+        case GgufType::q4_k: return encode_tiles<BlockQ4_K, kSuper, kSub>(x, importance, out, K, begin, end);
+        case GgufType::q5_k: return encode_tiles<BlockQ5_K, kSuper, kSub>(x, importance, out, K, begin, end);
+        case GgufType::q6_k: return encode_tiles<BlockQ6_K, kSuper, kSub6>(x, importance, out, K, begin, end);
         case GgufType::iq4_xs: return encode_rows<BlockIQ4_XS>(x, importance, out, K, begin, end, kSuper, kBlock);
         case GgufType::f16: return encode_halves(false, x, out, K, begin, end);
         case GgufType::bf16: return encode_halves(true, x, out, K, begin, end);

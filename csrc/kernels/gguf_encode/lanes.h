@@ -62,6 +62,9 @@ inline Twice<V> select_less(const Twice<V>& x, const Twice<V>& y, const Twice<V>
     return {select_less(x.a, y.a, yes.a, no.a), select_less(x.b, y.b, yes.b, no.b)};
 }
 
+inline Lanes lesser(const Lanes& x, const Lanes& y) { return select_less(x, y, x, y); }
+inline Lanes greater(const Lanes& x, const Lanes& y) { return select_less(y, x, x, y); }
+
 inline Lanes splat(float value) { return value - Lanes{}; }
 
 inline Lanes load(const float* data) {
@@ -83,6 +86,45 @@ inline Lanes clamp_round(const Lanes& v, float low, float high) {
     const Lanes lows = splat(low), highs = splat(high);
     const Lanes value = select_less(v, lows, lows, v);
     return round(select_less(highs, value, highs, value));
+}
+
+inline Lanes root(const Lanes& value) {
+    float values[kLanes];
+    memcpy(values, &value, sizeof(values));
+    for (int c = 0; c < kLanes; ++c) values[c] = __builtin_sqrtf(values[c]);
+    return load(values);
+}
+
+// What to_f16 makes of values below 65504, but for ties.
+inline Lanes round_f16(const Lanes& value) {
+    const Lanes size = greater(value, -value);
+    const Lanes upper = value * 8193.0f;
+    const Lanes normal = upper - (upper - value);
+    const Lanes subnormal = (value + 0.75f) - 0.75f;
+    return select_less(size, splat(1.0f / (1 << 14)), subnormal, normal);
+}
+
+// Nearest of the integers low..high, not for NaN. AVX2 and later are quicker at clamping what kRound has made
+// of a float as an integer: it has the order of the values.
+#if defined(__AVX2__)
+typedef int32_t Integers __attribute__((vector_size(4 * kRegister)));
+
+inline Floats snap(const Floats& value, float low, float high) {
+    const Integers rounded = reinterpret_cast<Integers>(value + kRound);
+    const Integers lows = reinterpret_cast<Integers>((low + kRound) - Floats{});
+    const Integers highs = reinterpret_cast<Integers>((high + kRound) - Floats{});
+    const Integers raised = rounded < lows ? lows : rounded;
+    return reinterpret_cast<Floats>(raised < highs ? raised : highs) - kRound;
+}
+#else
+inline Floats snap(const Floats& value, float low, float high) {
+    const Floats lows = low - Floats{}, highs = high - Floats{};
+    const Floats raised = select_less(lows, value, value, lows);
+    return (select_less(raised, highs, raised, highs) + kRound) - kRound;
+}
+#endif
+template <class V> inline Twice<V> snap(const Twice<V>& value, float low, float high) {
+    return {snap(value.a, low, high), snap(value.b, low, high)};
 }
 
 // 1 / value, and 0 where value is 0 or NaN.

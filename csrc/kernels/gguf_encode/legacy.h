@@ -1,7 +1,7 @@
 // The 32-weight blocks: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 #pragma once
 #include "qkern/gguf_blocks.h"
-#include "search.h"
+#include "tile.h"
 
 namespace {
 
@@ -21,81 +21,97 @@ inline void pack_fifth_bits(const int32_t* codes, uint8_t* qh) {
     memcpy(qh, &bits, 4);
 }
 
-// Code units that the value of largest magnitude is mapped to, relative to -half (the longer side): a little
-// clipping pays. Chosen by the error on Gaussian, heavy-tailed and trained blocks.
-const float kReach[kLanes] = {0.80f, 0.84f, 0.87f, 0.90f, 0.925f, 0.945f, 0.96f, 0.975f,
-                              0.99f, 1.00f, 1.01f, 1.025f, 1.04f, 1.06f, 1.08f, 1.11f};
-// Steps around the fitted scale, in the last pass over true errors.
-const float kNear[kLanes] = {0.0f,    -0.005f, 0.005f, -0.010f, 0.010f, -0.016f, 0.016f, -0.022f,
-                             0.022f, -0.029f, 0.029f, -0.037f, 0.037f, -0.046f, 0.046f, 0.056f};
+inline void pack(const int32_t* codes, BlockQ4_0* block) { pack_nibbles(codes, block->qs); }
+inline void pack(const int32_t* codes, BlockQ4_1* block) { pack_nibbles(codes, block->qs); }
+inline void pack(const int32_t* codes, BlockQ5_0* block) {
+    pack_nibbles(codes, block->qs);
+    pack_fifth_bits(codes, block->qh);
+}
+inline void pack(const int32_t* codes, BlockQ5_1* block) {
+    pack_nibbles(codes, block->qs);
+    pack_fifth_bits(codes, block->qh);
+}
+
+using BlockTile = Tile<kBlock, kBlock>;
+
+// Code units that the value of largest magnitude is mapped to, relative to -half (the longer side), for 16 and
+// for 32 codes: chosen as kCoarseEnds. A negative one turns the scale, -half has no partner.
+constexpr int kReaches = 32;
+constexpr float kReach[2][kReaches] = {
+    {1.00f, 1.03f, 1.23f, 0.91f, 2.18f, 1.10f, 0.98f, 1.40f, -1.08f, 0.79f, 1.72f, -1.34f, 0.86f, 2.60f, -1.20f,
+     1.06f, 1.16f, 0.64f, -1.52f, 1.30f, -2.34f, 1.51f, -1.03f, 1.01f, 0.95f, -1.41f, 1.87f, 0.89f, 0.77f,
+     -1.79f, 2.35f, 0.84f},
+    {1.00f, 1.01f, 0.94f, 1.17f, 1.06f, 0.88f, 1.44f, 0.98f, 0.82f, 1.29f, 1.03f, 1.75f, 1.13f, 0.92f, 0.74f,
+     -1.09f, 0.64f, -1.03f, 0.96f, 0.99f, 1.21f, 1.35f, 1.09f, 1.92f, 1.51f, 0.86f, 0.80f, 1.05f, -1.15f, 0.90f,
+     1.25f, 0.77f}};
+// Then scales around the best.
+constexpr float kNear[] = {0.0f, -0.008f, 0.008f, -0.016f, 0.016f, 0.0f};
 
 // w = d * (q - half), 0 <= q < 2 * half.
-inline void symmetric_block(const float* x, const float* w, int half, uint16_t* d, int32_t* codes) {
+template <class Block>
+inline void symmetric_blocks(const BlockTile& tile, int half, const float* x, int count, Block* blocks) {
+    const Run run{tile.x, tile.weights(0), kBlock};
     const float low = static_cast<float>(-half), high = static_cast<float>(half - 1);
-    const float extreme = range_of(x, kBlock).extreme();
-    float scale = 0.0f;
-    if (extreme < -kTiny || extreme > kTiny) {
-        const Lanes reach = load(kReach) * (low / extreme);
-        const Fit down = fit_scale(x, w, kBlock, reach, low, high);
-        const Fit up = fit_scale(x, w, kBlock, -reach, low, high);
-        const float fitted = up.error < down.error ? up.scale : down.scale;
-        const Lanes near = fitted + fitted * load(kNear);
-        float error;
-        scale = lane(near, best_lane(true_error(x, w, kBlock, near, Lanes{}, low, high), &error));
+    const Lanes extreme = extreme_of(run), xx = squares(run);
+    const Lanes unit = select_less(splat(kTiny), greater(extreme, -extreme), low / extreme, Lanes{});
+    Ray best{splat(kNoFit), Lanes{}, Lanes{}};
+    for (const float reach : kReach[half > 8]) {
+        keep_better(fit_ray(run, xx, unit * reach, low, high), &best);
     }
-    *d = to_f16(scale);
-    choose_codes(x, kBlock, inverse_or_zero(from_f16(*d)), 0.0f, low, high, codes);
-    for (int i = 0; i < kBlock; ++i) codes[i] += half;
+    const Lanes deviation = root(xx / weight_of(run)), size = greater(extreme, -extreme);
+    for (const Lanes& factor : Narrowing(size * inverse_or_zero(kDeviations * deviation)).factors) {
+        keep_better(fit_ray(run, xx, unit * factor, low, high), &best);
+    }
+    for (const float near : kNear) {
+        keep_better(fit_ray(run, xx, code_units(best.scale) * (1.0f + near), low, high), &best);
+    }
+    // Never worse than the range, rounded.
+    const Lanes fitted = round_f16(best.scale), plain = round_f16(extreme * (1.0f / low));
+    const Lanes d = select_less(stored_error(run, plain, Lanes{}, low, high),
+                                stored_error(run, fitted, Lanes{}, low, high), plain, fitted);
+    for (int c = 0; c < count; ++c) {
+        int32_t codes[kBlock];
+        blocks[c].d = to_f16(lane(d, c));
+        choose_codes(x + c * kBlock, kBlock, inverse_or_zero(from_f16(blocks[c].d)), 0.0f, low, high, codes);
+        for (int i = 0; i < kBlock; ++i) codes[i] += half;
+        pack(codes, blocks + c);
+    }
 }
 
 // w = d * q + m, 0 <= q <= top.
-inline void affine_block(const float* x, const float* w, int top, uint16_t* d, uint16_t* m, int32_t* codes) {
-    const float high = static_cast<float>(top);
-    const Range range = range_of(x, kBlock);
-    const float span = range.high - range.low;
-    float scale = 0.0f, offset = range.low;
-    if (span > kTiny) {
-        const float step = span / high;
-        float sum_w = 0.0f;
-        for (int i = 0; i < kBlock; ++i) sum_w += w[i];
-        const Lanes low = range.low + load(kInsetLow) * step;
-        const Lanes inverse = high / (span - (load(kInsetLow) + load(kInsetHigh)) * step);
-        const Fit coarse = fit_affine(x, w, kBlock, sum_w, inverse, low, high, false);
-        const Fit fit = refine_affine(x, w, kBlock, sum_w, coarse, high, false);
-        scale = fit.scale;
-        offset = fit.offset;
-    }
+template <class Block>
+inline void affine_blocks(BlockTile& tile, float top, const float* x, int count, Block* blocks) {
+    const Centered run = center(tile.x, tile.weights(0), kBlock);
+    const Best best = fit_lines(run, top, false, kCoarse, nullptr);
     // A fit may start below the range, where fp16 ends before the weights do.
-    offset = offset < -65504.0f ? -65504.0f : offset > 65504.0f ? 65504.0f : offset;
-    *d = to_f16(scale);
-    *m = to_f16(offset);
-    choose_codes(x, kBlock, inverse_or_zero(from_f16(*d)), -from_f16(*m), 0.0f, high, codes);
+    const Lanes offset = round_f16(lesser(greater(best.offset, splat(-65504.0f)), splat(65504.0f)));
+    const Lanes scale = round_f16(best.scale);
+    // Never worse than the range, rounded.
+    const Lanes low = round_f16(run.low + run.mean), step = round_f16((run.high - run.low) * (1.0f / top));
+    const Lanes plain = stored_error(run.run, step, low - run.mean, 0.0f, top);
+    const Lanes fitted = stored_error(run.run, scale, offset - run.mean, 0.0f, top);
+    const Lanes d = select_less(plain, fitted, step, scale), m = select_less(plain, fitted, low, offset);
+    for (int c = 0; c < count; ++c) {
+        int32_t codes[kBlock];
+        blocks[c].d = to_f16(lane(d, c));
+        blocks[c].m = to_f16(lane(m, c));
+        choose_codes(x + c * kBlock, kBlock, inverse_or_zero(from_f16(blocks[c].d)), -from_f16(blocks[c].m), 0.0f,
+                     top, codes);
+        pack(codes, blocks + c);
+    }
 }
 
-inline void encode_block(const float* x, const float* w, BlockQ4_0* block) {
-    int32_t codes[kBlock];
-    symmetric_block(x, w, 8, &block->d, codes);
-    pack_nibbles(codes, block->qs);
+inline void encode_tile(BlockTile& tile, const float* x, int count, BlockQ4_0* blocks) {
+    symmetric_blocks(tile, 8, x, count, blocks);
 }
-
-inline void encode_block(const float* x, const float* w, BlockQ4_1* block) {
-    int32_t codes[kBlock];
-    affine_block(x, w, 15, &block->d, &block->m, codes);
-    pack_nibbles(codes, block->qs);
+inline void encode_tile(BlockTile& tile, const float* x, int count, BlockQ5_0* blocks) {
+    symmetric_blocks(tile, 16, x, count, blocks);
 }
-
-inline void encode_block(const float* x, const float* w, BlockQ5_0* block) {
-    int32_t codes[kBlock];
-    symmetric_block(x, w, 16, &block->d, codes);
-    pack_nibbles(codes, block->qs);
-    pack_fifth_bits(codes, block->qh);
+inline void encode_tile(BlockTile& tile, const float* x, int count, BlockQ4_1* blocks) {
+    affine_blocks(tile, 15.0f, x, count, blocks);
 }
-
-inline void encode_block(const float* x, const float* w, BlockQ5_1* block) {
-    int32_t codes[kBlock];
-    affine_block(x, w, 31, &block->d, &block->m, codes);
-    pack_nibbles(codes, block->qs);
-    pack_fifth_bits(codes, block->qh);
+inline void encode_tile(BlockTile& tile, const float* x, int count, BlockQ5_1* blocks) {
+    affine_blocks(tile, 31.0f, x, count, blocks);
 }
 
 // The largest magnitude is code 127 or -127; eight bits leave nothing to search for.
