@@ -3,6 +3,7 @@
     python bench/quality_peers.py gptqmodel INPUT OUTPUT --model FOLDER --scheme w4g128 [--method awq]
     python bench/quality_peers.py gptqmodel-layers INPUT OUTPUT --scheme w4g128
     python bench/quality_peers.py ggml INPUT OUTPUT --type q4_K
+    python bench/quality_peers.py llama-quantize INPUT OUTPUT --model F32.gguf --type q4_k_m --file NEW.gguf
 
 INPUT and OUTPUT are safetensors files. OUTPUT holds the weights that the peer's result stands for, decoded
 here and not by qkern, and in its metadata the seconds the peer took, its version and its bits per weight.
@@ -16,6 +17,8 @@ here and not by qkern, and in its metadata the seconds the peer took, its versio
 - ``ggml``: INPUT has `<layer>.weight` and, optionally, `<layer>.importance` ``[K]``. Calls
   ``ggml_quantize_chunk`` of the library inside llama-cpp-python, which is what llama.cpp's llama-quantize
   calls for each tensor, with the importance as its imatrix; decoded by the gguf package.
+- ``llama-quantize``: INPUT has an importance ``[K]`` for each tensor of the file, or nothing of its names.
+  Calls ``llama_model_quantize`` on a whole file; OUTPUT has the metadata alone.
 """
 
 from __future__ import annotations
@@ -187,13 +190,47 @@ def run_ggml(arguments: argparse.Namespace) -> None:
     )
 
 
+def run_llama_quantize(arguments: argparse.Namespace) -> None:
+    import llama_cpp
+    from llama_cpp._logger import set_verbose
+
+    set_verbose(False)
+    importance = {
+        name: np.ascontiguousarray(values.float().numpy())
+        for name, values in load_file(arguments.input).items()
+        if name.endswith(".weight")
+    }
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{arguments.type.upper()}")
+    parameters.nthread = torch.get_num_threads()
+    if importance:
+        entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+        for entry, (name, values) in zip(entries, importance.items(), strict=False):  # the last stays empty
+            entry.name, entry.size = name.encode(), values.size
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        parameters.imatrix = entries
+    source, target = str(arguments.model).encode(), str(arguments.file).encode()
+    started = time.monotonic()
+    status = llama_cpp.llama_model_quantize(source, target, parameters)
+    seconds = time.monotonic() - started
+    if status:
+        raise SystemExit(f"llama_model_quantize returned {status}")
+    name = f"llama.cpp in llama-cpp-python {version('llama_cpp_python')}"
+    write(arguments.output, {}, seconds, name, float("nan"))
+
+
 def write(path: Path, tensors: dict[str, Tensor], seconds: float, name: str, bits: float) -> None:
     save_file(tensors, path, metadata={"seconds": f"{seconds}", "version": name, "bits": f"{bits}"})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    peers = {"gptqmodel": run_gptqmodel, "gptqmodel-layers": run_gptqmodel_layers, "ggml": run_ggml}
+    peers = {
+        "gptqmodel": run_gptqmodel,
+        "gptqmodel-layers": run_gptqmodel_layers,
+        "ggml": run_ggml,
+        "llama-quantize": run_llama_quantize,
+    }
     parser.add_argument("peer", choices=peers)
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
@@ -201,6 +238,7 @@ def main() -> None:
     parser.add_argument("--scheme")
     parser.add_argument("--method", choices=("gptq", "awq"), default="gptq")
     parser.add_argument("--type")
+    parser.add_argument("--file", type=Path)
     arguments = parser.parse_args()
     peers[arguments.peer](arguments)
 

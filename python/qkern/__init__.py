@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qkern.models import fuse_forwards
     from qkern.nn import QuantEmbedding, QuantLinear, replace_linears
     from qkern.pipelines.export_gguf import export_gguf
+    from qkern.pipelines.imatrix import imatrix
     from qkern.pipelines.load import load
     from qkern.pipelines.quantize import quantize
     from qkern.pipelines.save import save
@@ -23,6 +24,7 @@ _LAZY = {
     "QuantLinear": "qkern.nn",
     "export_gguf": "qkern.pipelines",
     "fuse_forwards": "qkern.models",
+    "imatrix": "qkern.pipelines",
     "load": "qkern.pipelines",
     "quantize": "qkern.pipelines",
     "replace_linears": "qkern.nn",
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "export_gguf",
     "fuse_forwards",
+    "imatrix",
     "load",
     "quantize",
     "replace_linears",

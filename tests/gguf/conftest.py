@@ -69,4 +69,4 @@ def run_gguf():
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'qkern[llama]'")
     from qkern.evaluation.llama_cpp import LlamaCpp
 
-    return lambda path: LlamaCpp(path, context=512, threads=1, f32_cache=True)
+    return lambda path, context=512: LlamaCpp(path, context=context, threads=1, f32_cache=True)

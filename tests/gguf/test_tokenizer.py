@@ -7,7 +7,7 @@ import pytest
 
 from qkern.errors import FormatError, UnsupportedError
 from qkern.evaluation import read_text
-from qkern.gguf import GGUFFile
+from qkern.gguf import GGUFFile, read_tokenizer
 from qkern.gguf.sentencepiece import TokenType, read_sentencepiece
 from qkern.gguf.tokenizer import PRE_TOKENIZERS
 from qkern.pipelines import export_gguf
@@ -87,9 +87,10 @@ def test_pre_tokenizers_are_recognized_and_split_alike(splits, shipped, model_fo
         assert file.metadata["tokenizer.ggml.pre"] == PRE_TOKENIZERS[splits]
         assert file.metadata["tokenizer.ggml.token_type"][-3:] == [TokenType.UNUSED] * 3
         assert file.metadata["tokenizer.ggml.add_bos_token"] is False
-    runner = run_gguf(tmp_path / "model.gguf")
+    runner, read = run_gguf(tmp_path / "model.gguf"), read_tokenizer(tmp_path / "model.gguf")
     for text in TEXTS:
         assert runner.tokenize(text).tolist() == fast(text)["input_ids"]
+        assert read(text)["input_ids"] == fast(text)["input_ids"]
 
 
 def test_bos_is_added_where_the_tokenizer_adds_it(shipped, model_folder, run_gguf, tmp_path):
@@ -103,6 +104,7 @@ def test_bos_is_added_where_the_tokenizer_adds_it(shipped, model_folder, run_ggu
     runner = run_gguf(tmp_path / "model.gguf")
     assert runner.bos == 0
     assert runner.tokenize("In the").tolist() == fast("In the")["input_ids"]
+    assert read_tokenizer(tmp_path / "model.gguf")("In the")["input_ids"] == fast("In the")["input_ids"]
 
 
 def test_an_unknown_pre_tokenizer_is_refused_unless_named(shipped, model_folder, tmp_path):
@@ -143,15 +145,16 @@ def message(field, content):
     return varint(field << 3 | 2) + varint(len(content)) + content
 
 
-def sentencepiece_bytes(vocabulary, merges, algorithm=2):
+def sentencepiece_bytes(vocabulary, merges, algorithm=2, added=(), prefix=1):
     """A tokenizer.model as the sentencepiece package would write it."""
     rank = {"".join(pair): number for number, pair in reversed(list(enumerate(merges)))}
     data = b""
     for text in vocabulary:
         kind = 2 if text == "<unk>" else 3 if text in ("<s>", "</s>") else 6 if text.startswith("<0x") else 1
+        kind = 4 if text in added else kind
         score = struct.pack("<f", -float(rank.get(text, len(merges))))
         data += message(1, message(1, text.encode()) + b"\x15" + score + b"\x18" + varint(kind))
-    return data + message(2, b"\x18" + varint(algorithm)) + message(3, b"\x18\x01")
+    return data + message(2, b"\x18" + varint(algorithm)) + message(3, b"\x18" + varint(prefix))
 
 
 @pytest.mark.parametrize("from_file", [False, True])
@@ -169,9 +172,96 @@ def test_sentencepiece_bpe(from_file, shipped, model_folder, run_gguf, tmp_path)
         kinds = file.metadata["tokenizer.ggml.token_type"]
         assert kinds[:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
         assert file.metadata["tokenizer.ggml.eos_token_id"] == 2
-    runner = run_gguf(tmp_path / "model.gguf")
+    runner, read = run_gguf(tmp_path / "model.gguf"), read_tokenizer(tmp_path / "model.gguf")
     for text in TEXTS:
         assert runner.tokenize(text).tolist() == fast(text)["input_ids"]
+        assert read(text)["input_ids"] == fast(text)["input_ids"]
+        assert read.decode(read(text)["input_ids"]) == text
+
+
+def gemma_like(text):
+    """A BPE as Gemma has it: no space before the text, runs of spaces and of newlines added as tokens."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    _, vocabulary, merges = sentencepiece_like(text)
+    vocabulary = {
+        token: number for number, token in enumerate([*vocabulary, "<turn>", "\u2581\u2581", "\n\n"])
+    }
+    merges = [("\u2581", "\u2581"), *merges]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    for token in ("\u2581\u2581", "\n\n"):
+        tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    tokenizer.add_special_tokens(["<turn>"])
+    return tokenizer, vocabulary, merges
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_runs_of_spaces_are_tokens_where_they_were_added(
+    from_file, shipped, model_folder, run_gguf, tmp_path
+):
+    tokenizer, vocabulary, merges = gemma_like(read_text(shipped / "search.txt")[:30_000])
+    folder, _ = model_folder("gemma2", sliding_window=8, vocab_size=len(vocabulary))
+    fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    if from_file:
+        whole = sentencepiece_bytes(vocabulary, merges, added=("\u2581\u2581", "\n\n", "<turn>"), prefix=0)
+        (folder / "tokenizer.model").write_bytes(whole)
+        turn = {str(vocabulary["<turn>"]): {"content": "<turn>", "special": True}}
+        settings = {"add_bos_token": True, "added_tokens_decoder": turn}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    export_gguf(folder, tmp_path / "model.gguf", "f32")
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert file.metadata["tokenizer.ggml.add_space_prefix"] is False
+        tokens, kinds = (file.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+    assert tokens[-2:] == ["  ", "\n\n"]
+    assert kinds[-3:] == [TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.USER_DEFINED]
+    runner = run_gguf(tmp_path / "model.gguf")
+    for text in [*TEXTS, "And  he   said\n\nunto    them", "  x"]:
+        assert runner.tokenize(text).tolist() == fast(text)["input_ids"]
+
+
+@pytest.mark.parametrize("called", ["phi3", "tiny", "Phi-3-mini"])
+@pytest.mark.parametrize("strips", [False, True])
+def test_white_space_after_special_tokens_is_dropped_where_the_tokenizer_does(
+    strips, called, shipped, model_folder, run_gguf, tmp_path
+):
+    from tokenizers import AddedToken
+
+    tokenizer, vocabulary, _ = sentencepiece_like(read_text(shipped / "search.txt")[:30_000])
+    marks = ["<|endoftext|>", "<|user|>", "<|end|>"]
+    # Phi-3's own tokens are there and strip; or they are not, and llama.cpp must not ask for them.
+    added = [AddedToken(mark, rstrip=strips, normalized=False, special=True) for mark in marks[not strips :]]
+    tokenizer.add_special_tokens([*(["<unk>", "<s>", "</s>"] if strips else []), *added])
+    folder, _ = model_folder("phi3", vocab_size=len(vocabulary) + len(added))
+    fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    export_gguf(folder.rename(tmp_path / called), tmp_path / "model.gguf", "q8_0")
+    runner = run_gguf(tmp_path / "model.gguf")
+    chat = "<|user|>\n Who is God?<|end|>\n<|user|>x  y"
+    found = runner.llama.tokenize(chat.encode(), add_bos=False, special=True)
+    assert found == fast(chat, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_of_several_chat_templates_the_default_is_written(from_file, shipped, model_folder, tmp_path):
+    tokenizer, vocabulary, merges = sentencepiece_like(read_text(shipped / "search.txt")[:5_000])
+    folder, _ = model_folder("mistral", vocab_size=len(vocabulary))
+    fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    templates = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    if from_file:
+        (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(vocabulary, merges))
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    else:
+        fast.chat_template = templates
+        fast.save_pretrained(folder)
+    export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert file.metadata["tokenizer.chat_template"] == templates["default"]
 
 
 def test_damaged_sentencepiece_files_are_refused(tmp_path):

@@ -173,6 +173,23 @@ def test_quantize_groupwise_is_within_half_a_step(cpu_tier: str, values: list[fl
         assert error <= 0.5001 * qw.scales.item() if weight.abs().max() > 0 else error == 0
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("spelling", ["w2g32", "w2g64z", "w3g32z", "w4g64"])
+def test_quantize_groupwise_decides_ties_as_the_reference(
+    cpu_tier: str, spelling: str, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(-6, 7, (64, 512), generator=generator) / 4  # halves of a step are among them
+    unit = torch.tensor([0.75, 1.0, 1e-5, 3.0, 1e-8])[torch.randint(0, 5, (64, 1), generator=generator)]
+    weight = (steps * unit * torch.rand(64, 1, generator=generator).round(decimals=1)).to(dtype)
+    weight[3], weight[4, ::2] = 0.0, -0.0
+    for scale_dtype in FLOAT_DTYPES:
+        for search in ("minmax", "mse"):
+            options = {"search": search, "scale_dtype": scale_dtype}
+            expected = quantize_groupwise(weight, spelling, backend="reference", **options)
+            assert_same(quantize_groupwise(weight, spelling, **options), expected, options)
+
+
 @pytest.mark.parametrize("spelling", ["w4g128", "w4g128z", "w3tz", "w8t", "nf4g64"])
 def test_quantize_groupwise_reads_strided_weights(backend: str, spelling: str) -> None:
     whole = random_weight((40, 300))

@@ -133,7 +133,7 @@ def test_what_is_copied_is_checked_before_any_work(folder, name, monkeypatch):
     def work(*_):
         raise AssertionError("work had begun")
 
-    monkeypatch.setattr(sys.modules[quantize.__module__], "_calibration", work)
+    monkeypatch.setattr(sys.modules[quantize.__module__], "calibration_ids", work)
     monkeypatch.setattr(sys.modules[quantize.__module__]._Run, "layers", work)
     for method in ("rtn", "gptq"):
         fails(folder, InputError, f"tensor {name} of .* NaN", method=method, calibration=IDS)

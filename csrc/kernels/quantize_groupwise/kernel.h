@@ -309,17 +309,13 @@ struct Quantizer {
                args.K % args.group_size == 0 && args.K % (4 * kLanes) == 0;
     }
 
-    // Codes of groups [first, first + count), whose grids are at hand. kShared: how many Lanes in a row of four have
-    // the same grid.
-    template <int B, int kShared>
-    __attribute__((noinline)) void encode_groups(int64_t n, int64_t first, int64_t count, const Grids& grids) const {
+    // Codes of columns [from, last): calls f(weights, k, words) for every 64 of them.
+    template <int B, class F>
+    void each_block(int64_t n, int64_t from, int64_t last, F&& f) const {
         uint32_t* const words = args.codes + n * args.code_words;
         const bool streamed = args.streamed && whole_lines(words);
         alignas(64) uint32_t chunk[kColumns * B / 32];
-        int shift = 0;
-        while (int64_t{kLanes} << shift < args.group_size) ++shift;
-        const int64_t from = first * args.group_size, last = from + count * args.group_size;
-        const int64_t to_next = args.row_stride * kSize;  // the next row is fetched while this one is divided
+        const int64_t to_next = args.row_stride * kSize;  // the next row is fetched while this one is encoded
         constexpr int64_t kWhole = 4 * kLanes;
         for (int64_t begin = from; begin < last; begin += kColumns) {
             const int64_t end = begin + kColumns < last ? begin + kColumns : last;
@@ -327,16 +323,40 @@ struct Quantizer {
             const char* weights = row + begin * kSize;
             for (int64_t k = begin; k < end; k += kWhole, weights += kWhole * kSize, to += kWhole * B / 32) {
                 for (int64_t i = 0; i < kWhole * kSize; i += 64) __builtin_prefetch(weights + to_next + i);
-                Lanes x[4], zeros[4];
-                for (int i = 0; i < 4; ++i) {
-                    const int64_t g = ((k - from) / kLanes + i / kShared * kShared) >> shift;
-                    x[i] = div(load_lanes<D>(weights, i * kLanes), splat(grids.scale[g]));
-                    zeros[i] = splat(grids.zero[g]);
-                }
-                store_codes_of<B>(to, x, zeros);
+                f(weights, k, to);
             }
             if (streamed) copy_out(words + begin * B / 32, chunk, (end - begin) * B / 8, true);
         }
+    }
+
+    // Codes of groups [first, first + count), whose grids are at hand. kShared: how many Lanes in a row of four have
+    // the same grid.
+    template <int B, int kShared>
+    __attribute__((noinline)) void encode_groups(int64_t n, int64_t first, int64_t count, const Grids& grids) const {
+        int shift = 0;
+        while (int64_t{kLanes} << shift < args.group_size) ++shift;
+        const int64_t from = first * args.group_size, last = from + count * args.group_size;
+#if defined(QK_TWO_BITS)
+        if constexpr (B == 2 && D != DType::f32) {
+            Thresholds thresholds;
+            if (args.scale_dtype != DType::f32 && thresholds_of<D>(grids.scale, grids.zero, &thresholds)) {
+                return each_block<B>(n, from, last, [&](const char* weights, int64_t k, uint32_t* to) {
+                    const int64_t at = (k - from) / kLanes;
+                    store_two_bits(to, weights, thresholds, at >> shift);
+                    store_two_bits(to + 2, weights + 64, thresholds, (at + 2) >> shift);
+                });
+            }
+        }
+#endif
+        each_block<B>(n, from, last, [&](const char* weights, int64_t k, uint32_t* to) {
+            Lanes x[4], zeros[4];
+            for (int i = 0; i < 4; ++i) {
+                const int64_t g = ((k - from) / kLanes + i / kShared * kShared) >> shift;
+                x[i] = div(load_lanes<D>(weights, i * kLanes), splat(grids.scale[g]));
+                zeros[i] = splat(grids.zero[g]);
+            }
+            store_codes_of<B>(to, x, zeros);
+        });
     }
 
     template <int B>

@@ -28,6 +28,7 @@ COMMANDS: Final = (
     "info",
     "demo",
     "quantize",
+    "imatrix",
     "export-gguf",
     "perplexity",
     "generate",

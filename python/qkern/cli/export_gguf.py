@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -16,33 +17,92 @@ def command(
         str,
         typer.Option(
             "--type",
-            help="q8_0, q4_0, q4_1, q5_0, q5_1, q4_k_m, q6_k, f16, bf16 or f32 (llama.cpp's mixtures).",
+            help="llama.cpp's mixtures: q2_k, q2_k_s, q3_k_s|m|l, q4_k_s|m, q5_k_s|m, q6_k, q4_0, q4_1, "
+            "q5_0, q5_1, q8_0, iq4_nl, iq4_xs; or f16, bf16, f32.",
         ),
     ] = "q4_k_m",
-    pure: Annotated[bool, typer.Option(help="The base type for every matrix.")] = False,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=TYPE",
+            help="Type of the tensors in whose llama.cpp name the regular expression is found, such as "
+            "ffn_down=q6_k; the first that matches wins. Repeatable.",
+        ),
+    ] = None,
+    token_embedding_type: Annotated[
+        str | None, typer.Option(help="Type of token_embd.weight; comes before --tensor-type.")
+    ] = None,
+    output_tensor_type: Annotated[
+        str | None, typer.Option(help="Type of output.weight; comes before --tensor-type.")
+    ] = None,
+    pure: Annotated[bool, typer.Option(help="The base type for every other matrix.")] = False,
     pre_tokenizer: Annotated[
         str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, where it is not recognized.")
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Weigh errors by the activations of this text: a file, .jsonl of 'text' or 'messages', or a "
+            "Hugging Face dataset."
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Weigh errors by this importance matrix, qkern's or llama.cpp's.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence, at most the model's.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration's draw.")] = 0,
+    device: Annotated[str, typer.Option(help="Of the calibration: auto, cpu, cuda, cuda:1, mps")] = "auto",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Cut into files of at most this size, such as 5GB; default: one file.")
+    ] = None,
+    modelfile: Annotated[bool, typer.Option(help="Write Ollama's Modelfile beside the file.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing; print every tensor's type and all sizes.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write a model as one GGUF file that llama.cpp runs."""
+    """Write a model as a GGUF file that llama.cpp runs."""
     from qkern.pipelines.export_gguf import export_gguf
 
-    report = export_gguf(model, output, kind, pure=pure, pre_tokenizer=pre_tokenizer)
+    report = export_gguf(
+        model,
+        output,
+        kind,
+        tensor_types=_tensor_types(token_embedding_type, output_tensor_type, tensor_type or []),
+        pure=pure,
+        pre_tokenizer=pre_tokenizer,
+        calibration=calibration,
+        imatrix=imatrix,
+        samples=samples,
+        length=length,
+        seed=seed,
+        device=device,
+        max_shard_size=max_shard_size,
+        modelfile=modelfile,
+        dry_run=dry_run,
+    )
     if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "path": str(report.path),
-                    "type": report.type,
-                    "tensors": report.counts,
-                    "weights": report.weights,
-                    "file_bytes": report.file_bytes,
-                    "bpw_file": report.bpw_file,
-                }
-            )
-        )
+        content: dict[str, object] = {
+            "path": str(report.path),
+            "files": [str(file) for file in report.files],
+            "type": report.type,
+            "tensors": report.counts,
+            "weights": report.weights,
+            "file_bytes": report.file_bytes,
+            "bpw_file": report.bpw_file,
+            "exact": report.exact,
+        }
+        if dry_run:
+            content["plan"] = [asdict(tensor) for tensor in report.tensors]
+        typer.echo(json.dumps(content))
         return
+    if dry_run:
+        # One a line and unfolded, for whoever searches or counts them.
+        width = max(len(tensor.name) for tensor in report.tensors)
+        for tensor in report.tensors:
+            shape = "x".join(map(str, tensor.shape))
+            typer.echo(f"{tensor.name:{width}}  {tensor.type:6}  {shape:>13}  {tensor.bytes:>14,} bytes")
     from rich.console import Console
     from rich.table import Table
 
@@ -50,10 +110,28 @@ def command(
     table.add_column("type")
     table.add_column("tensors", justify="right")
     table.add_column("weights", justify="right")
+    table.add_column("exact", justify="right")
     for name, count in report.counts.items():
-        table.add_row(name, str(count), f"{report.weights[name]:,}")
+        table.add_row(
+            name, str(count), f"{report.weights[name]:,}", "" if dry_run else str(report.exact_counts[name])
+        )
     Console().print(table)
     # Outside the table, which would fold a long path.
-    typer.echo(
-        f"{report.type}, {report.file_bytes / 1e6:.2f} MB, bpw_file {report.bpw_file:.3f}: {report.path}"
-    )
+    size = f"{report.file_bytes:,} bytes" if dry_run else f"{report.file_bytes / 1e6:.2f} MB"
+    written = ", not written" if dry_run else ""
+    typer.echo(f"{report.type}, {size}, bpw_file {report.bpw_file:.3f}{written}: {report.path}")
+
+
+def _tensor_types(embedding: str | None, output: str | None, pairs: list[str]) -> dict[str, str]:
+    ends = {r"^token_embd\.weight$": embedding, r"^output\.weight$": output}
+    types = {pattern: kind for pattern, kind in ends.items() if kind is not None}
+    for pair in pairs:
+        pattern, _, kind = pair.rpartition("=")
+        if not pattern or not kind:
+            raise typer.BadParameter(
+                f"--tensor-type must be PATTERN=TYPE, such as ffn_down=q6_k: got {pair!r}"
+            )
+        if pattern in types:
+            raise typer.BadParameter(f"--tensor-type {pattern}= is there twice, {types[pattern]} and {kind}")
+        types[pattern] = kind
+    return types

@@ -8,7 +8,7 @@ import typer
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")],
     prompt: Annotated[str, typer.Option(help="Text to continue, or with --chat the user's message.")],
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,

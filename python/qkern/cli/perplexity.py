@@ -18,14 +18,22 @@ class Compute(StrEnum):
     INT8 = "int8"
 
 
+class Runner(StrEnum):
+    """What runs a GGUF."""
+
+    LLAMA_CPP = "llama.cpp"
+    QKERN = "qkern"
+
+
 def command(
     model: Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text file to read.")],
     window: Annotated[int, typer.Option(min=4, help="Tokens of a window.")] = 512,
     compute: Annotated[
-        Compute, typer.Option(help="Keep activations, or quantize them to int8 (not for a GGUF).")
+        Compute, typer.Option(help="Keep activations, or quantize them to int8 (not in llama.cpp).")
     ] = Compute.FLOAT,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps (not for a GGUF).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps (not in llama.cpp).")] = "auto",
+    runner: Annotated[Runner, typer.Option(help="What runs a .gguf file.")] = Runner.LLAMA_CPP,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity of a model on a text.
@@ -38,7 +46,7 @@ def command(
     content = read_text(text)
     run, ids, bos, source = (
         _open_gguf(model, content, window, compute, device)
-        if model.endswith(".gguf")
+        if model.endswith(".gguf") and runner is Runner.LLAMA_CPP
         else _open(model, content, device)
     )
     losses = token_losses(run, ids, window=window, bos=bos, compute=compute.value)
@@ -78,11 +86,13 @@ def _open_gguf(
 
     if compute is Compute.INT8:
         raise UnsupportedError(
-            "--compute int8 does not apply to a GGUF, which llama.cpp runs by itself; leave --compute out"
+            "--compute int8 does not apply to a GGUF, which llama.cpp runs by itself; leave --compute out, "
+            "or add --runner qkern"
         )
     if device != "auto":
         raise UnsupportedError(
-            "--device does not apply to a GGUF, which llama.cpp runs by itself; leave --device out"
+            "--device does not apply to a GGUF, which llama.cpp runs by itself; leave --device out, "
+            "or add --runner qkern"
         )
     llama = LlamaCpp(model, context=window)
     return llama, llama.tokenize(text), llama.bos, "llama.cpp"

@@ -1,24 +1,144 @@
-"""Architectures as GGUF knows them: names and shapes of tensors, metadata, and the order of rotary rows."""
+"""Architectures as GGUF knows them, as data: tensors and their changes, metadata, what llama.cpp computes."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor
+from qkern.errors import UnsupportedError
+from qkern.gguf.rope import add_rope, head_dim
 
-from qkern.errors import FormatError, UnsupportedError
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["ARCHITECTURES", "GGUFArchitecture", "architecture_for"]
+__all__ = ["ARCHITECTURES", "Change", "FusedExperts", "GGUFArchitecture", "Weight", "architecture_for"]
 
 logger = logging.getLogger(__name__)
 
 Config = Mapping[str, Any]
 """A transformers configuration as a dictionary, defaults filled in."""
+
+_HEAD: Final = "lm_head"
+_EXPERT: Final = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is done to a tensor on its way into the file.
+
+    Parameters
+    ----------
+    to_file : callable
+        From tensor and configuration to the tensor of the file.
+    from_file : callable
+        Undoes it.
+    """
+
+    to_file: Callable[[Tensor, Config], Tensor]
+    from_file: Callable[[Tensor, Config], Tensor]
+
+
+def _rotary(heads: str) -> Change:
+    """Reorder rows: llama.cpp's llama rotates pairs of neighbours, transformers the two halves of a head."""
+
+    def to_file(tensor: Tensor, config: Config) -> Tensor:
+        halves = tensor.reshape(config[heads], 2, -1, *tensor.shape[1:])
+        return halves.transpose(1, 2).reshape(tensor.shape)
+
+    def from_file(tensor: Tensor, config: Config) -> Tensor:
+        pairs = tensor.reshape(config[heads], -1, 2, *tensor.shape[1:])
+        return pairs.transpose(1, 2).reshape(tensor.shape)
+
+    return Change(to_file, from_file)
+
+
+_NONE: Final = Change(lambda tensor, _: tensor, lambda tensor, _: tensor)
+# transformers adds the one when it multiplies.
+_PLUS_ONE: Final = Change(lambda tensor, _: tensor.float() + 1, lambda tensor, _: tensor - 1)
+_ROW_TO_VECTOR: Final = Change(lambda tensor, _: tensor.squeeze(0), lambda tensor, _: tensor.unsqueeze(0))
+
+
+@dataclass(frozen=True, slots=True)
+class FusedExperts:
+    """Where experts lie in a checkpoint that has them as one 3-D parameter, as transformers has in memory.
+
+    Parameters
+    ----------
+    parameter : str
+        Its name in the layer.
+    part, parts : int
+        Which of how many equal parts of an expert's rows.
+    """
+
+    parameter: str
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight of an architecture, with its bias.
+
+    Parameters
+    ----------
+    module : str
+        transformers' name; in a layer, from the layer on. ``*`` stands for the number of an expert: the file
+        has all experts as one tensor.
+    file : str
+        llama.cpp's name, likewise.
+    shape : tuple of str
+        In the file; the names of `_sizes`.
+    bias : str or bool
+        Whether it has a bias, or the key of the configuration that says so.
+    change : Change
+        What is done to weight and bias on the way into the file.
+    fused : FusedExperts, optional
+        Another place where a checkpoint may have it.
+    """
+
+    module: str
+    file: str
+    shape: tuple[str, ...]
+    bias: str | bool = False
+    change: Change = _NONE
+    fused: FusedExperts | None = None
+
+    def has_bias(self, config: Config) -> bool:
+        """Whether a model with this configuration has the bias."""
+        return bool(config.get(self.bias)) if isinstance(self.bias, str) else self.bias
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    heads, head = config["num_attention_heads"], head_dim(config)
+    keys = (config.get("num_key_value_heads") or heads) * head
+    inner = config["intermediate_size"]
+    return {
+        "vocab": config["vocab_size"],
+        "hidden": config["hidden_size"],
+        "inner": inner,
+        "gate and up": 2 * inner,
+        "head": head,
+        "queries": heads * head,
+        "keys": keys,
+        "q, k and v": heads * head + 2 * keys,
+        "experts": expert_count(config),
+        "expert inner": config.get("moe_intermediate_size") or inner,
+        "shared inner": config.get("shared_expert_intermediate_size") or 0,
+        "positions": config.get("max_position_embeddings") or 0,
+        "token types": config.get("type_vocab_size") or 0,
+    }
+
+
+def expert_count(config: Config) -> int:
+    """Experts of a layer; 0 in a dense model."""
+    return int(config.get("num_local_experts") or config.get("num_experts") or 0)
+
+
+Demands = Mapping[str, tuple[Any, ...]]
+"""Keys of a configuration and the values that llama.cpp computes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,106 +151,127 @@ class GGUFArchitecture:
         transformers' name.
     name : str
         llama.cpp's name.
-    interleaved_rope : bool
-        llama.cpp rotates neighbouring pairs of rows of q and k, transformers the two halves of a head: the
-        rows are reordered.
-    qk_norm : bool
-        Queries and keys are normalized a head.
-    qkv_bias : bool
-        q, k and v always have a bias.
-    optional_bias : bool
-        llama.cpp reads the biases that ``attention_bias`` switches on.
-    seventy_b : bool
-        80 layers with grouped queries are the model whose value matrices get more bits.
+    first, layer, last : tuple of Weight
+        The weights before the layers, of each layer, and after them, in the order of the file.
+    metadata : tuple of callable
+        Each writes some keys, given a ``gguf.GGUFWriter`` and the configuration.
+    demands : callable
+        From the configuration to what llama.cpp demands of it.
+    layers : str
+        What transformers' names of a layer begin with, before its number.
+    rope : tuple of str
+        Kinds of rotary scaling that llama.cpp has for it; none: no rotary positions.
+    renames : tuple of (str, str)
+        Regular expressions and replacements from names of older or other checkpoints to transformers' own.
+    ignored : tuple of str
+        Regular expressions of tensors that a checkpoint may have and the file does not.
+    is_encoder : bool
+        It gives embeddings, not logits; how they are pooled is ``config["pooling"]``.
+    ties_head : bool
+        llama.cpp takes the embedding for the head where the file has none.
     """
 
     model_type: str
     name: str
-    interleaved_rope: bool = False
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    optional_bias: bool = True
-    seventy_b: bool = False
+    first: tuple[Weight, ...]
+    layer: tuple[Weight, ...]
+    last: tuple[Weight, ...]
+    metadata: tuple[Callable[[Any, Config], None], ...]
+    demands: Callable[[Config], Demands]
+    layers: str = "model.layers."
+    rope: tuple[str, ...] = ("default", "linear", "yarn")
+    # Files of a bare decoder leave the prefix out.
+    renames: tuple[tuple[str, str], ...] = ((rf"^(?!model\.|{_HEAD}\.)", "model."),)
+    ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$", r"self_attn\.masked_bias$")
+    is_encoder: bool = False
+    ties_head: bool = True
+    _weights: dict[str, Weight] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found = {weight.module: weight for weight in (*self.first, *self.layer, *self.last)}
+        object.__setattr__(self, "_weights", found)
+
+    def _walk(self, config: Config) -> Iterator[tuple[str, str, Weight]]:
+        """Yield every tensor's name here, name in the file, and weight, in the order of the file."""
+        groups = [("", "", self.first)]
+        groups += [
+            (f"{self.layers}{layer}.", f"blk.{layer}.", self.layer)
+            for layer in range(config["num_hidden_layers"])
+        ]
+        for prefix, file_prefix, weights in (*groups, ("", "", self.last)):
+            for weight in weights:
+                yield f"{prefix}{weight.module}.weight", f"{file_prefix}{weight.file}.weight", weight
+                if weight.has_bias(config):
+                    yield f"{prefix}{weight.module}.bias", f"{file_prefix}{weight.file}.bias", weight
 
     def shapes(self, config: Config, *, tied: bool) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the model by transformers' name, in the order of the file."""
-        hidden, inner, head = config["hidden_size"], config["intermediate_size"], head_dim(config)
-        queries = config["num_attention_heads"] * head
-        keys = config["num_key_value_heads"] * head
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-        for layer in range(config["num_hidden_layers"]):
-            matrices = {
-                "self_attn.q_proj": (queries, hidden),
-                "self_attn.k_proj": (keys, hidden),
-                "self_attn.v_proj": (keys, hidden),
-                "self_attn.o_proj": (hidden, queries),
-                "mlp.gate_proj": (inner, hidden),
-                "mlp.up_proj": (inner, hidden),
-                "mlp.down_proj": (hidden, inner),
-            }
-            prefix = f"model.layers.{layer}."
-            shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-            for module, shape in matrices.items():
-                shapes[f"{prefix}{module}.weight"] = shape
-                if self._has_bias(module, config):
-                    shapes[f"{prefix}{module}.bias"] = shape[:1]
-            if self.qk_norm:
-                shapes[f"{prefix}self_attn.q_norm.weight"] = (head,)
-                shapes[f"{prefix}self_attn.k_norm.weight"] = (head,)
-            shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-        shapes["model.norm.weight"] = (hidden,)
-        if not tied:
-            shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+        """Shape in the file of every tensor of the model, by transformers' name and in the order of the file.
+
+        All experts are one tensor, in whose name ``*`` stands for an expert's number.
+        """
+        sizes = _sizes(config)
+        shapes = {}
+        for name, _, weight in self._walk(config):
+            shape = tuple(sizes[size] for size in weight.shape)
+            if not (tied and weight.module == _HEAD):
+                shapes[name] = shape[:1] if name.endswith(".bias") else shape
         return shapes
 
-    def _has_bias(self, module: str, config: Config) -> bool:
-        if module.startswith("mlp."):
-            return bool(config.get("mlp_bias"))
-        if self.qkv_bias:
-            return not module.endswith("o_proj")
-        return bool(config.get("attention_bias"))
-
     def names(self, config: Config) -> dict[str, str]:
-        """Map transformers' tensor names to llama.cpp's."""
-        import gguf
+        """Map transformers' tensor names to llama.cpp's; the names are those of `shapes`."""
+        return {name: file_name for name, file_name, _ in self._walk(config)}
 
-        number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
-        table = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
-        names = {}
-        for name in self.shapes(config, tied=False):
-            mapped = table.get_name(name, try_suffixes=(".weight", ".bias"))
-            if mapped is None:
-                raise UnsupportedError(
-                    f"the gguf package has no name for {name} of {self.name}; upgrade gguf"
-                )
-            names[name] = mapped
-        return names
+    def weight_of(self, name: str) -> Weight:
+        """Look the weight up that a tensor of `shapes` is, or is the bias of."""
+        module, _, _ = name.rpartition(".")
+        return self._weights[re.sub(rf"^{re.escape(self.layers)}\d+\.", "", module)]
+
+    def pieces(self, name: str, experts: int) -> list[str]:
+        """Names of the tensors that a checkpoint has for a tensor of `shapes`: one, or one an expert."""
+        if _EXPERT not in name:
+            return [name]
+        return [name.replace(_EXPERT, str(expert)) for expert in range(experts)]
+
+    def fused_name(self, name: str) -> str | None:
+        """Name of the parameter that may hold all experts instead of `pieces`."""
+        weight = self.weight_of(name)
+        if weight.fused is None:
+            return None
+        return name.removesuffix(f"{weight.module}.weight") + weight.fused.parameter
+
+    def own_name(self, stored: str) -> str | None:
+        """Return transformers' name of a checkpoint's tensor; None if the file has no such tensor."""
+        for pattern, replacement in self.renames:
+            stored = re.sub(pattern, replacement, stored)
+        return None if any(re.search(pattern, stored) for pattern in self.ignored) else stored
 
     def to_file_order(self, name: str, tensor: Tensor, config: Config) -> Tensor:
-        """Reorder the rows of a rotary projection (weight or bias) as llama.cpp wants them."""
-        heads = self._rotary_heads(name, config)
-        if heads is None:
-            return tensor
-        return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        """Change a tensor of `shapes` into that of the file."""
+        return self.weight_of(name).change.to_file(tensor, config)
 
     def from_file_order(self, name: str, tensor: Tensor, config: Config) -> Tensor:
         """Undo `to_file_order`."""
-        heads = self._rotary_heads(name, config)
-        if heads is None:
-            return tensor
-        return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        return self.weight_of(name).change.from_file(tensor, config)
 
-    def _rotary_heads(self, name: str, config: Config) -> int | None:
-        if self.interleaved_rope and ".q_proj." in name:
-            return int(config["num_attention_heads"])
-        if self.interleaved_rope and ".k_proj." in name:
-            return int(config["num_key_value_heads"])
-        return None
+    @property
+    def has_experts(self) -> bool:
+        """Whether its layers choose among experts."""
+        return any(_EXPERT in weight.module for weight in self.layer)
 
-    def is_70b(self, config: Config) -> bool:
-        """Whether llama.cpp takes the model for a 70B one."""
-        grouped = config["num_attention_heads"] != config["num_key_value_heads"]
-        return self.seventy_b and config["num_hidden_layers"] == 80 and grouped
+    def check(self, config: Config) -> None:
+        """Refuse a model that uses what llama.cpp does not compute for this architecture.
+
+        Raises
+        ------
+        UnsupportedError
+            Naming the key of the configuration.
+        """
+        for key, allowed in self.demands(config).items():
+            if config.get(key) not in allowed:
+                raise UnsupportedError(
+                    f"{key} {config.get(key)!r} is not what llama.cpp's {self.name} computes: allowed is "
+                    f"{' or '.join(map(repr, allowed))}"
+                )
 
     def add_metadata(self, writer: Any, config: Config) -> None:
         """Write the hyperparameters.
@@ -138,40 +279,300 @@ class GGUFArchitecture:
         Raises
         ------
         UnsupportedError
-            If the model uses what llama.cpp does not compute for this architecture.
+            If llama.cpp does not have the model's rotary scaling.
         """
-        if config["hidden_act"] != "silu":
-            raise UnsupportedError(
-                f"hidden_act {config['hidden_act']!r}: llama.cpp's {self.name} has silu only"
-            )
-        if config.get("attention_bias") and not self.optional_bias:
-            raise UnsupportedError(
-                f"attention_bias is true, but llama.cpp's {self.name} has no biases and cannot load it"
-            )
-        head = head_dim(config)
-        writer.add_context_length(config["max_position_embeddings"])
-        writer.add_embedding_length(config["hidden_size"])
-        writer.add_feed_forward_length(config["intermediate_size"])
-        writer.add_block_count(config["num_hidden_layers"])
-        writer.add_head_count(config["num_attention_heads"])
-        writer.add_head_count_kv(config["num_key_value_heads"])
-        writer.add_key_length(head)
-        writer.add_value_length(head)
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        writer.add_rope_dimension_count(head)
-        writer.add_vocab_size(config["vocab_size"])
-        _add_rope(writer, config)
-        _warn_of_window(config)
+        for write in self.metadata:
+            write(writer, config)
+        if self.rope:
+            add_rope(writer, config, self.rope)
 
 
-ARCHITECTURES: Final[dict[str, GGUFArchitecture]] = {
-    architecture.model_type: architecture
-    for architecture in (
-        GGUFArchitecture(model_type="llama", name="llama", interleaved_rope=True, seventy_b=True),
-        GGUFArchitecture(model_type="mistral", name="llama", interleaved_rope=True, seventy_b=True),
-        GGUFArchitecture(model_type="qwen2", name="qwen2", qkv_bias=True, seventy_b=True),
-        GGUFArchitecture(model_type="qwen3", name="qwen3", qk_norm=True, optional_bias=False),
+def _add_sizes(writer: Any, config: Config) -> None:
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_vocab_size(config["vocab_size"])
+
+
+def _add_decoder(writer: Any, config: Config) -> None:
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+
+
+def _add_experts(writer: Any, config: Config) -> None:
+    writer.add_expert_count(expert_count(config))
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if config.get("moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if config.get("shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+
+
+def _warn_of_window(_: Any, config: Config) -> None:
+    window = config.get("sliding_window")
+    if window and config.get("use_sliding_window", True) and window < config["max_position_embeddings"]:
+        logger.warning(
+            "sliding_window %d is not written: llama.cpp attends to all positions; results differ beyond it",
+            window,
+        )
+
+
+def _add_gemma2(writer: Any, config: Config) -> None:
+    writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    writer.add_sliding_window(config["sliding_window"] or config["max_position_embeddings"])
+
+
+def _add_encoder(writer: Any, config: Config) -> None:
+    import gguf
+
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_causal_attention(False)
+    writer.add_token_type_count(config["type_vocab_size"])
+    writer.add_pooling_type(gguf.PoolingType[config["pooling"].upper()])
+
+
+def _demand_silu(config: Config) -> Demands:
+    return {"hidden_act": ("silu",)}
+
+
+def _demand_no_bias(config: Config) -> Demands:
+    return {"hidden_act": ("silu",), "attention_bias": (False, None)}
+
+
+def _demand_all_experts(config: Config) -> Demands:
+    return {"hidden_act": ("silu",), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
+
+
+def _demand_gemma2(config: Config) -> Demands:
+    layers = config["num_hidden_layers"]
+    # llama.cpp knows the 27B model, which scales otherwise, by its number of layers.
+    scale = config["hidden_size"] // config["num_attention_heads"] if layers == 46 else head_dim(config)
+    return {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False, None),
+        "tie_word_embeddings": (True,),
+        "use_bidirectional_attention": (False, None),
+        "query_pre_attn_scalar": (scale,),
+        "attn_logit_softcapping": (config.get("attn_logit_softcapping") or 50.0,),
+        "final_logit_softcapping": (config.get("final_logit_softcapping") or 30.0,),
+        "layer_types": ([("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)],),
+    }
+
+
+def _demand_bert(config: Config) -> Demands:
+    return {
+        "hidden_act": ("gelu",),
+        "is_decoder": (False, None),
+        "position_embedding_type": ("absolute", None),
+    }
+
+
+_EMBEDDING: Final = (Weight("model.embed_tokens", "token_embd", ("vocab", "hidden")),)
+_NORM: Final = Weight("model.norm", "output_norm", ("hidden",))
+_LAST: Final = (_NORM, Weight(_HEAD, "output", ("vocab", "hidden")))
+_ATTENTION_NORM: Final = Weight("input_layernorm", "attn_norm", ("hidden",))
+_FFN_NORM: Final = Weight("post_attention_layernorm", "ffn_norm", ("hidden",))
+_QK_NORM: Final = (
+    Weight("self_attn.q_norm", "attn_q_norm", ("head",)),
+    Weight("self_attn.k_norm", "attn_k_norm", ("head",)),
+)
+_EXPERTS: Final = (
+    Weight("mlp.gate", "ffn_gate_inp", ("experts", "hidden")),
+    Weight(
+        "mlp.experts.*.gate_proj",
+        "ffn_gate_exps",
+        ("experts", "expert inner", "hidden"),
+        fused=FusedExperts("mlp.experts.gate_up_proj", 0, 2),
+    ),
+    Weight(
+        "mlp.experts.*.up_proj",
+        "ffn_up_exps",
+        ("experts", "expert inner", "hidden"),
+        fused=FusedExperts("mlp.experts.gate_up_proj", 1, 2),
+    ),
+    Weight(
+        "mlp.experts.*.down_proj",
+        "ffn_down_exps",
+        ("experts", "hidden", "expert inner"),
+        fused=FusedExperts("mlp.experts.down_proj"),
+    ),
+)
+_SHARED_EXPERT: Final = (
+    Weight("mlp.shared_expert.gate_proj", "ffn_gate_shexp", ("shared inner", "hidden")),
+    Weight("mlp.shared_expert.up_proj", "ffn_up_shexp", ("shared inner", "hidden")),
+    Weight("mlp.shared_expert.down_proj", "ffn_down_shexp", ("hidden", "shared inner")),
+    Weight("mlp.shared_expert_gate", "ffn_gate_inp_shexp", ("hidden",), change=_ROW_TO_VECTOR),
+)
+
+
+def _attention(
+    *, bias: str | bool = False, output_bias: str | bool = False, interleaved: bool = False
+) -> tuple[Weight, ...]:
+    q, k = (_rotary("num_attention_heads"), _rotary("num_key_value_heads")) if interleaved else (_NONE, _NONE)
+    return (
+        Weight("self_attn.q_proj", "attn_q", ("queries", "hidden"), bias, q),
+        Weight("self_attn.k_proj", "attn_k", ("keys", "hidden"), bias, k),
+        Weight("self_attn.v_proj", "attn_v", ("keys", "hidden"), bias),
+        Weight("self_attn.o_proj", "attn_output", ("hidden", "queries"), output_bias),
     )
+
+
+def _ffn(bias: str | bool = False) -> tuple[Weight, ...]:
+    return (
+        Weight("mlp.gate_proj", "ffn_gate", ("inner", "hidden"), bias),
+        Weight("mlp.up_proj", "ffn_up", ("inner", "hidden"), bias),
+        Weight("mlp.down_proj", "ffn_down", ("hidden", "inner"), bias),
+    )
+
+
+def _decoder(model_type: str, name: str, *layer: Weight, **settings: Any) -> GGUFArchitecture:
+    """Describe a decoder: an architecture with the defaults that most have."""
+    settings = {
+        "first": _EMBEDDING,
+        "layer": layer,
+        "last": _LAST,
+        "metadata": (_add_sizes, _add_decoder, _warn_of_window),
+        "demands": _demand_silu,
+        **settings,
+    }
+    return GGUFArchitecture(model_type=model_type, name=name, **settings)
+
+
+def _norm_plus_one(module: str, file: str) -> Weight:
+    return Weight(module, file, ("hidden",), change=_PLUS_ONE)
+
+
+_LLAMA_ROPE: Final = ("default", "linear", "yarn", "llama3")
+_LLAMA_LAYER: Final = (
+    _ATTENTION_NORM,
+    *_attention(bias="attention_bias", output_bias="attention_bias", interleaved=True),
+    *_ffn("mlp_bias"),
+    _FFN_NORM,
+)
+_ALL: Final = (
+    _decoder("llama", "llama", *_LLAMA_LAYER, rope=_LLAMA_ROPE),
+    _decoder("mistral", "llama", *_LLAMA_LAYER, rope=_LLAMA_ROPE),
+    _decoder("qwen2", "qwen2", _ATTENTION_NORM, *_attention(bias=True), *_ffn(), _FFN_NORM),
+    _decoder(
+        "qwen3",
+        "qwen3",
+        _ATTENTION_NORM,
+        *_attention(),
+        *_ffn(),
+        *_QK_NORM,
+        _FFN_NORM,
+        demands=_demand_no_bias,
+    ),
+    _decoder(
+        "mixtral",
+        "llama",
+        _ATTENTION_NORM,
+        *_attention(interleaved=True),
+        _FFN_NORM,
+        *_EXPERTS,
+        metadata=(_add_sizes, _add_decoder, _add_experts, _warn_of_window),
+        rope=_LLAMA_ROPE,
+        renames=(
+            (rf"^(?!model\.|{_HEAD}\.)", "model."),
+            (r"\.block_sparse_moe\.", ".mlp."),
+            (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
+            (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
+            (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
+        ),
+    ),
+    _decoder(
+        "qwen2_moe",
+        "qwen2moe",
+        _ATTENTION_NORM,
+        *_attention(bias="qkv_bias"),
+        _FFN_NORM,
+        *_EXPERTS,
+        *_SHARED_EXPERT,
+        metadata=(_add_sizes, _add_decoder, _add_experts, _warn_of_window),
+        demands=lambda config: {**_demand_all_experts(config), "norm_topk_prob": (False,)},
+        ties_head=False,
+    ),
+    _decoder(
+        "qwen3_moe",
+        "qwen3moe",
+        _ATTENTION_NORM,
+        *_attention(),
+        *_QK_NORM,
+        _FFN_NORM,
+        *_EXPERTS,
+        metadata=(_add_sizes, _add_decoder, _add_experts, _warn_of_window),
+        demands=lambda config: {
+            **_demand_all_experts(config),
+            **_demand_no_bias(config),
+            "norm_topk_prob": (True,),
+        },
+    ),
+    _decoder(
+        "gemma2",
+        "gemma2",
+        _norm_plus_one("input_layernorm", "attn_norm"),
+        *_attention(),
+        *_ffn(),
+        _norm_plus_one("post_attention_layernorm", "post_attention_norm"),
+        _norm_plus_one("pre_feedforward_layernorm", "ffn_norm"),
+        _norm_plus_one("post_feedforward_layernorm", "post_ffw_norm"),
+        last=(_norm_plus_one("model.norm", "output_norm"),),
+        metadata=(_add_sizes, _add_decoder, _add_gemma2),
+        demands=_demand_gemma2,
+        rope=("default",),
+    ),
+    _decoder(
+        "phi3",
+        "phi3",
+        _ATTENTION_NORM,
+        Weight("self_attn.qkv_proj", "attn_qkv", ("q, k and v", "hidden")),
+        Weight("self_attn.o_proj", "attn_output", ("hidden", "queries")),
+        Weight("mlp.gate_up_proj", "ffn_up", ("gate and up", "hidden")),
+        Weight("mlp.down_proj", "ffn_down", ("hidden", "inner")),
+        _FFN_NORM,
+        rope=("default", "longrope"),
+    ),
+    GGUFArchitecture(
+        model_type="bert",
+        name="bert",
+        first=(
+            Weight("embeddings.word_embeddings", "token_embd", ("vocab", "hidden")),
+            Weight("embeddings.position_embeddings", "position_embd", ("positions", "hidden")),
+            Weight("embeddings.token_type_embeddings", "token_types", ("token types", "hidden")),
+            Weight("embeddings.LayerNorm", "token_embd_norm", ("hidden",), bias=True),
+        ),
+        layer=(
+            Weight("attention.self.query", "attn_q", ("queries", "hidden"), bias=True),
+            Weight("attention.self.key", "attn_k", ("keys", "hidden"), bias=True),
+            Weight("attention.self.value", "attn_v", ("keys", "hidden"), bias=True),
+            Weight("attention.output.dense", "attn_output", ("hidden", "queries"), bias=True),
+            Weight("attention.output.LayerNorm", "attn_output_norm", ("hidden",), bias=True),
+            Weight("intermediate.dense", "ffn_up", ("inner", "hidden"), bias=True),
+            Weight("output.dense", "ffn_down", ("hidden", "inner"), bias=True),
+            Weight("output.LayerNorm", "layer_output_norm", ("hidden",), bias=True),
+        ),
+        last=(),
+        metadata=(_add_sizes, _add_encoder),
+        demands=_demand_bert,
+        layers="encoder.layer.",
+        is_encoder=True,
+        rope=(),
+        renames=(
+            (r"^bert\.", ""),
+            (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+            (r"LayerNorm\.beta$", "LayerNorm.bias"),
+        ),
+        # The file gives embeddings of tokens: what was trained on top of them is no part of it.
+        ignored=(r"^embeddings\.position_ids$", r"^pooler\.", r"^cls\."),
+    ),
+)
+ARCHITECTURES: Final[dict[str, GGUFArchitecture]] = {
+    architecture.model_type: architecture for architecture in _ALL
 }
 
 
@@ -189,71 +590,3 @@ def architecture_for(model_type: str) -> GGUFArchitecture:
             f"model_type {model_type!r} is not exported to GGUF: allowed are {', '.join(ARCHITECTURES)}"
         )
     return architecture
-
-
-def head_dim(config: Config) -> int:
-    """Size of an attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def rope_parameters(config: Config) -> dict[str, Any]:
-    """Rotary parameters in one form; older configurations spread them over several keys."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    return rope
-
-
-def _add_rope(writer: Any, config: Config) -> None:
-    import gguf
-
-    rope = rope_parameters(config)
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    kind = rope["rope_type"]
-    if kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-    elif kind == "yarn":
-        changed = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
-        changed = {key for key in changed if rope.get(key) is not None}
-        if changed:
-            raise UnsupportedError(f"yarn scaling with {', '.join(sorted(changed))} is not exported to GGUF")
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        writer.add_rope_scaling_orig_ctx_len(int(original))
-    elif kind not in ("default", "llama3"):  # llama3 is written as a tensor of factors
-        raise UnsupportedError(
-            f"rotary scaling {kind!r} is not exported to GGUF: allowed are default, linear, yarn, llama3"
-        )
-
-
-def rope_factors(config: Config) -> Tensor | None:
-    """Divisors of the rotary frequencies for Llama 3 scaling, fp32 ``[head_dim / 2]``; None without it.
-
-    Wavelengths above ``original / low_freq_factor`` are stretched by `factor`, those below
-    ``original / high_freq_factor`` are kept, and between the two the stretch is interpolated.
-    """
-    rope = rope_parameters(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    try:
-        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        original = float(rope["original_max_position_embeddings"])
-    except KeyError as missing:
-        raise FormatError(f"config.json: llama3 rotary scaling without {missing}; add it") from None
-    head = head_dim(config)
-    exponents = torch.arange(0, head, 2, dtype=torch.float64, device="cpu") / head
-    wavelengths = 2 * math.pi * float(rope["rope_theta"]) ** exponents
-    smooth = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
-    # The frequency is a mean of the kept and the stretched one, so its divisor is a harmonic mean.
-    return (1 / ((1 - smooth) / factor + smooth)).float()
-
-
-def _warn_of_window(config: Config) -> None:
-    window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True) and window < config["max_position_embeddings"]:
-        logger.warning(
-            "sliding_window %d is not written: llama.cpp attends to all positions; results differ beyond it",
-            window,
-        )

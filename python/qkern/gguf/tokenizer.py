@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF metadata: byte-level BPE, and SentencePiece BPE.
+"""A tokenizer as GGUF metadata: byte-level BPE, SentencePiece BPE and WordPiece.
 
 llama.cpp does not read a pre-tokenizer's regular expression from the file; it knows expressions by name. The
 name is found by comparing the tokenizer's own expression with those that are known, and one that is
@@ -8,6 +8,7 @@ not known is refused: a file with the wrong one would split text in another way 
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.calibration import load_tokenizer
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["PRE_TOKENIZERS", "add_tokenizer"]
+__all__ = ["PRE_TOKENIZERS", "add_tokenizer", "name_of_model"]
 
+_PHI3: Final = re.compile("(phi)-?3", re.IGNORECASE)
+_PHI3_TOKENS: Final = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 _CONTRACTIONS: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _WORDS: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,8 +70,14 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: 
     tokenizer = _load(folder)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
-    if model["type"] != "BPE":
-        raise UnsupportedError(f"a {model['type']} tokenizer is not exported to GGUF: allowed is BPE")
+    if model["type"] not in ("BPE", "WordPiece"):
+        raise UnsupportedError(
+            f"a {model['type']} tokenizer is not exported to GGUF: allowed are BPE and WordPiece"
+        )
+    if model["type"] == "WordPiece":
+        _add_word_pieces(writer, content, vocab_size)
+        _add_word_specials(writer, tokenizer)
+        return
     if model.get("byte_fallback"):
         pieces = _pieces_of_merges(content)
         _add_pieces(writer, pieces, vocab_size)
@@ -83,8 +92,33 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: 
         number = getattr(tokenizer, f"{kind}_token_id")
         if number is not None:
             getattr(writer, f"add_{kind}_token_id")(number)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    _add_template(writer, tokenizer.chat_template)
+
+
+def _add_template(writer: Any, template: Any) -> None:
+    """Write the chat template; of several the one that is used by default."""
+    if isinstance(template, list):
+        template = {one["name"]: one["template"] for one in template}
+    if isinstance(template, dict):
+        template = template.get("default")
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+
+
+def name_of_model(name: str, folder: Path) -> str:
+    """Return the name that a file gives the model, which llama.cpp takes for a fact about its tokenizer.
+
+    In a model that is called phi3 llama.cpp drops the white space after special tokens, as Phi-3's tokenizer
+    does, and it demands certain tokens. The name is made to say so if, and only if, it is true.
+    """
+    added = _json(folder / "tokenizer.json").get("added_tokens")
+    if added is None:
+        added = _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).values()
+    strips = any(token.get("special") and token.get("rstrip") for token in added)
+    strips = strips and {token.get("content") for token in added} >= _PHI3_TOKENS
+    if strips:
+        return name if _PHI3.search(name) else f"{name} (phi3)"
+    return _PHI3.sub(lambda match: f"{match[1]} 3", name)
 
 
 def _is_byte_level(folder: Path) -> bool:
@@ -206,7 +240,12 @@ def _adds_space(content: Mapping[str, Any]) -> bool:
 
 
 def _add_pieces(writer: Any, pieces: Pieces, vocab_size: int) -> None:
-    texts, kinds = _fill(pieces.tokens, vocab_size)
+    tokens = {
+        # llama.cpp looks for added tokens before it marks spaces, and for pieces after it.
+        number: (text.replace("\u2581", " ") if kind is TokenType.USER_DEFINED else text, kind)
+        for number, (text, kind) in pieces.tokens.items()
+    }
+    texts, kinds = _fill(tokens, vocab_size)
     floor = min(pieces.scores.values(), default=0.0) - 1
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -216,12 +255,54 @@ def _add_pieces(writer: Any, pieces: Pieces, vocab_size: int) -> None:
     writer.add_add_space_prefix(pieces.adds_space_prefix)
 
 
+def _add_word_pieces(writer: Any, content: Mapping[str, Any], vocab_size: int) -> None:
+    """Write a WordPiece vocabulary; llama.cpp marks the beginning of a word where BERT marks what goes on."""
+    model, normalizer = content["model"], content.get("normalizer") or {}
+    steps = (normalizer.get("type"), (content.get("pre_tokenizer") or {}).get("type"))
+    if steps != ("BertNormalizer", "BertPreTokenizer") or model.get("continuing_subword_prefix") != "##":
+        raise UnsupportedError(
+            f"the WordPiece tokenizer is not BERT's: got normalizer and pre-tokenizer {steps} and the prefix "
+            f"{model.get('continuing_subword_prefix')!r}; allowed are ('BertNormalizer', 'BertPreTokenizer') "
+            "and '##'"
+        )
+    off = [key for key in ("clean_text", "handle_chinese_chars") if not normalizer.get(key, True)]
+    if off:
+        raise UnsupportedError(f"llama.cpp's WordPiece always has {', '.join(off)}; the tokenizer has not")
+    added = _added(content)
+    tokens = {}
+    for text, number in model["vocab"].items():
+        piece = text.removeprefix("##") if text.startswith("##") else f"\u2581{text}"
+        tokens[number] = (piece, TokenType.NORMAL)
+    texts, kinds = _fill({**tokens, **added}, vocab_size)
+    lowercase, strips = bool(normalizer.get("lowercase")), normalizer.get("strip_accents")
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(texts)
+    writer.add_token_types(kinds)
+    writer.add_bool("tokenizer.ggml.normalizer.lowercase", lowercase)
+    writer.add_bool("tokenizer.ggml.normalizer.strip_accents", lowercase if strips is None else bool(strips))
+
+
+def _add_word_specials(writer: Any, tokenizer: Any) -> None:
+    """Write the special tokens of an encoder: llama.cpp begins a text with BOS and ends it with SEP."""
+    first, *_, last = tokenizer("a")["input_ids"]
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    writer.add_add_bos_token(cls is not None and first == cls)
+    writer.add_add_sep_token(sep is not None and last == sep)
+    writer.add_add_eos_token(False)
+    ids = {"bos": cls, "eos": sep, "sep": sep, "mask": tokenizer.mask_token_id}
+    for kind, number in {**ids, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}.items():
+        if number is not None:
+            getattr(writer, f"add_{kind}_token_id")(number)
+
+
 def _add_sentencepiece_file(writer: Any, folder: Path, vocab_size: int) -> None:
     pieces = read_sentencepiece(folder / "tokenizer.model")
     settings = _json(folder / "tokenizer_config.json")
     for number, token in settings.get("added_tokens_decoder", {}).items():
         known = pieces.tokens.get(int(number))
-        if known is None or known[1] is TokenType.NORMAL:
+        # The marks of Gemma's turns are user-defined in the file and special in the settings, which hold.
+        if known is None or known[1] in (TokenType.NORMAL, TokenType.USER_DEFINED):
             role = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
             pieces.tokens[int(number)] = (token["content"], role)
     _add_pieces(writer, pieces, vocab_size)
@@ -237,8 +318,7 @@ def _add_sentencepiece_file(writer: Any, folder: Path, vocab_size: int) -> None:
     writer.add_add_eos_token(bool(settings.get("add_eos_token", False)))
     template = folder / "chat_template.jinja"
     chat = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
-    if isinstance(chat, str):
-        writer.add_chat_template(chat)
+    _add_template(writer, chat)
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The public verbs: each checks, calls the packages below, and writes all or nothing."""
 
 from qkern.pipelines.export_gguf import GGUFReport, export_gguf
+from qkern.pipelines.imatrix import imatrix
 from qkern.pipelines.load import load
 from qkern.pipelines.quantize import quantize
 from qkern.pipelines.recipe import QuantizationReport
 from qkern.pipelines.save import save
 
-__all__ = ["GGUFReport", "QuantizationReport", "export_gguf", "load", "quantize", "save"]
+__all__ = ["GGUFReport", "QuantizationReport", "export_gguf", "imatrix", "load", "quantize", "save"]

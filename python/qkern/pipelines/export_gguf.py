@@ -12,38 +12,73 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from qkern import __version__
-from qkern.checkpoints import QuantizedCheckpoint
+from qkern.checkpoints import QuantizedCheckpoint, parse_size
 from qkern.errors import FormatError, InputError
 from qkern.gguf import PlannedTensor, add_tokenizer, architecture_for, mixture_for, write_gguf
-from qkern.gguf.architectures import rope_factors
-from qkern.gguf.mixture import choose_type
-from qkern.ops import dequantize_groupwise
+from qkern.gguf.imatrix import Imatrix, read_imatrix
+from qkern.gguf.mixture import ModelFacts, choose_types
+from qkern.gguf.modelfile import ollama_modelfile
+from qkern.gguf.overrides import parse_overrides
+from qkern.gguf.pooling import pooling_of
+from qkern.gguf.quantized import exact_type, map_rows, same_grid
+from qkern.gguf.rope import rope_tensors
+from qkern.gguf.tokenizer import name_of_model
+from qkern.gguf.writer import Written, check_new_file, gguf_bytes, gguf_files
 from qkern.ops.gguf_types import gguf_type
+from qkern.pipelines.gguf_sources import find_sources, stored_names
+from qkern.pipelines.imatrix import dataset_of, with_importance
+from qkern.pipelines.imatrix import imatrix as collect_imatrix
 from qkern.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import Tensor
 
     from qkern.gguf import GGUFArchitecture, Mixture
+    from qkern.gguf.overrides import Override
+    from qkern.pipelines.gguf_sources import Source
 
-__all__ = ["GGUFReport", "export_gguf"]
+__all__ = ["GGUFReport", "TensorReport", "export_gguf"]
 
 logger = logging.getLogger(__name__)
 
 _HEAD: Final = "lm_head"
 _EMBEDDING: Final = "model.embed_tokens"
-# Buffers that some checkpoints carry and every loader computes.
-_COMPUTED: Final = ("rotary_emb.inv_freq", "self_attn.masked_bias")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorReport:
+    """One tensor of a file.
+
+    Parameters
+    ----------
+    name : str
+        llama.cpp's name.
+    type : str
+        Its type.
+    shape : tuple of int
+        As torch has it.
+    bytes : int
+        Its size, padding left out.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GGUFReport:
-    """What was written.
+    """What was written, or would be.
 
     Parameters
     ----------
     path : Path
-        The file.
+        The file; of several the first, which llama.cpp is given.
+    files : tuple of Path
+        All files.
     type : str
         The mixture.
     counts : dict
@@ -51,17 +86,31 @@ class GGUFReport:
     weights : dict
         Weights of each type.
     file_bytes : int
-        Size of the file.
+        Size of the files together.
     bpw_file : float
         All bits of the file over all weights.
+    exact : dict
+        Of each tensor by its name in the file whether it decodes to exactly the weights of the model; empty
+        if nothing was written.
+    exact_counts : dict
+        How many of each type do.
+    tensors : tuple of TensorReport
+        In the order of the file.
+    is_dry_run : bool
+        Whether nothing was written.
     """
 
     path: Path
+    files: tuple[Path, ...]
     type: str
     counts: dict[str, int]
     weights: dict[str, int]
     file_bytes: int
     bpw_file: float
+    exact: dict[str, bool]
+    exact_counts: dict[str, int]
+    tensors: tuple[TensorReport, ...]
+    is_dry_run: bool = False
 
 
 def export_gguf(
@@ -69,43 +118,82 @@ def export_gguf(
     output: str | Path,
     type: str = "q4_k_m",
     *,
+    tensor_types: Mapping[str, str] | None = None,
     pure: bool = False,
     pre_tokenizer: str | None = None,
+    calibration: Any = None,
+    imatrix: str | Path | Imatrix | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    device: str = "auto",
+    max_shard_size: int | str | None = None,
+    modelfile: bool = False,
+    dry_run: bool = False,
 ) -> GGUFReport:
-    """Write a model as one GGUF file, a tensor at a time.
+    """Write a model as a GGUF file, a tensor at a time.
 
     Parameters
     ----------
     model : str or Path
-        Folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 model: 16-bit, or quantized in a format
-        that qkern reads (its weights are decoded and encoded anew).
+        Folder or hub id of a model of one of `qkern.gguf.ARCHITECTURES`: 16-bit, or quantized in a format
+        that qkern reads. A layer whose codes the type holds keeps them (symmetric 2 to 4 bits in ``q4_0``,
+        with zero points in ``q5_0``, any of these and symmetric 8 bits in ``q8_0``; groups a multiple of 32,
+        no act-order); any other is decoded and encoded anew.
     output : str or Path
         The file; must not exist. In the model's folder its name must end in ``.gguf``.
     type : str
-        ``q8_0``, ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q4_k_m``, ``q6_k``, ``f16``, ``bf16`` or ``f32``.
-        The quantized ones are llama.cpp's mixtures: the output matrix, and in ``q4_k_m`` some others,
-        get more bits.
+        One of `qkern.gguf.MIXTURES`, such as ``q4_k_m``, ``q8_0`` or ``f16``. The quantized ones are
+        llama.cpp's mixtures: the output matrix, and in most some others, get more bits.
+    tensor_types : mapping, optional
+        From regular expression to type, such as ``{"ffn_down": "q6_k"}``: types of the tensors in whose
+        name (llama.cpp's) the expression is found, in place of the mixture's. The first that matches wins.
     pure : bool
-        The mixture's base type for every matrix.
+        The mixture's base type for every matrix that `tensor_types` does not name.
     pre_tokenizer : str, optional
         llama.cpp's name of the pre-tokenizer, where it is not recognized.
+    calibration : optional
+        Texts as in `qkern.imatrix`, whose parameters `samples`, `length`, `seed` and `device` are: the error
+        of each column counts by how strongly they drive it. The model must then be a 16-bit one.
+    imatrix : str, Path or Imatrix, optional
+        The same from an importance matrix that was made before, by qkern or by llama.cpp.
+    max_shard_size : int or str, optional
+        Write files of at most this size of tensors each, such as ``"5GB"``; default: one file.
+    modelfile : bool
+        Write Ollama's ``Modelfile`` beside the file.
+    dry_run : bool
+        Write nothing and encode nothing; the report has the sizes all the same, to the byte.
 
     Returns
     -------
     GGUFReport
-        What was written.
+        What was written, or would be.
 
     Raises
     ------
     UnsupportedError
         If type or architecture are not offered.
     InputError
-        If the folder is missing, the file exists, or weights are NaN or Inf.
+        If the folder is missing, a file exists, weights are NaN or Inf, `tensor_types` fits no tensor or
+        not the rows of one, the mixture needs an importance matrix, or the one that is given was made for
+        another model.
     FormatError
-        If the checkpoint is incomplete or damaged.
+        If the checkpoint or the importance matrix is incomplete or damaged.
     """
     mixture = mixture_for(type)
+    if calibration is not None and imatrix is not None:
+        raise InputError(
+            "calibration and imatrix are two sources of the same importance: give one (--calibration FILE or "
+            "--imatrix FILE)"
+        )
+    overrides = parse_overrides(tensor_types or {})
     path = Path(output)
+    max_shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
+    recipe = path.with_name("Modelfile")
+    if modelfile and max_shard_size is not None:
+        raise InputError("Ollama reads one file: choose modelfile or max_shard_size")
+    if modelfile and recipe.exists():
+        raise InputError(f"{recipe} exists: remove it or choose another --output")
     if (
         path.suffix != ".gguf"
         and Path(model).is_dir()
@@ -115,22 +203,67 @@ def export_gguf(
             f"{path} lies in the model folder {model}, where only a .gguf is told from the model's own "
             f"files: name it {path.with_suffix('.gguf').name}, or choose another --output"
         )
+    check_new_file(path)
+    matrix = read_imatrix(imatrix) if isinstance(imatrix, (str, Path)) else imatrix
+    if calibration is not None:
+        # What the file says of it is known before it is collected.
+        matrix = Imatrix(entries={}, datasets=(dataset_of(calibration),), chunk_count=0, chunk_size=length)
     with QuantizedCheckpoint(model) as checkpoint:
         architecture = architecture_for(str(checkpoint.config.get("model_type")))
         config = _full_config(checkpoint)
-        tensors = _plan(checkpoint, architecture, config, mixture, pure=pure)
+        architecture.check(config)
+        if architecture.is_encoder:
+            config["pooling"] = pooling_of(checkpoint.folder)
+        tensors, quantized = _plan(
+            checkpoint,
+            architecture,
+            config,
+            mixture,
+            overrides,
+            pure=pure,
+            importance=matrix is not None,
+        )
 
         def add_metadata(writer: Any) -> None:
             # Of a path or hub id the last part: where a folder lies is nobody else's business.
-            writer.add_name(Path(model).resolve().name if Path(model).is_dir() else Path(model).name)
+            name = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
+            writer.add_name(name_of_model(name, checkpoint.folder))
             writer.add_file_type(mixture.file_type)
             writer.add_quantization_version(2)
             writer.add_quantized_by(f"qkern {__version__}")
+            if matrix is not None:
+                _add_imatrix(writer, matrix, imatrix)
             architecture.add_metadata(writer, config)
             add_tokenizer(writer, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
 
-        write_gguf(path, architecture.name, tensors, add_metadata)
-    return _report(path, mixture, tensors)
+        text = ollama_modelfile(checkpoint.folder, path.name) if modelfile else None
+        # Lays out the whole file, and so finds what is wrong with it before minutes are spent on activations.
+        size = gguf_bytes(architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
+        if dry_run:
+            files = gguf_files(path, tensors, max_shard_bytes=max_shard_bytes)
+            return _report(Written(files=files, exact={}), mixture, tensors, size, is_dry_run=True)
+        if calibration is not None:
+            matrix = collect_imatrix(
+                model, calibration=calibration, samples=samples, length=length, seed=seed, device=device
+            )
+        if matrix is not None:
+            tensors = with_importance(tensors, matrix)
+        written = write_gguf(path, architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
+        size = sum(file.stat().st_size for file in written.files)
+        if text is not None:
+            recipe.write_text(text, encoding="utf-8")
+        _hint(checkpoint, mixture, quantized, written)
+    return _report(written, mixture, tensors, size, is_dry_run=False)
+
+
+def _add_imatrix(writer: Any, matrix: Imatrix, source: str | Path | Imatrix | None) -> None:
+    """Say where the importance came from, under the keys of llama.cpp's quantizer."""
+    if isinstance(source, (str, Path)):
+        writer.add_string("quantize.imatrix.file", Path(source).name)
+    if matrix.datasets:
+        writer.add_string("quantize.imatrix.dataset", matrix.datasets[0])
+    writer.add_uint32("quantize.imatrix.entries_count", len(matrix.entries))
+    writer.add_uint32("quantize.imatrix.chunks_count", matrix.chunk_count)
 
 
 def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
@@ -152,63 +285,46 @@ def _plan(
     architecture: GGUFArchitecture,
     config: dict[str, Any],
     mixture: Mixture,
+    overrides: Sequence[Override],
     *,
     pure: bool,
-) -> list[PlannedTensor]:
-    """List the tensors of the file, with their types, in its order."""
-    stored = _stored_names(checkpoint)
+    importance: bool,
+) -> tuple[list[PlannedTensor], list[str]]:
+    """List the tensors of the file, with their types, in its order; and the names of the quantized ones."""
+    stored = stored_names(checkpoint, architecture)
     tied = bool(config["tie_word_embeddings"]) and _is_tied(checkpoint, stored)
+    if tied and not architecture.ties_head and f"{_EMBEDDING}.weight" in stored:
+        stored[f"{_HEAD}.weight"] = stored[f"{_EMBEDDING}.weight"]
+        tied = False
     shapes = architecture.shapes(config, tied=tied)
-    missing = [name for name in shapes if name not in stored]
-    ignored = {f"{_HEAD}.weight"} if tied else set()
-    left_over = [
-        name for name in stored if name not in shapes and name not in ignored and not name.endswith(_COMPUTED)
-    ]
-    if missing or left_over:
-        raise FormatError(
-            f"{checkpoint.folder} does not fit its config.json: missing are {missing[:8]}, "
-            f"left over are {left_over[:8]}; fetch it again"
-        )
+    unused = frozenset({f"{_HEAD}.weight"}) if tied else frozenset()
+    sources = find_sources(checkpoint, architecture, shapes, stored, unused=unused)
     names = architecture.names(config)
-    tensors = []
-    factors = rope_factors(config)
-    if factors is not None:
-        tensors.append(
-            PlannedTensor(
-                name="rope_freqs.weight",
-                source="rotary factors",
-                type=gguf_type("f32"),
-                shape=tuple(factors.shape),
-                read=lambda: factors,
-            )
+    tensors = [
+        PlannedTensor(
+            name=name,
+            source=f"rotary factors ({name})",
+            type=gguf_type("f32"),
+            shape=tuple(factors.shape),
+            read=partial(_same, factors),
         )
+        for name, factors in rope_tensors(config).items()
+    ]
+    chosen = partial(
+        choose_types,
+        mixture,
+        {names[name]: shape for name, shape in shapes.items()},
+        ModelFacts.from_config(architecture.name, config, importance=importance),
+        overrides=overrides,
+    )
+    types = chosen(pure=pure)
+    unmixed = chosen(pure=True) if checkpoint.entries else types
     for name, shape in shapes.items():
-        kind = choose_type(
-            mixture,
-            names[name],
-            shape,
-            layers=config["num_hidden_layers"],
-            tied=tied,
-            is_70b=architecture.is_70b(config),
-            pure=pure,
-        )
-        if kind.name == "f16" and mixture.base not in ("f16", "f32"):
-            logger.warning("%s stays f16: no quantized type divides its rows of %d", name, shape[-1])
-        read = partial(_read, checkpoint, stored[name], name, architecture, config)
+        keeps = _keeps_codes(checkpoint, sources[name], mixture)
+        kind = (unmixed if keeps else types)[names[name]]
+        read = partial(_read, checkpoint, sources[name], name, architecture, config)
         tensors.append(PlannedTensor(name=names[name], source=name, type=kind, shape=shape, read=read))
-    return tensors
-
-
-def _stored_names(checkpoint: QuantizedCheckpoint) -> dict[str, str]:
-    """Tensor names of the architecture to names in the checkpoint."""
-    names = {}
-    for stored in checkpoint:
-        name = f"{stored}.weight" if stored in checkpoint.entries else stored
-        # Files of a bare decoder leave the prefix out.
-        if not name.startswith(("model.", f"{_HEAD}.")):
-            name = f"model.{name}"
-        names[name] = stored
-    return names
+    return tensors, [names[name] for name, source in sources.items() if source.is_quantized(checkpoint)]
 
 
 def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:
@@ -221,30 +337,70 @@ def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:
     return torch.equal(checkpoint.tensors[head], checkpoint.tensors[embedding])
 
 
+def _keeps_codes(checkpoint: QuantizedCheckpoint, source: Source, mixture: Mixture) -> bool:
+    """Whether a weight is quantized on the grid of the base type: more bits would not serve it."""
+    base, entries = gguf_type(mixture.base), checkpoint.entries
+    return source.is_quantized(checkpoint) and all(
+        same_grid(base, entries[name].scheme) for name in source.stored
+    )
+
+
 def _read(
     checkpoint: QuantizedCheckpoint,
-    stored: str,
+    source: Source,
     name: str,
     architecture: GGUFArchitecture,
     config: dict[str, Any],
-) -> Tensor:
-    value = checkpoint[stored]
-    tensor = dequantize_groupwise(value) if isinstance(value, QuantizedWeight) else value
-    return architecture.to_file_order(name, tensor, config)
+) -> Tensor | QuantizedWeight:
+    def reorder(tensor: Tensor) -> Tensor:
+        return architecture.to_file_order(name, tensor, config)
+
+    value = source.read(checkpoint)
+    if isinstance(value, QuantizedWeight):
+        return value if len(value.shape) == 3 else map_rows(value, reorder)
+    return reorder(value)
 
 
-def _report(path: Path, mixture: Mixture, tensors: list[PlannedTensor]) -> GGUFReport:
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _hint(checkpoint: QuantizedCheckpoint, mixture: Mixture, quantized: list[str], written: Written) -> None:
+    """Name the type that would have kept the codes of a quantized checkpoint."""
+    rounded = sum(not written.exact[name] for name in quantized)
+    kind = exact_type(entry.scheme for entry in checkpoint.entries.values() if not entry.act_order)
+    if rounded and kind is not None and kind.name != mixture.base:
+        logger.info(
+            "%d of %d quantized tensors were rounded a second time; --type %s keeps their codes",
+            rounded,
+            len(quantized),
+            kind.name,
+        )
+
+
+def _report(
+    written: Written, mixture: Mixture, tensors: list[PlannedTensor], size: int, *, is_dry_run: bool
+) -> GGUFReport:
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
+    exact_counts = {tensor.type.name: 0 for tensor in tensors}
     for tensor in tensors:
+        exact_counts[tensor.type.name] += written.exact.get(tensor.name, False)
         counts[tensor.type.name] += 1
         weights[tensor.type.name] += tensor.weights
-    size = path.stat().st_size
     return GGUFReport(
-        path=path,
+        path=written.files[0],
+        files=tuple(written.files),
         type=mixture.name,
         counts=dict(counts),
         weights=dict(weights),
         file_bytes=size,
         bpw_file=8 * size / weights.total(),
+        tensors=tuple(
+            TensorReport(name=tensor.name, type=tensor.type.name, shape=tensor.shape, bytes=tensor.bytes)
+            for tensor in tensors
+        ),
+        is_dry_run=is_dry_run,
+        exact=written.exact,
+        exact_counts=exact_counts,
     )

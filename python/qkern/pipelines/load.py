@@ -7,8 +7,9 @@ import logging
 import re
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,21 @@ from torch import Tensor, nn
 from qkern.calibration import meta_model
 from qkern.checkpoints import QuantizedCheckpoint, read_json
 from qkern.errors import FormatError, InputError
+from qkern.gguf.checkpoint import GGUFCheckpoint
 from qkern.models import column_weight, fuse_forwards
-from qkern.nn import QuantLinear, named_linears, quant_linears
-from qkern.nn.state import FORM
+from qkern.nn import QuantEmbedding, QuantLinear, TiedHead, named_linears
+from qkern.nn.state import FORM, QuantModule
 from qkern.pipelines.save import save
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
-__all__ = ["config_dtype", "load", "load_whole", "usable_device"]
+__all__ = ["config_dtype", "is_gguf", "load", "load_whole", "usable_device"]
 
 logger = logging.getLogger(__name__)
+
+Checkpoint: TypeAlias = QuantizedCheckpoint | GGUFCheckpoint
 
 HEAD: Final = "lm_head"
 # Buffers that older files hold and models compute themselves.
@@ -42,15 +45,18 @@ def load(
     device: torch.device | str = "cpu",
     compute: str | None = None,
 ) -> Any:
-    """Load a causal LM from a GPTQ, AWQ, compressed-tensors or 16-bit folder.
+    """Load a causal LM from a GPTQ, AWQ, compressed-tensors or 16-bit folder, or from a GGUF file.
+
+    Of a GGUF (Llama, Mistral, Qwen2, Qwen3) matrices in Q4_0, Q4_1 and Q8_0 stay as they are, bit for bit;
+    those of other types are decoded, and the log says how many.
 
     Parameters
     ----------
     path : str or Path
-        Folder, or a hub id.
+        Folder, or a hub id, or a ``.gguf`` file (of a split one any part).
     dtype : torch.dtype or None
-        Dtype of everything that is not quantized; None: the one that config.json names. Scales are never
-        cast.
+        Dtype of everything that is not quantized; None: the one that config.json names, and fp32 for a
+        GGUF, which names none. Scales are never cast.
     device : torch.device or str
         Where the model goes; ``"auto"`` is a GPU where torch has CUDA, else the CPU.
     compute : str or None
@@ -67,6 +73,8 @@ def load(
         If the folder or its architectures are missing, or an argument is not understood.
     FormatError
         If a file is damaged, a tensor is missing or left over or has NaN or Inf, or the format is not read.
+    UnsupportedError
+        If the architecture or a tensor type of a GGUF is not read.
     """
     if compute not in (None, "auto", "float", "int8"):
         raise InputError(f"unknown compute: got {compute!r}, allowed are 'auto', 'float' and 'int8'")
@@ -76,17 +84,31 @@ def load(
             "and None for that of config.json"
         )
     device = usable_device(device)
-    with QuantizedCheckpoint(path) as checkpoint:
-        config = _read_config(checkpoint)
-        if checkpoint.format is None:
-            model = load_whole(checkpoint.folder, config, dtype)
-        else:
-            model = _load_quantized(checkpoint, config, dtype)
-        _refuse_nonfinite(checkpoint.folder, model)
-    for linear in quant_linears(model).values():
-        linear.compute = compute or "auto"
+    checkpoint: Checkpoint
+    if is_gguf(path):
+        with GGUFCheckpoint(path) as checkpoint:
+            try:
+                model = _load_quantized(checkpoint, checkpoint.transformers_config(), dtype)
+            except InputError as error:  # of what the caller gave, the path was the last to be looked at
+                raise FormatError(f"{checkpoint.folder}: {error}") from error
+    else:
+        with QuantizedCheckpoint(path) as checkpoint:
+            config = _read_config(checkpoint)
+            if checkpoint.format is None:
+                model = load_whole(checkpoint.folder, config, dtype)
+            else:
+                model = _load_quantized(checkpoint, config, dtype)
+    _refuse_nonfinite(checkpoint.folder, model)
+    for module in model.modules():
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            module.compute = compute or "auto"
     fuse_forwards(model)
     return model.eval().to(device)
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a model is named that is a GGUF file, there or not."""
+    return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -211,13 +233,15 @@ def _refuse_nonfinite(folder: Path, model: Any) -> None:
             )
 
 
-def _load_quantized(checkpoint: QuantizedCheckpoint, config: Any, dtype: torch.dtype | None) -> Any:
+def _load_quantized(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | None) -> Any:
     dtype = dtype or _stored_dtype(checkpoint, config)
     config.dtype = dtype
     model = meta_model(config)
     model.config.dtype = dtype
     model.config.name_or_path = str(checkpoint.folder)
     names = _model_names(checkpoint, model)
+    if isinstance(checkpoint, GGUFCheckpoint):
+        _replace_embedding(checkpoint, model, dtype)
     biases = _replace_layers(checkpoint, model, names, dtype)
     _fill(checkpoint, model, [name for name in checkpoint.plain if name not in biases], names, dtype)
     _read_generation_config(checkpoint, model)
@@ -253,7 +277,7 @@ def config_dtype(config: Any) -> torch.dtype | None:
     return named if named in FLOAT_DTYPES else None
 
 
-def _stored_dtype(checkpoint: QuantizedCheckpoint, config: Any) -> torch.dtype:
+def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
     named = config_dtype(config)
     if named is not None:
         return named
@@ -263,7 +287,7 @@ def _stored_dtype(checkpoint: QuantizedCheckpoint, config: Any) -> torch.dtype:
     return torch.float16
 
 
-def _model_names(checkpoint: QuantizedCheckpoint, model: Any) -> dict[str, str]:
+def _model_names(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
     """Map each name of the checkpoint to the model's; files of a bare decoder leave the base prefix out."""
     known = set(model.state_dict()) | {name for name, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
@@ -272,8 +296,18 @@ def _model_names(checkpoint: QuantizedCheckpoint, model: Any) -> dict[str, str]:
     }
 
 
+def _replace_embedding(checkpoint: GGUFCheckpoint, model: Any, dtype: torch.dtype) -> None:
+    """Put a `QuantEmbedding` where the file has a quantized table; a tied head shares it."""
+    if checkpoint.embedding is None:
+        return
+    table = QuantEmbedding.from_quantized(checkpoint.weight(checkpoint.embedding), dtype=dtype)
+    model.set_submodule(checkpoint.embedding, table)
+    if model.config.tie_word_embeddings:
+        model.set_submodule(HEAD, TiedHead(table))
+
+
 def _replace_layers(
-    checkpoint: QuantizedCheckpoint, model: Any, names: dict[str, str], dtype: torch.dtype
+    checkpoint: Checkpoint, model: Any, names: dict[str, str], dtype: torch.dtype
 ) -> set[str]:
     """Put a `QuantLinear` where the checkpoint has a quantized layer; return the names of biases used."""
     linears = named_linears(model)
@@ -306,10 +340,10 @@ def _copied(qw: QuantizedWeight) -> QuantizedWeight:
 
 
 def _fill(
-    checkpoint: QuantizedCheckpoint, model: Any, plain: list[str], names: dict[str, str], dtype: torch.dtype
+    checkpoint: Checkpoint, model: Any, plain: list[str], names: dict[str, str], dtype: torch.dtype
 ) -> None:
     """Give every parameter and persistent buffer that is not quantized its stored value."""
-    quantized = tuple(f"{name}." for name in quant_linears(model))
+    quantized = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, QuantModule))
     slots = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -365,7 +399,7 @@ def _as_slot(model: Any, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _read_generation_config(checkpoint: QuantizedCheckpoint, model: Any) -> None:
+def _read_generation_config(checkpoint: Checkpoint, model: Any) -> None:
     file = checkpoint.folder / "generation_config.json"
     if not file.exists():
         return

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qkern.quantizers.gptq import ActOrder
     from qkern.schemes import Scheme
 
-__all__ = ["quantize"]
+__all__ = ["calibration_ids", "quantize"]
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def quantize(
     if method == "rtn" and calibration is not None:
         logger.warning("method rtn does not use the calibration texts: they are not read")
     if method != "rtn":
-        ids = _calibration(source, calibration, tokenizer, samples, length, seed)
+        ids = calibration_ids(source, calibration, tokenizer, samples, length, seed)
     arguments: dict[str, Any] = {
         "method": method,
         "scheme": str(settings.scheme),
@@ -240,9 +240,16 @@ def _say_no_folding(model_type: str, scale_only: bool) -> None:
     )
 
 
-def _calibration(
+def calibration_ids(
     source: Source, calibration: Any, tokenizer: Any, samples: int, length: int, seed: int
 ) -> Tensor:
+    """Token ids int64 ``[S, T]`` of calibration texts for a model.
+
+    Raises
+    ------
+    InputError
+        If there is no source, or none that can be used.
+    """
     if calibration is None:
         raise InputError(
             "calibration is missing: GPTQ and AWQ measure activations on text; give a .txt or .jsonl file "

@@ -1,0 +1,81 @@
+"""How an encoder's token embeddings become one, from the files of sentence-transformers beside the model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+from qkern.errors import FormatError, UnsupportedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["pooling_of"]
+
+# Keys of the pooling module's configuration, and llama.cpp's names.
+_MODES: Final = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
+# Where the newest releases have one key instead of one for each mode.
+_NAMES: Final = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+
+
+def pooling_of(folder: Path) -> str:
+    """Return ``"mean"``, ``"cls"`` or ``"last"``; ``"none"``, an embedding a token, without such files.
+
+    Raises
+    ------
+    UnsupportedError
+        If the embedding is computed in a way that llama.cpp has not.
+    FormatError
+        If a file is damaged.
+    """
+    file = folder / "modules.json"
+    if not file.is_file():
+        return "none"
+    modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in _list(file)}
+    others = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
+    if others:
+        raise UnsupportedError(
+            f"{file} has modules that are not exported to GGUF: {', '.join(others)}; allowed are "
+            "Transformer, Pooling, Normalize"
+        )
+    if "Pooling" not in modules:
+        return "none"
+    settings = _object(folder / modules["Pooling"] / "config.json")
+    modes = [mode for key, mode in _MODES.items() if settings.get(key)]
+    others = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
+    if "pooling_mode" in settings:
+        modes = [_NAMES[name] for name in [settings["pooling_mode"]] if name in _NAMES]
+        others = modes
+    if len(modes) != 1 or len(others) != 1:
+        raise UnsupportedError(
+            f"{folder / modules['Pooling']}: llama.cpp pools by one of {', '.join(_NAMES)}: got {settings}"
+        )
+    return modes[0]
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{file} cannot be read ({error}); fetch it again") from None
+
+
+def _list(file: Path) -> list[dict[str, Any]]:
+    content = _read(file)
+    fits = isinstance(content, list) and all(
+        isinstance(one, dict) and {"type", "path"} <= set(one) for one in content
+    )
+    if not fits:
+        raise FormatError(f"{file} must list modules with type and path: got {content!r}")
+    return list(content)
+
+
+def _object(file: Path) -> dict[str, Any]:
+    content = _read(file)
+    if not isinstance(content, dict):
+        raise FormatError(f"{file} must hold a JSON object: got {type(content).__name__}")
+    return content

@@ -1,0 +1,214 @@
+"""The tokenizer in a GGUF's metadata, as a fast tokenizer of transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from qkern.errors import FormatError, UnsupportedError
+from qkern.gguf.cursor import MetadataArray
+from qkern.gguf.reader import GGUFFile
+from qkern.gguf.sentencepiece import TokenType
+from qkern.gguf.tokenizer import PRE_TOKENIZERS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["read_tokenizer"]
+
+# Other names that llama.cpp has for the same splits.
+_SAME: Final = {
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "falcon3": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+}
+# Where a whole word that is a token is taken before any merge.
+_WORDS_FIRST: Final = ("llama-bpe", "tekken")
+_SPACE: Final = "\u2581"
+# Longer ones are no pieces of text; splitting them everywhere would take quadratic time.
+_LONGEST_PIECE: Final = 512
+
+
+def read_tokenizer(path: str | Path) -> Any:
+    """Build the tokenizer that a file describes.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file, or a part of a split one.
+
+    Returns
+    -------
+    PreTrainedTokenizerFast
+        With the file's special tokens and chat template.
+
+    Raises
+    ------
+    UnsupportedError
+        If its kind or its pre-tokenizer is not known.
+    FormatError
+        If the file is damaged or has no tokenizer.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    with GGUFFile(path) as file:
+        content = _Content(file)
+        kind = file.metadata.get("tokenizer.ggml.model")
+        if kind not in ("gpt2", "llama"):
+            raise UnsupportedError(
+                f"{file.path}: tokenizers read from a GGUF are gpt2 (byte-level BPE) and llama "
+                f"(SentencePiece BPE): got {kind!r:.60}; use the original model's tokenizer"
+            )
+        try:
+            backend = _byte_level(content) if kind == "gpt2" else _sentencepiece(content)
+            content.finish(backend, adds_bos=kind == "llama")
+            chat = file.metadata.get("tokenizer.chat_template")
+            return PreTrainedTokenizerFast(
+                tokenizer_object=backend,
+                clean_up_tokenization_spaces=False,
+                chat_template=chat if isinstance(chat, str) else None,
+                **content.roles,
+            )
+        except (FormatError, UnsupportedError):
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise FormatError(
+                f"{file.path}: its tokenizer cannot be built: {' '.join(str(error).split())}; fetch it again"
+            ) from error
+
+
+class _Content:
+    """Tokens of a file, checked."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.texts = self._array("tokens", str)
+        self.kinds = self._array("token_type", int) or [int(TokenType.NORMAL)] * len(self.texts)
+        self.vocabulary = {text: number for number, text in enumerate(self.texts)}
+        if not self.texts or len(self.kinds) != len(self.texts) or len(self.vocabulary) != len(self.texts):
+            raise FormatError(
+                f"{file.path}: tokens must be different texts, each with a type: got {len(self.texts)} "
+                f"tokens, {len(self.vocabulary)} texts, {len(self.kinds)} types; fetch it again"
+            )
+        roles = {f"{role}_token": self._role(role) for role in ("bos", "eos", "unk", "pad")}
+        self.roles = {role: text for role, text in roles.items() if text is not None}
+
+    def _array(self, key: str, kind: type) -> list[Any]:
+        name = f"tokenizer.ggml.{key}"
+        found = self.file.metadata.get(name, [])
+        items = found[:] if isinstance(found, MetadataArray) else found
+        if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
+            raise FormatError(f"{self.file.path}: {name} must be an array of {kind.__name__}; fetch it again")
+        return items
+
+    def _role(self, role: str) -> str | None:
+        key = {"unk": "unknown", "pad": "padding"}.get(role, role)
+        number = self.file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if not isinstance(number, int) or not 0 <= number < len(self.texts):
+            return None
+        return str(self.texts[number])
+
+    def of(self, kind: TokenType) -> list[str]:
+        """Texts of the tokens of a kind."""
+        return [text for text, its in zip(self.texts, self.kinds, strict=True) if its == kind]
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs that are merged, the first ones first."""
+        pairs = [text.partition(" ") for text in self._array("merges", str)]
+        return [(left, right) for left, _, right in pairs]
+
+    def scores(self) -> list[float]:
+        """Score of each token."""
+        scores = self._array("scores", float)
+        if len(scores) != len(self.texts):
+            raise FormatError(f"{self.file.path}: {len(self.texts)} tokens have {len(scores)} scores")
+        return scores
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Value of a switch."""
+        return bool(self.file.metadata.get(f"tokenizer.ggml.{key}", default))
+
+    def finish(self, backend: Any, *, adds_bos: bool) -> None:
+        """Give a tokenizer the tokens that are taken whole, and those that begin and end every text."""
+        from tokenizers import AddedToken
+        from tokenizers.processors import TemplateProcessing
+
+        for kind, is_special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
+            added = [AddedToken(text, normalized=False, special=is_special) for text in self.of(kind)]
+            (backend.add_special_tokens if is_special else backend.add_tokens)(added)
+        ends = {
+            role: self.roles[f"{role}_token"]
+            for role, default in (("bos", adds_bos), ("eos", False))
+            if self.flag(f"add_{role}_token", default) and f"{role}_token" in self.roles
+        }
+        if ends:
+            numbers = [(text, self.vocabulary[text]) for text in ends.values()]
+            template = [
+                *([ends["bos"]] if "bos" in ends else []),
+                "$A",
+                *([ends["eos"]] if "eos" in ends else []),
+            ]
+            backend.post_processor = TemplateProcessing(single=template, special_tokens=numbers)
+
+
+def _byte_level(content: _Content) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    named = content.file.metadata.get("tokenizer.ggml.pre")
+    name = _SAME.get(str(named), named)
+    splits = next((splits for splits, known in PRE_TOKENIZERS.items() if known == name), None)
+    if splits is None:
+        raise UnsupportedError(
+            f"{content.file.path}: the pre-tokenizer {named!r:.60} is not known: known are "
+            f"{', '.join((*PRE_TOKENIZERS.values(), *_SAME))}; use the original model's tokenizer"
+        )
+    backend = Tokenizer(models.BPE(content.vocabulary, content.merges(), ignore_merges=name in _WORDS_FIRST))
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if split == "digits"
+        else pre_tokenizers.Split(Regex(split), behavior="isolated")
+        for split in splits
+    ]
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, whole])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(content: _Content) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    unknown = content.of(TokenType.UNKNOWN)
+    backend = Tokenizer(
+        models.BPE(
+            content.vocabulary,
+            _merges_of_scores(content),
+            unk_token=unknown[0] if unknown else None,
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    adds_space = content.flag("add_space_prefix", True)
+    prefix = [normalizers.Prepend(_SPACE)] if adds_space else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if adds_space else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return backend
+
+
+def _merges_of_scores(content: _Content) -> list[tuple[str, str]]:
+    """SentencePiece merges two neighbours when their text is a piece, that of the highest score first."""
+    normal = {
+        text: score
+        for text, kind, score in zip(content.texts, content.kinds, content.scores(), strict=True)
+        if kind == TokenType.NORMAL and len(text) <= _LONGEST_PIECE
+    }
+    pieces = sorted(normal, key=normal.__getitem__, reverse=True)
+    return [
+        (piece[:place], piece[place:])
+        for piece in pieces
+        for place in range(1, len(piece))
+        if piece[:place] in normal and piece[place:] in normal
+    ]

@@ -1,0 +1,305 @@
+"""The verb `imatrix`, and what an export does with an importance matrix."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qkern import _progress
+from qkern.calibration import LayerStream
+from qkern.errors import InputError, UnsupportedError
+from qkern.gguf import architecture_for
+from qkern.gguf.imatrix import Imatrix, ImatrixEntry, check_imatrix_output, write_imatrix
+from qkern.models import describe
+from qkern.nn import expert_parameters
+from qkern.pipelines.load import usable_device
+from qkern.pipelines.quantize import calibration_ids
+from qkern.pipelines.source import Source, open_source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from qkern.gguf import PlannedTensor
+    from qkern.models import Structure
+
+__all__ = ["dataset_of", "imatrix", "with_importance"]
+
+logger = logging.getLogger(__name__)
+
+_HEAD: Final = "output.weight"
+
+
+def imatrix(
+    model: Any,
+    *,
+    calibration: Any,
+    output: str | Path | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    process_output: bool = False,
+    tokenizer: Any = None,
+    device: str = "auto",
+) -> Imatrix:
+    """Sum the squared activations that reach each column of every linear, one decoder layer at a time.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        Folder with config.json and safetensors, hub id, or a model in memory; 16-bit, of an architecture
+        that is exported to GGUF.
+    calibration
+        Source of texts as in `qkern.calibration.load_texts`, or token ids int64 ``[S, T]``.
+    output : str or Path, optional
+        File to write: ``.gguf``, or ``.dat`` for llama.cpp's old form.
+    samples, length, seed : int
+        Calibration sequences, tokens in each (at most what the model takes), seed of the draw.
+    process_output : bool
+        An entry for the output head too, which llama.cpp's tool leaves out unless it is asked.
+    tokenizer : optional
+        For calibration texts, when `model` is in memory.
+    device : str
+        Where layers are computed: ``"auto"`` (CUDA if there is one, else CPU) or a torch device.
+
+    Returns
+    -------
+    Imatrix
+        What was collected.
+
+    Raises
+    ------
+    InputError
+        On arguments, texts or weights that cannot be used; nothing is written.
+    UnsupportedError
+        If the architecture is not exported to GGUF, or computes in a way that is not followed.
+
+    Notes
+    -----
+    Counts are of tokens, experts each have their own, and routers have entries although they are never
+    quantized: all as llama.cpp's tool has it. That tool also puts a BOS in the place of the first token of
+    each sequence, where the model has one; here sequences are what the calibration of every method reads.
+    """
+    path = None if output is None else Path(output)
+    if path is not None:
+        check_imatrix_output(path)
+    target_device = usable_device(device)
+    source = open_source(model)
+    names = _Names(source.model.config)
+    structure = describe(source.model)
+    if process_output and (structure.head is None or structure.tied):
+        raise InputError(
+            f"the output head of {source.name} is its embedding: GGUF has no {_HEAD} of it to process"
+        )
+    ids = calibration_ids(source, calibration, tokenizer, samples, length, seed)
+    stream = LayerStream(
+        source.model, structure.layers, source.weights, head=structure.head, device=target_device
+    )
+    entries = _collect(stream, structure, ids, names, source)
+    if process_output:
+        entries[_HEAD] = _head_entry(stream)
+    result = Imatrix(
+        entries=entries,
+        datasets=(dataset_of(calibration),),
+        chunk_count=len(ids),
+        chunk_size=ids.shape[1],
+    )
+    if path is not None:
+        write_imatrix(path, result)
+    return result
+
+
+def dataset_of(calibration: Any) -> str:
+    """Name of the text; of a file its last part: where it lies is nobody else's business."""
+    if isinstance(calibration, (str, Path)):
+        return Path(calibration).name if Path(calibration).is_file() else str(calibration)
+    return "token ids" if isinstance(calibration, Tensor) else "texts"
+
+
+class _Names:
+    """llama.cpp's names of a model's matrices."""
+
+    def __init__(self, config: Any) -> None:
+        import gguf
+
+        self.architecture = architecture_for(str(config.model_type)).name
+        number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        self._table = gguf.get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
+
+    def of(self, parameter: str) -> list[str]:
+        """Tensors of the file that hold a parameter: gate and up of experts are two there."""
+        module = parameter.removesuffix(".weight")
+        owner, _, leaf = module.rpartition(".")
+        split = leaf == "gate_up_proj" and owner.endswith(".experts")
+        modules = [f"{owner}.{part}" for part in ("gate_proj", "up_proj")] if split else [module]
+        names = [self._table.get_name(name) for name in modules]
+        if None in names:
+            raise UnsupportedError(
+                f"the gguf package has no name for {parameter} of {self.architecture}: upgrade gguf, or "
+                "export without calibration"
+            )
+        return [f"{name}.weight" for name in names]
+
+
+class _Products(TorchFunctionMode):
+    """Sums the squares of what the matrices of a module are multiplied with, wherever in it that happens.
+
+    Routers and experts are no `nn.Linear`, so modules have no hook that would show their inputs; the
+    product itself is `torch.nn.functional.linear` in all of them.
+
+    Parameters
+    ----------
+    module : nn.Module
+        With weights in memory.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self._owners: dict[int, tuple[str, int]] = {}
+        self._seen: tuple[Tensor, Tensor] | None = None
+        for name, parameter in module.named_parameters():
+            if parameter.dim() not in (2, 3):
+                continue
+            matrices = parameter if parameter.dim() == 3 else parameter[None]
+            # float64 on the CPU, because not every device has it.
+            self.sums[name] = torch.zeros(
+                len(matrices), matrices.shape[-1], dtype=torch.float64, device="cpu"
+            )
+            self.counts[name] = torch.zeros(len(matrices), dtype=torch.int64, device="cpu")
+            for index, matrix in enumerate(matrices):
+                self._owners[matrix.data_ptr()] = name, index
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if function is nn.functional.linear:
+            given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
+            owner = self._owners.get(given["weight"].data_ptr())
+            if owner is not None:
+                self._add(*owner, given["input"])
+        return function(*args, **(kwargs or {}))
+
+    def _add(self, name: str, index: int, x: Tensor) -> None:
+        # q, k and v, or gate and up, are given the very same tensor one after another.
+        if self._seen is None or self._seen[0] is not x:
+            self._seen = x, _squares(x)
+        self.sums[name][index] += self._seen[1]
+        self.counts[name][index] += x.numel() // x.shape[-1]
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sum of squares of each column of activations ``[..., K]``, float64 on the CPU."""
+    return x.detach().float().reshape(-1, x.shape[-1]).square().sum(0).cpu().double()
+
+
+def _collect(
+    stream: LayerStream, structure: Structure, ids: Tensor, names: _Names, source: Source
+) -> dict[str, ImatrixEntry]:
+    """Run every layer once and take down what its matrices see."""
+    if expert_parameters(source.model) and hasattr(source.model, "set_experts_implementation"):
+        # The others gather all experts into one product.
+        source.model.set_experts_implementation("eager")
+    stream.embed(ids)
+    entries: dict[str, ImatrixEntry] = {}
+    with _progress.task("imatrix", total=structure.count, unit="layer") as progress:
+        for index in range(structure.count):
+            with stream.layer(index) as layer:
+                products = _Products(layer)
+                with products:
+                    stream.advance(index)
+            for name, sums in products.sums.items():
+                entry = _entry(f"{stream.prefix(index)}{name}", sums, products.counts[name])
+                entries.update(dict.fromkeys(names.of(f"{stream.prefix(index)}{name}"), entry))
+            progress.advance()
+    return entries
+
+
+def _head_entry(stream: LayerStream) -> ImatrixEntry:
+    seen: list[Tensor] = []
+    tokens: list[int] = []
+
+    def see(x: Tensor) -> None:
+        seen.append(_squares(x))
+        tokens.append(x.numel() // x.shape[-1])
+
+    stream.watch_head(see)
+    return _entry(_HEAD, torch.stack(seen).sum(0)[None], torch.tensor([sum(tokens)]))
+
+
+def _entry(name: str, sums: Tensor, counts: Tensor) -> ImatrixEntry:
+    if not bool(counts.any()):
+        raise UnsupportedError(
+            f"{name} is multiplied in a way that qkern does not follow, so its activations are unknown: "
+            "export this model without calibration"
+        )
+    values = sums.float()
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"{name} is given activations that are NaN or Inf: repair the checkpoint")
+    return ImatrixEntry(sums=values, counts=counts)
+
+
+def with_importance(tensors: Sequence[PlannedTensor], matrix: Imatrix) -> list[PlannedTensor]:
+    """Give the tensors of an export the importance of their columns; what has none is named in a warning.
+
+    Raises
+    ------
+    InputError
+        If the importance matrix was made for another model.
+    """
+    weighted = [
+        replace(tensor, importance=matrix.importance(tensor.name, tensor.shape)) for tensor in tensors
+    ]
+    if all(tensor.importance is None for tensor in weighted):
+        raise InputError(
+            f"the importance matrix was made for another model: it has {_some(list(matrix.entries))}, the "
+            f"model has {_some([tensor.name for tensor in tensors])}"
+        )
+    # llama.cpp's own files have none of embeddings and heads.
+    missing = [
+        tensor.name
+        for tensor in weighted
+        if tensor.importance is None and tensor.name.startswith("blk.") and tensor.type.block > 1
+    ]
+    _warn_of("the importance matrix has no entry for", missing)
+    _warn_of("no token of the importance matrix reached", [text for t in weighted for text in _unreached(t)])
+    known = {tensor.name for tensor in tensors}
+    strangers = [name for name in matrix.entries if name not in known]
+    if strangers:
+        logger.warning(
+            "%d entries of the importance matrix are of no tensor of the model: %s",
+            len(strangers),
+            _some(strangers),
+        )
+    return weighted
+
+
+def _unreached(tensor: PlannedTensor) -> list[str]:
+    """Name the matrices of a tensor whose importance is zero throughout."""
+    if tensor.importance is None or tensor.type.block == 1:
+        return []
+    dark = (tensor.importance == 0).all(-1)
+    if dark.dim() == 0:
+        return [tensor.name] if bool(dark) else []
+    experts = ", ".join(map(str, dark.nonzero().flatten().tolist()))
+    return [f"{tensor.name} (expert {experts})"] if experts else []
+
+
+def _warn_of(what: str, names: Sequence[str]) -> None:
+    if names:
+        logger.warning("%s %s: quantized with all columns alike", what, _some(names))
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + rest

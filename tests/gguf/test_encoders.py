@@ -1,0 +1,196 @@
+"""BERT encoders: llama.cpp gives the embeddings that transformers gives, from the text on."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qkern.errors import FormatError, UnsupportedError
+from qkern.gguf import GGUFFile
+from qkern.pipelines import export_gguf
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+TEXTS = [
+    "In the beginning, God created the heaven and the earth.",
+    "7 kings;  12 sons -- caf\u00e9 na\u00efve (\u4f60\u597d)\n\tWho?",
+    "Blessed are they that mourn: for they shall be comforted.",
+]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def word_pieces(*, lowercase=True, strip_accents=None):
+    """A small WordPiece tokenizer as BERT has it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789\u00e9\u00ef\u4f60\u597d"
+    words = ["in", "the", "god", "created", "earth", "kings", "are", "they", "God", "caf", "na"]
+    parts = ["##ing", "##ed", "##en", "##s", "##ve", "##th"]
+    tokens = [*SPECIAL, *words, *parts, *".,;:()-?!'", *letters, *(f"##{letter}" for letter in letters)]
+    tokenizer = Tokenizer(
+        models.WordPiece({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]")
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+@pytest.fixture
+def encoder_folder(tmp_path_factory):
+    """Maker of folders with a tiny random BERT: ``encoder_folder(pooling="mean")``."""
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    def make(*, tokenizer=None, pooling=None, **overrides):
+        folder = tmp_path_factory.mktemp("bert")
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer or word_pieces(),
+            **{f"{token[1:-1].lower()}_token": token for token in SPECIAL},
+        )
+        fast.save_pretrained(folder)
+        settings = {"vocab_size": len(fast) + 3, "hidden_size": 64, "intermediate_size": 96}
+        settings |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+        torch.manual_seed(0)
+        model = BertModel(BertConfig(**{**settings, **overrides})).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.08))
+        model.save_pretrained(folder)
+        if pooling is not None:
+            (folder / "1_Pooling").mkdir()
+            (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+            kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+            modules = [
+                {"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()
+            ]
+            (folder / "modules.json").write_text(json.dumps(modules))
+        return folder, model, fast
+
+    return make
+
+
+def embeddings(path, texts):
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed: pip install 'qkern[llama]'"
+    )
+    llama = llama_cpp.Llama(
+        model_path=str(path),
+        embedding=True,
+        n_ctx=128,
+        n_batch=128,
+        n_ubatch=128,
+        n_threads=1,
+        n_threads_batch=1,
+        verbose=False,
+    )
+    return [torch.tensor(llama.embed(text)) for text in texts]
+
+
+def assert_close(found, expected):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() / expected.abs().max() < 1e-3
+
+
+@torch.inference_mode()
+def hidden_states(model, fast, text):
+    return model(**fast(text, return_tensors="pt")).last_hidden_state[0]
+
+
+CASED = {"lowercase": False}
+ACCENTS = {"lowercase": True, "strip_accents": False}
+
+
+@pytest.mark.parametrize("normalizer", [{}, CASED, ACCENTS], ids=["uncased", "cased", "accents"])
+def test_token_embeddings_equal_those_of_transformers(normalizer, encoder_folder, tmp_path):
+    folder, model, fast = encoder_folder(tokenizer=word_pieces(**normalizer))
+    export_gguf(folder, tmp_path / "model.gguf", "f32")
+    for text, found in zip(TEXTS, embeddings(tmp_path / "model.gguf", TEXTS), strict=True):
+        assert_close(found, hidden_states(model, fast, text))
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_k_m"])
+def test_quantized_files_run(kind, encoder_folder, tmp_path):
+    folder, model, fast = encoder_folder(hidden_size=256)
+    export_gguf(folder, tmp_path / "model.gguf", kind)
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert model.load_state_dict(dict(file.state_dict()), strict=False).unexpected_keys == []
+    for text, found in zip(TEXTS, embeddings(tmp_path / "model.gguf", TEXTS), strict=True):
+        expected = hidden_states(model, fast, text)
+        # llama.cpp rounds activations: to int8 beside quantized weights, to 16 bits beside 16-bit ones.
+        assert (found - expected).norm() / expected.norm() < (0.005 if kind == "f16" else 0.05)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "pool"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, lambda states: states.mean(0)),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}, lambda states: states[0]),
+        ({"pooling_mode": "cls"}, lambda states: states[0]),
+    ],
+    ids=["mean", "cls", "new cls"],
+)
+def test_pooled_embeddings(pooling, pool, encoder_folder, tmp_path):
+    folder, model, fast = encoder_folder(pooling=pooling)
+    export_gguf(folder, tmp_path / "model.gguf", "f32")
+    for text, found in zip(TEXTS, embeddings(tmp_path / "model.gguf", TEXTS), strict=True):
+        assert_close(found, pool(hidden_states(model, fast, text)))
+
+
+def test_an_older_checkpoint_with_heads_gives_the_same_file(encoder_folder, tmp_path):
+    folder, _, _ = encoder_folder()
+    export_gguf(folder, tmp_path / "new.gguf", "f32")
+    renames = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    older = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        for new, old in renames.items():
+            name = name.replace(new, old)
+        older[f"bert.{name}"] = tensor
+    older |= {"cls.predictions.bias": torch.zeros(9), "bert.embeddings.position_ids": torch.arange(128)[None]}
+    save_file(older, folder / "model.safetensors", metadata={"format": "pt"})
+    export_gguf(folder, tmp_path / "old.gguf", "f32")
+    assert (tmp_path / "old.gguf").read_bytes() == (tmp_path / "new.gguf").read_bytes()
+
+
+def test_f32_weights_come_back(encoder_folder, tmp_path):
+    folder, model, _ = encoder_folder()
+    export_gguf(folder, tmp_path / "model.gguf", "f32")
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        weights = dict(file.state_dict())
+    expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pooler.")}
+    assert set(weights) == set(expected)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+
+
+def test_what_llama_cpp_does_not_compute_is_refused(encoder_folder, tmp_path):
+    from tokenizers import pre_tokenizers
+
+    def refused(message, error=UnsupportedError, **settings):
+        folder, _, _ = encoder_folder(**settings)
+        with pytest.raises(error, match=message):
+            export_gguf(folder, tmp_path / "model.gguf", "f32")
+        assert list(tmp_path.iterdir()) == []
+        return folder
+
+    refused("hidden_act 'relu' .*allowed is 'gelu'", hidden_act="relu")
+    both = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}
+    refused("pools by one of cls, mean, lasttoken", pooling=both)
+    refused("pools by one of", pooling={"pooling_mode": "max"})
+    refused("pools by one of", pooling={"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
+    tokenizer = word_pieces()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    refused("WordPiece tokenizer is not BERT's", tokenizer=tokenizer)
+
+    folder, _, _ = encoder_folder(pooling={"pooling_mode_mean_tokens": True})
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(
+        json.dumps([*modules, {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}])
+    )
+    with pytest.raises(UnsupportedError, match="modules that are not exported to GGUF: Dense"):
+        export_gguf(folder, tmp_path / "model.gguf", "f32")
+    (folder / "modules.json").write_text("{}")
+    with pytest.raises(FormatError, match="must list modules"):
+        export_gguf(folder, tmp_path / "model.gguf", "f32")
+    assert list(tmp_path.iterdir()) == []
