@@ -269,10 +269,12 @@ inline bool refit(const Columns& t, const Grid2& grid, float* d, float* dmin) {
 
 // Ends of the codes, in steps of the range from its own ends inwards. Codes beyond the range serve weights that lie at
 // both ends and the middle; with importance it may be the outlier that does not count.
-const float kInsets2[][2] = {{0.0f, 0.0f},  {0.25f, 0.0f},  {0.5f, 0.0f},  {0.75f, 0.0f},  {0.0f, 0.25f}, {0.25f, 0.25f},
-                             {0.5f, 0.25f}, {0.75f, 0.25f}, {0.0f, 0.5f},  {0.25f, 0.5f},  {0.5f, 0.5f},  {0.75f, 0.5f},
-                             {0.0f, 0.75f}, {0.25f, 0.75f}, {0.5f, 0.75f}, {0.75f, 0.75f}, {0.0f, -1.0f}, {-1.0f, 0.0f},
-                             {0.0f, -0.5f}, {-0.5f, 0.0f},  {1.0f, 0.0f},  {0.0f, 1.0f}};
+const float kInsets2[][2] = {{0.0f, 0.0f},  {0.25f, 0.0f},  {0.5f, 0.0f},  {0.75f, 0.0f},   //
+                             {0.0f, 0.25f}, {0.25f, 0.25f}, {0.5f, 0.25f}, {0.75f, 0.25f},  //
+                             {0.0f, 0.5f},  {0.25f, 0.5f},  {0.5f, 0.5f},  {0.75f, 0.5f},   //
+                             {0.0f, 0.75f}, {0.25f, 0.75f}, {0.5f, 0.75f}, {0.75f, 0.75f},  //
+                             {0.0f, -1.0f}, {-1.0f, 0.0f},  {0.0f, -0.5f}, {-0.5f, 0.0f},   //
+                             {1.0f, 0.0f},  {0.0f, 1.0f}};
 const float kInsetsWeighted2[][2] = {{1.5f, 0.0f}, {0.0f, 1.5f}, {1.0f, 1.0f}, {1.5f, 0.5f}, {0.5f, 1.5f}};
 // d and dmin times these are the widest scale and the deepest minimum.
 const float kWidest2[] = {15.0f, 14.0f, 14.5f, 15.5f, 16.0f, 16.5f, 17.0f, 17.5f, 18.0f, 19.0f, 20.0f};
@@ -285,7 +287,7 @@ const float kWidestCoarse2[] = {8.0f,  9.0f,  10.0f, 11.0f, 12.0f, 13.0f, 14.0f,
 const float kDeepestCoarse2[] = {12.0f, 13.0f, 14.0f, 15.0f, 17.0f, 20.0f, 25.0f, 32.0f, 42.0f, 60.0f, 90.0f};
 const float kDeepestWeighted2[] = {18.0f, 22.0f, 27.0f, 34.0f};
 
-// Each sub-block alone: the best of the codes that start from `insets`.
+// Each sub-block alone: the best of the codes that start from `insets`; beyond the range only with `penalty`.
 template <bool kEven, int kCount>
 inline void fit_codes(const Columns& t, const Lanes& inverse, const float (&insets)[kCount][2], const Lanes& penalty,
                       Affine* fit, Lanes* error) {
@@ -477,6 +479,7 @@ const float kReachWeighted3[] = {0.65f, 0.70f, 0.74f,  0.78f, 0.81f, 0.84f, 0.86
                                  0.98f, 1.00f, 1.02f, 1.045f, 1.07f, 1.095f, 1.12f, 1.15f, 1.20f,  1.25f, 1.30f};
 // The same for the weight that counts most.
 const float kReachAnchor3[] = {1.0f, 0.87f, 0.75f, 0.62f, 0.5f, 0.37f, 0.25f};
+
 // The d that suits the codes and integers best.
 inline float refit(const Grid3& grid) {
     const float squares = sum(grid.scale * (grid.scale * grid.sums.ll));
