@@ -87,15 +87,15 @@ def job(run: Callable[[], tuple[float, float]], error: float, **facts: Any) -> J
 
 def prepare(case: dict[str, Any]) -> Job:
     from qkern.ops import dequantize_groupwise
-    from qkern.quantizers import GPTQConfig, gptq
+    from qkern.quantizers import GPTQConfig, columns, gptq
 
     weight, hessian = layer(case["N"], case["K"])
     if case["variant"] == "torch alone":
         return job(lambda: alone(weight, hessian), 0.0)
     config = GPTQConfig(act_order=case["order"], search=case["variant"].partition(" ")[2] or "loss")
-    apart = {name: getattr(gptq, name, None) for name in ("factorize", "_energy")}
+    apart = {name: getattr(columns, name, None) for name in ("factorize", "energy")}
     if None in apart.values():
-        raise Absent(f"qkern.quantizers.gptq lacks one of {list(apart)}: say here what replaced it")
+        raise Absent(f"qkern.quantizers.columns lacks one of {list(apart)}: say here what replaced it")
     state: dict[str, Any] = {}
 
     def timed(function: Any) -> Any:
@@ -110,12 +110,12 @@ def prepare(case: dict[str, Any]) -> Job:
     def quantize() -> tuple[float, float]:
         state["apart"] = 0.0
         for name, function in apart.items():
-            setattr(gptq, name, timed(function))
+            setattr(columns, name, timed(function))
         begin = time.perf_counter()
         state["weight"] = gptq.quantize_gptq(weight, hessian, "w4g128", config).weight
         whole = time.perf_counter() - begin
         for name, function in apart.items():
-            setattr(gptq, name, function)
+            setattr(columns, name, function)
         return state["apart"], whole
 
     quantize()

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from qkern.pipelines.imatrix import imatrix
 from safetensors.torch import save_file
 
 import qkern
@@ -29,6 +28,7 @@ from qkern.evaluation import kl_divergence, paired_bootstrap, perplexity, read_t
 from qkern.gguf import GGUFFile
 from qkern.models import inject
 from qkern.pipelines.export_gguf import export_gguf
+from qkern.pipelines.imatrix import imatrix
 from quality import Replay, load, note, number, peer
 
 if TYPE_CHECKING:

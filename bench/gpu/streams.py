@@ -142,7 +142,7 @@ def gptq_update(task: Record, report: Report) -> None:
     from bench_gptq import layer_loss
     from qkern.ops import dequantize_groupwise, quantize_groupwise, registry
     from qkern.ops import gptq_update as op
-    from qkern.quantizers import GPTQConfig, gptq
+    from qkern.quantizers import GPTQConfig, columns, gptq
     from qkern.schemes import Scheme
 
     report.say(at="the Hessian")
@@ -160,13 +160,13 @@ def gptq_update(task: Record, report: Report) -> None:
 
     def phase() -> Callable[[], gptq._Run]:
         order, groups = gptq._column_order(hessian.diagonal(), scheme, config)
-        factor = gptq.factorize(hessian, config.damp, order)
+        factor = columns.factorize(hessian, config.damp, order)
         assert factor is not None
-        columns = gptq.block.gather(weight, order)
+        ordered = gptq.block.gather(weight, order)
 
         def call() -> gptq._Run:
             # Without sweeps it works in the memory of its weight; the copy counts as a part of it.
-            run = gptq._Run(columns.clone(), hessian, order, factor, groups, scheme, config)
+            run = gptq._Run(ordered.clone(), hessian, order, factor, groups, scheme, config)
             run.quantize()
             return run
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Method(StrEnum):
+    """How codes are chosen."""
+
+    RTN = "rtn"
+    GPTQ = "gptq"
+    AWQ = "awq"
 
 
 def command(
@@ -39,6 +48,9 @@ def command(
     pre_tokenizer: Annotated[
         str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, where it is not recognized.")
     ] = None,
+    method: Annotated[
+        Method, typer.Option(help="Algorithm of the layers; gptq and awq need --calibration.")
+    ] = Method.RTN,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -72,6 +84,7 @@ def command(
         tensor_types=_tensor_types(token_embedding_type, output_tensor_type, tensor_type or []),
         pure=pure,
         pre_tokenizer=pre_tokenizer,
+        method=method.value,
         calibration=calibration,
         imatrix=imatrix,
         samples=samples,
@@ -92,6 +105,8 @@ def command(
             "file_bytes": report.file_bytes,
             "bpw_file": report.bpw_file,
             "exact": report.exact,
+            "method": report.method,
+            "errors": report.errors,
         }
         if dry_run:
             content["plan"] = [asdict(tensor) for tensor in report.tensors]

@@ -48,6 +48,9 @@ class PlannedTensor:
         Returns the tensor, in any float dtype or quantized; called once, when its turn comes.
     importance : Tensor or None
         Weights of the columns for the encoder, ``[K]``, or ``[E, K]`` for a stack of matrices.
+    blocks : callable or None
+        Returns the blocks themselves, uint8 ``[rows, row bytes]``, where they are chosen elsewhere: `read` is
+        not called then.
     """
 
     name: str
@@ -56,6 +59,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     read: Callable[[], Tensor | QuantizedWeight]
     importance: Tensor | None = None
+    blocks: Callable[[], Tensor] | None = None
 
     @property
     def weights(self) -> int:
@@ -264,6 +268,8 @@ def _write_header(writer: Any, tensors: Sequence[PlannedTensor], stream: io.Byte
 
 def _encode(tensor: PlannedTensor) -> tuple[Tensor, bool]:
     """Blocks of a tensor, uint8 ``[rows, row bytes]``, and whether they decode to exactly its values."""
+    if tensor.blocks is not None:
+        return tensor.blocks(), False
     values = tensor.read()
     if tuple(values.shape) != tensor.shape:
         raise InputError(f"{tensor.source} must be {tensor.shape}: got {tuple(values.shape)}")

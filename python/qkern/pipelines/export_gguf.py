@@ -25,6 +25,7 @@ from qkern.gguf.rope import rope_tensors
 from qkern.gguf.tokenizer import name_of_model
 from qkern.gguf.writer import Written, check_new_file, gguf_bytes, gguf_files
 from qkern.ops.gguf_types import gguf_type
+from qkern.pipelines.gguf_methods import CalibratedLayers, check_method
 from qkern.pipelines.gguf_sources import find_sources, stored_names
 from qkern.pipelines.imatrix import dataset_of, with_importance
 from qkern.pipelines.imatrix import imatrix as collect_imatrix
@@ -98,6 +99,10 @@ class GGUFReport:
         In the order of the file.
     is_dry_run : bool
         Whether nothing was written.
+    method : str
+        How the codes of the linears were chosen.
+    errors : dict
+        For ``"gptq"`` and ``"awq"``: linear to the squared error of its outputs, relative.
     """
 
     path: Path
@@ -110,6 +115,8 @@ class GGUFReport:
     exact: dict[str, bool]
     exact_counts: dict[str, int]
     tensors: tuple[TensorReport, ...]
+    method: str
+    errors: dict[str, float]
     is_dry_run: bool = False
 
 
@@ -121,6 +128,7 @@ def export_gguf(
     tensor_types: Mapping[str, str] | None = None,
     pure: bool = False,
     pre_tokenizer: str | None = None,
+    method: str = "rtn",
     calibration: Any = None,
     imatrix: str | Path | Imatrix | None = None,
     samples: int = 128,
@@ -152,6 +160,11 @@ def export_gguf(
         The mixture's base type for every matrix that `tensor_types` does not name.
     pre_tokenizer : str, optional
         llama.cpp's name of the pre-tokenizer, where it is not recognized.
+    method : {"rtn", "gptq", "awq"}
+        How the codes of the linears in the layers are chosen. ``"rtn"``: least squared error, weighed by
+        the importance if there is one. ``"gptq"``: on the blocks' own scales, later columns making up for the
+        error of earlier ones. ``"awq"``: as ``"rtn"``, after scales were folded into the weights. The last
+        two need a calibration and a 16-bit model; embeddings and head are rounded to nearest.
     calibration : optional
         Texts as in `qkern.imatrix`, whose parameters `samples`, `length`, `seed` and `device` are: the error
         of each column counts by how strongly they drive it. The model must then be a 16-bit one.
@@ -181,6 +194,7 @@ def export_gguf(
         If the checkpoint or the importance matrix is incomplete or damaged.
     """
     mixture = mixture_for(type)
+    check_method(method, calibration, imatrix)
     if calibration is not None and imatrix is not None:
         raise InputError(
             "calibration and imatrix are two sources of the same importance: give one (--calibration FILE or "
@@ -205,7 +219,9 @@ def export_gguf(
         )
     check_new_file(path)
     matrix = read_imatrix(imatrix) if isinstance(imatrix, (str, Path)) else imatrix
-    if calibration is not None:
+    drawn: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "device": device}
+    collects = calibration is not None and method == "rtn"
+    if collects:
         # What the file says of it is known before it is collected.
         matrix = Imatrix(entries={}, datasets=(dataset_of(calibration),), chunk_count=0, chunk_size=length)
     with QuantizedCheckpoint(model) as checkpoint:
@@ -221,7 +237,7 @@ def export_gguf(
             mixture,
             overrides,
             pure=pure,
-            importance=matrix is not None,
+            importance=calibration is not None or imatrix is not None,
         )
 
         def add_metadata(writer: Any) -> None:
@@ -237,23 +253,28 @@ def export_gguf(
             add_tokenizer(writer, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
 
         text = ollama_modelfile(checkpoint.folder, path.name) if modelfile else None
+        report = partial(_report, mixture, tensors, method=method)
         # Lays out the whole file, and so finds what is wrong with it before minutes are spent on activations.
         size = gguf_bytes(architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
         if dry_run:
             files = gguf_files(path, tensors, max_shard_bytes=max_shard_bytes)
-            return _report(Written(files=files, exact={}), mixture, tensors, size, is_dry_run=True)
-        if calibration is not None:
-            matrix = collect_imatrix(
-                model, calibration=calibration, samples=samples, length=length, seed=seed, device=device
-            )
+            return report(Written(files=files, exact={}), size, errors={}, is_dry_run=True)
+        if collects:
+            matrix = collect_imatrix(model, calibration=calibration, **drawn)
         if matrix is not None:
             tensors = with_importance(tensors, matrix)
+        errors: dict[str, float] = {}
+        if method != "rtn":
+            layers = CalibratedLayers(model, method, calibration, errors=errors, **drawn)
+            tensors = layers.applied_to(
+                tensors, lambda name, tensor: architecture.to_file_order(name, tensor, config)
+            )
         written = write_gguf(path, architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
         size = sum(file.stat().st_size for file in written.files)
         if text is not None:
             recipe.write_text(text, encoding="utf-8")
         _hint(checkpoint, mixture, quantized, written)
-    return _report(written, mixture, tensors, size, is_dry_run=False)
+    return report(written, size, errors=errors)
 
 
 def _add_imatrix(writer: Any, matrix: Imatrix, source: str | Path | Imatrix | None) -> None:
@@ -379,7 +400,14 @@ def _hint(checkpoint: QuantizedCheckpoint, mixture: Mixture, quantized: list[str
 
 
 def _report(
-    written: Written, mixture: Mixture, tensors: list[PlannedTensor], size: int, *, is_dry_run: bool
+    mixture: Mixture,
+    tensors: list[PlannedTensor],
+    written: Written,
+    size: int,
+    *,
+    method: str,
+    errors: dict[str, float],
+    is_dry_run: bool = False,
 ) -> GGUFReport:
     counts: Counter[str] = Counter()
     weights: Counter[str] = Counter()
@@ -400,7 +428,9 @@ def _report(
             TensorReport(name=tensor.name, type=tensor.type.name, shape=tensor.shape, bytes=tensor.bytes)
             for tensor in tensors
         ),
-        is_dry_run=is_dry_run,
         exact=written.exact,
         exact_counts=exact_counts,
+        method=method,
+        errors=errors,
+        is_dry_run=is_dry_run,
     )

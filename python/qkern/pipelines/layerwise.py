@@ -23,7 +23,7 @@ from qkern.quantizers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor, nn
 
@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from qkern.models import Architecture, Structure
     from qkern.schemes import QuantizedWeight, Scheme
 
-__all__ = ["Finished", "LayerRecord", "Settings", "quantize_head", "quantize_layer"]
+__all__ = [
+    "Finished",
+    "LayerRecord",
+    "Settings",
+    "capture",
+    "fold_scales",
+    "quantize_head",
+    "quantize_layer",
+    "stages_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -138,14 +147,19 @@ def quantize_layer(
         for name in names:
             _take(finished, layer, prefix, name, settings, None)
         return finished
-    stages = _stages(stream, structure.architecture, index, names)
+    stages = stages_of(stream, structure.architecture, index, names)
     if settings.method == "awq":
-        _scale(stream, structure.architecture, index, names, stages, settings)
+
+        def search(linears: Sequence[str], statistics: HessianAccumulator, share: Tensor | None) -> Tensor:
+            weights = [column_weight(layer.get_submodule(name)) for name in linears]
+            return search_scales(weights, statistics, settings.scheme, share=share)
+
+        fold_scales(stream, structure.architecture, index, names, stages, search)
         _store_changes(finished, stream, index, names, settings)
     if settings.scale_only:
         return finished
     for stage in stages:
-        for group, seen in _capture(stream, index, stage).items():
+        for group, seen in capture(stream, index, stage).items():
             for name in group:
                 _take(finished, layer, prefix, name, settings, seen)
     return finished
@@ -211,7 +225,7 @@ def _set(module: nn.Module, quantized: QuantizedWeight) -> None:
     set_column_weight(module, dequantize_groupwise(quantized.to(device)))
 
 
-def _stages(
+def stages_of(
     stream: LayerStream, architecture: Architecture | None, index: int, names: Sequence[str]
 ) -> list[Stage]:
     """Linears to quantize in the order of their execution, from the architecture's data or by looking."""
@@ -222,7 +236,7 @@ def _stages(
     return stream.discover(index, names)
 
 
-def _capture(
+def capture(
     stream: LayerStream, index: int, groups: Iterable[tuple[str, ...]]
 ) -> dict[tuple[str, ...], HessianAccumulator]:
     """Statistics of each group's shared input with the layer as it is now."""
@@ -236,48 +250,56 @@ def _capture(
     return seen
 
 
-def _scale(
+def fold_scales(
     stream: LayerStream,
     architecture: Architecture | None,
     index: int,
     names: Sequence[str],
     stages: Sequence[Stage],
-    settings: Settings,
+    search: Callable[[Sequence[str], HessianAccumulator, Tensor | None], Tensor],
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Search AWQ's scales with the layer as it was and fold them.
 
     Scores are the squared errors of the linears' own outputs, over all calibration tokens through their
     second moments; they do not see the attention or MLP around the linears, which would have to run once
     for each ratio and linear.
+
+    Parameters
+    ----------
+    stream, architecture, index, names, stages
+        As in `quantize_layer` and `stages_of`.
+    search : callable
+        From linears that share an input, its statistics, and the channels that share a scale, to the scales.
+    dtype : torch.dtype, optional
+        Dtype in which norms will be stored; default: that of the checkpoint.
     """
     config = stream.model.config
     if architecture is None:
         return
     layer, prefix, weights = stream.layers[index], stream.prefix(index), stream.weights
     seen: dict[str, HessianAccumulator] = {}
-    for group, statistics in _capture(stream, index, chain.from_iterable(stages)).items():
+    for group, statistics in capture(stream, index, chain.from_iterable(stages)).items():
         seen.update(dict.fromkeys(group, statistics))
     for entry in architecture.norm_linears:
         # A linear that stays 16-bit must stay as it is, so its norm does too.
         if not all(name in names for name in entry.linears):
             continue
-        linears = [layer.get_submodule(name) for name in entry.linears]
-        scales = search_scales(
-            [column_weight(linear) for linear in linears], seen[entry.linears[0]], settings.scheme
-        )
+        scales = search(entry.linears, seen[entry.linears[0]], None)
         fold_norm(
             layer.get_submodule(entry.norm),
-            linears,
+            [layer.get_submodule(name) for name in entry.linears],
             scales,
             offset=architecture.norm_offset,
-            dtype=weights.get(f"{prefix}{entry.norm}.weight").dtype,
+            dtype=dtype or weights.get(f"{prefix}{entry.norm}.weight").dtype,
         )
     for pair in architecture.linear_linears:
         if pair.first not in names or pair.second not in names:
             continue
         first, second = layer.get_submodule(pair.first), layer.get_submodule(pair.second)
         rows, share = pair_channels(config, pair, first, second)
-        scales = search_scales([column_weight(second)], seen[pair.second], settings.scheme, share=share)
+        scales = search((pair.second,), seen[pair.second], share)
         fold_linear(first, second, scales, rows=rows, share=share)
 
 

@@ -1,19 +1,30 @@
 """The algorithms: tensors in, tensors out; no model, no file."""
 
-from qkern.quantizers.awq import grouped_query_share, producer_scales, search_clip, search_scales
+from qkern.quantizers.awq import (
+    grouped_query_share,
+    producer_scales,
+    search_clip,
+    search_gguf_scales,
+    search_scales,
+)
 from qkern.quantizers.gptq import GPTQConfig, LayerResult, output_error, quantize_gptq
+from qkern.quantizers.gptq_gguf import GGUFResult, gguf_output_error, quantize_gptq_gguf
 from qkern.quantizers.hessian import HessianAccumulator
 from qkern.quantizers.rtn import quantize_rtn
 
 __all__ = [
+    "GGUFResult",
     "GPTQConfig",
     "HessianAccumulator",
     "LayerResult",
+    "gguf_output_error",
     "grouped_query_share",
     "output_error",
     "producer_scales",
     "quantize_gptq",
+    "quantize_gptq_gguf",
     "quantize_rtn",
     "search_clip",
+    "search_gguf_scales",
     "search_scales",
 ]

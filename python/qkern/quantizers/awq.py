@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkern.errors import InputError
-from qkern.ops import dequantize_groupwise, quantize_groupwise
+from qkern.ops import dequantize_groupwise, gguf_decode, gguf_encode, quantize_groupwise
+from qkern.ops.gguf_encode.fields import LAYOUTS
+from qkern.ops.gguf_types import gguf_type
 from qkern.quantizers.hessian import HessianAccumulator
 from qkern.schemes import Scheme, as_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["grouped_query_share", "producer_scales", "search_clip", "search_scales"]
+__all__ = ["grouped_query_share", "producer_scales", "search_clip", "search_gguf_scales", "search_scales"]
 
 # Channels quieter than this fraction of the loudest (dead ones above all) are taken to be this loud:
 # folding divides by the scale, and text that does reach the channel later must not be blown up.
@@ -78,26 +80,88 @@ def search_scales(
     """
     scheme = as_scheme(scheme)
     statistics = _statistics(weights, inputs)
-    if ratios < 1:
-        raise InputError(f"ratios must be at least 1: got {ratios}")
     full = [weight.detach().to(torch.float32) for weight in weights]
-    loudness = statistics.mean_abs
-    size = _relative_size(full, scheme)
-    if share is not None:
-        share = torch.unique(share.to(loudness.device), return_inverse=True)[1]  # without gaps
-        loudness, size = _pool(loudness, share), _pool(size, share)
-    loudness = loudness.clamp(min=max(QUIETEST * float(loudness.max()), torch.finfo(torch.float32).tiny))
-    size = size.clamp(min=QUIETEST)
     target = run(full) if run is not None else None
 
     def score(scales: Tensor) -> float:
         rounded = [_rounded(weight * scales, scheme, search) / scales for weight in full]
         if run is not None and target is not None:
             return float((run(rounded).float() - target.float()).square().mean())
-        errors = (before - after for before, after in zip(full, rounded, strict=True))
-        return sum(float(((error @ statistics.value) * error).sum()) for error in errors)
+        return _output_loss(full, rounded, statistics)
 
-    best = torch.ones_like(statistics.mean_abs)
+    size = _relative_size(full, [scheme.group_length(full[0].shape[1])] * len(full))
+    return _least(score, statistics.mean_abs, size, ratios, share)
+
+
+def search_gguf_scales(
+    weights: Sequence[Tensor],
+    inputs: Tensor | HessianAccumulator,
+    types: Sequence[str],
+    *,
+    ratios: int = 20,
+    share: Tensor | None = None,
+) -> Tensor:
+    """Find the scale of each input channel of linears that read the same input and become GGUF blocks.
+
+    The candidates are those of `search_scales`; each is judged by the blocks that `gguf_encode` makes of
+    the scaled weights, with the mean squares of the scaled input as importance.
+
+    Parameters
+    ----------
+    weights : sequence of Tensor
+        ``[N_i, K]`` each, floating: all linears that read the input.
+    inputs : Tensor or HessianAccumulator
+        Activations ``[..., K]`` or what was accumulated over them.
+    types : sequence of str
+        GGUF type of each weight.
+    ratios, share
+        As in `search_scales`.
+
+    Returns
+    -------
+    Tensor
+        fp32 ``[K]``, positive.
+
+    Raises
+    ------
+    InputError
+        On shapes or types that do not fit, no activations, or NaN or Inf among them.
+    """
+    statistics = _statistics(weights, inputs)
+    if len(types) != len(weights):
+        raise InputError(f"types must name one type for each of {len(weights)} weights: got {len(types)}")
+    full = [weight.detach().to(torch.float32) for weight in weights]
+
+    def score(scales: Tensor) -> float:
+        importance = (statistics.diagonal / scales.square()).cpu()
+        rounded = []
+        for weight, kind in zip(full, types, strict=True):
+            blocks = gguf_encode((weight * scales).cpu(), kind, importance=importance)
+            rounded.append(gguf_decode(blocks, kind).to(weight.device) / scales)
+        return _output_loss(full, rounded, statistics)
+
+    layouts = [LAYOUTS.get(gguf_type(kind).name) for kind in types]
+    lengths = [1 if layout is None else layout.group for layout in layouts]
+    return _least(score, statistics.mean_abs, _relative_size(full, lengths), ratios, share)
+
+
+def _output_loss(full: Sequence[Tensor], rounded: Sequence[Tensor], statistics: HessianAccumulator) -> float:
+    errors = (before - after for before, after in zip(full, rounded, strict=True))
+    return sum(float(((error @ statistics.value) * error).sum()) for error in errors)
+
+
+def _least(
+    score: Callable[[Tensor], float], loudness: Tensor, size: Tensor, ratios: int, share: Tensor | None
+) -> Tensor:
+    """Return the candidate with the least score: none at all, or a mixture of loudness and size."""
+    if ratios < 1:
+        raise InputError(f"ratios must be at least 1: got {ratios}")
+    best = torch.ones_like(loudness)
+    if share is not None:
+        share = torch.unique(share.to(loudness.device), return_inverse=True)[1]  # without gaps
+        loudness, size = _pool(loudness, share), _pool(size, share)
+    loudness = loudness.clamp(min=max(QUIETEST * float(loudness.max()), torch.finfo(torch.float32).tiny))
+    size = size.clamp(min=QUIETEST)
     least = score(best)
     for step in range(ratios):
         ratio = step / ratios
@@ -251,12 +315,12 @@ def _diagonal_blocks(matrix: Tensor, length: int) -> Tensor:
     return torch.stack([padded[i * length :, i * length :][:length, :length] for i in range(count)])
 
 
-def _relative_size(weights: Sequence[Tensor], scheme: Scheme) -> Tensor:
+def _relative_size(weights: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
     """Mean over all rows of each column's magnitude relative to the largest of its group, ``[K]``."""
     K = weights[0].shape[1]
     total = weights[0].new_zeros(K)
-    for weight in weights:
-        groups = _grouped(weight.abs(), scheme.group_length(K))
+    for weight, length in zip(weights, lengths, strict=True):
+        groups = _grouped(weight.abs(), length)
         largest = groups.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         total += (groups / largest).flatten(1)[:, :K].sum(0)
     return total / sum(weight.shape[0] for weight in weights)

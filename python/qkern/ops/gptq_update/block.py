@@ -1,14 +1,14 @@
 """What GPTQ does with a block beyond `gptq_update`: in place, on the native kernels or in torch.
 
-These serve `qkern.quantizers.gptq` alone: arguments are not validated. Both ways and all CPU tiers give the
-same bits, except `product`, where each has its own order of summation (the same for any number of threads).
-On a GPU a run over the columns has the same bits; sums of its losses and scales are in torch's order.
+These serve GPTQ's runs in `qkern.quantizers` alone: arguments are not validated. Both ways and all CPU tiers
+give the same bits, except `product`, where each has its own order of summation (the same for any number of
+threads). On a GPU a run over the columns has the same bits; sums of losses and scales are in torch's order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,19 @@ from qkern.ops.codebooks import CODEBOOK_CODES
 from qkern.ops.codebooks import codebook as find_codebook
 from qkern.ops.gptq_update import cuda, reference, triton
 
-if TYPE_CHECKING:
-    from qkern.schemes import Scheme
+__all__ = ["Block", "Codes", "empty", "gather", "improve", "product", "quantize", "search"]
 
-__all__ = ["Block", "empty", "gather", "improve", "product", "quantize", "search"]
+
+class Codes(Protocol):
+    """What codes are: a `Scheme`, or the layout of a GGUF type."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+
+    @property
+    def codebook(self) -> str | None:
+        """``"nf4"``, ``"fp4"``, or None where codes are evenly spaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,7 +39,7 @@ class Block:
 
     Parameters
     ----------
-    scheme : Scheme
+    scheme : Codes
         Bits and codebook.
     origin : Tensor
         fp32 ``[N, B]``: the weight as it was given.
@@ -46,7 +55,7 @@ class Block:
         int32 ``[B]``: the column of `scales` for each column of the block.
     """
 
-    scheme: Scheme
+    scheme: Codes
     origin: Tensor
     codes: Tensor
     change: Tensor
