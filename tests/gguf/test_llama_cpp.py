@@ -67,7 +67,11 @@ def test_tokens_equal_those_of_transformers(shipped, exported, run_gguf):
 
 
 @pytest.mark.parametrize(
-    "kind", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q6_k", "f16", "bf16", "f32"]
+    "kind",
+    [
+        *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q2_k", "q3_k_m", "q4_k_m", "q6_k", "iq4_xs"),
+        *("f16", "bf16", "f32"),
+    ],
 )
 def test_perplexity_equals_ours_on_the_decoded_weights(kind, shipped, exported, run_gguf):
     model, tokenizer = model_and_tokenizer(shipped)

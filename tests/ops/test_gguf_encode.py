@@ -176,7 +176,7 @@ def test_wrong_arguments_are_named():
         gguf_encode(x, "q6_k")
     with pytest.raises(InputError, match=r"unknown GGUF tensor type: got 'q4', allowed are f32"):
         gguf_encode(x, "q4")
-    with pytest.raises(UnsupportedError, match=r"type iq2_xs is not offered: allowed are f32"):
+    with pytest.raises(UnsupportedError, match=r"type not offered: got 'iq2_xs', allowed are f32"):
         gguf_encode(x, "iq2_xs")
     with pytest.raises(InputError, match=r"importance must have shape \[96\]"):
         gguf_encode(x, "q4_0", importance=torch.ones(95))

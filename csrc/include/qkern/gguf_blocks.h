@@ -14,10 +14,11 @@
 //   Q6_K   256     210    (d * scale[j]) * (q - 32)                 j = k / 16
 //   IQ4_XS 256     136    (d * (scale[j] - 32)) * kIq4Values[q]     j = k / 32
 //
-// Nibbles: in a 32-block, and in each run of 32 of IQ4_XS, byte i holds weight i (low) and weight i + 16 (high). In Q4_K and Q5_K byte
-// 32 p + i holds weights 64 p + i (low) and 64 p + 32 + i (high). Fifth bits: bit i of qh in Q5_0 and Q5_1;
-// bit j of qh[i] belongs to weight 32 j + i in Q5_K. Q6_K works in halves of 128: ql[64 h + i] holds weights
-// 128 h + i and 128 h + 64 + i, bits 2 f and 2 f + 1 of qh[32 h + i] belong to weight 128 h + 32 f + i.
+// Nibbles: in a 32-block, and a run of 32 of IQ4_XS, byte i holds weight i (low) and weight i + 16 (high). In
+// Q4_K and Q5_K byte 32 p + i holds weights 64 p + i (low) and 64 p + 32 + i (high). Fifth bits: bit i of qh
+// in Q5_0 and Q5_1; bit j of qh[i] belongs to weight 32 j + i in Q5_K. Q6_K works in halves of 128: ql[64 h +
+// i] holds weights 128 h + i and 128 h + 64 + i, bits 2 f and 2 f + 1 of qh[32 h + i] belong to weight 128 h
+// + 32 f + i.
 // The 6-bit scales and minima of Q4_K and Q5_K: bytes 0..3 and 4..7 hold scale[0..3] and min[0..3] in their
 // low 6 bits and the top 2 bits of scale[4..7] and min[4..7] above them; bytes 8..11 hold the low nibbles
 // of scale[4..7] (low) and min[4..7] (high).

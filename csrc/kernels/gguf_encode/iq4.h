@@ -1,7 +1,7 @@
 // IQ4_NL (32 weights) and IQ4_XS (8 x 32, scales of 6 bits): codes of a table that is denser near zero. Sixteen
 // candidate scales side by side, as in search.h; the error of a fit is S(x x) - scale S(x v).
 #pragma once
-#include "kquants_small.h"
+#include "columns.h"
 #include "legacy.h"
 #include "qkern/gguf_blocks.h"
 

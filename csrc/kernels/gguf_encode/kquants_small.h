@@ -6,140 +6,12 @@
 //   E(s, p) = S(x x) - 2 s S(x l) + s s S(l l) + 2 p S(x) - 2 s p S(l) + p p S(1)     for x ~ s l - p.
 // So the search alternates between codes (a pass) and the integers, d and dmin (sums alone).
 #pragma once
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
-#include "kquants.h"
+#include "columns.h"
 #include "qkern/gguf_blocks.h"
 
 namespace {
 
 using namespace qk;
-
-// Weights of a sub-block, and sub-blocks of a super-block.
-constexpr int kRun = 16;
-static_assert(kRun == kLanes, "a lane is a sub-block");
-
-// A super-block by columns: lane j of column i is weight i of sub-block j. Without weights (kEven) all w are 1.
-struct Columns {
-    Lanes x[kRun], w[kRun], wx[kRun];
-    Lanes low;         // taken off x in Q2_K, so that x is at least 0 and no sum cancels
-    Lanes w1, x1, xx;  // weighted sums of 1, x, x x
-    Lanes inverse_w1;
-};
-
-inline void turn(const float* rows, Lanes* columns) {
-    float turned[kSuper];
-    for (int i = 0; i < kRun; ++i) {
-        for (int j = 0; j < kRun; ++j) turned[kRun * i + j] = rows[kRun * j + i];
-    }
-    memcpy(columns, turned, sizeof(turned));
-}
-
-// Written as instructions where the compiler makes two of a selection; of two zeros, or of a NaN, b.
-#if defined(__AVX512F__)
-inline Lanes least(const Lanes& a, const Lanes& b) {
-    return reinterpret_cast<Lanes>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
-}
-inline Lanes most(const Lanes& a, const Lanes& b) {
-    return reinterpret_cast<Lanes>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
-}
-#else
-inline Lanes least(const Lanes& a, const Lanes& b) { return select_less(a, b, a, b); }
-inline Lanes most(const Lanes& a, const Lanes& b) { return select_less(b, a, a, b); }
-#endif
-
-inline Lanes within(const Lanes& value, float low, float high) {
-    return least(splat(high), most(splat(low), value));
-}
-
-// The nearest integer within [low, high].
-inline Lanes code_of(const Lanes& value, float low, float high) { return round(within(value, low, high)); }
-
-inline float largest(const Lanes& lanes) {
-    float values[kLanes];
-    memcpy(values, &lanes, sizeof(values));
-    float found = values[0];
-    for (int c = 1; c < kLanes; ++c) found = values[c] > found ? values[c] : found;
-    return found;
-}
-
-inline float as_f16(float value) { return from_f16(to_f16(value)); }
-
-inline bool is_even(const float* w) {
-    int other = 0;
-    for (int k = 0; k < kSuper; ++k) other |= w[k] != w[0];
-    return other == 0;
-}
-
-// Sums of the columns of x, which `low` has been taken off.
-template <bool kEven> inline void add_up(Columns* t) {
-    t->w1 = kEven ? splat(static_cast<float>(kRun)) : Lanes{};
-    t->x1 = t->xx = Lanes{};
-    for (int i = 0; i < kRun; ++i) {
-        if (!kEven) {
-            t->wx[i] = t->w[i] * t->x[i];
-            t->w1 += t->w[i];
-        }
-        const Lanes wx = kEven ? t->x[i] : t->wx[i];
-        t->x1 += wx;
-        t->xx += wx * t->x[i];
-    }
-    t->inverse_w1 = 1.0f / t->w1;
-}
-
-// Bytes of the codes in the order of the weights.
-inline void bytes_of(const Lanes* columns, uint8_t* codes) {
-    float values[kSuper], turned[kSuper];
-    memcpy(values, columns, sizeof(values));
-    for (int j = 0; j < kRun; ++j) {
-        for (int i = 0; i < kRun; ++i) turned[kRun * j + i] = values[kRun * i + j];
-    }
-    for (int k = 0; k < kSuper; ++k) codes[k] = static_cast<uint8_t>(static_cast<int32_t>(turned[k]));
-}
-
-// Bits 2 f and 2 f + 1 of byte 32 h + i: weight 128 h + 32 f + i.
-inline void pack_quads(const uint8_t* codes, uint8_t* qs) {
-    for (int h = 0; h < 2; ++h) {
-        const uint8_t* q = codes + 128 * h;
-        for (int i = 0; i < 32; ++i) {
-            qs[32 * h + i] = static_cast<uint8_t>((q[i] & 3) | (q[32 + i] & 3) << 2 | (q[64 + i] & 3) << 4 |
-                                                  (q[96 + i] & 3) << 6);
-        }
-    }
-}
-
-// Signed 6-bit scales: d times -32 to 31, in Q3_K and IQ4_XS.
-constexpr float kLowScale = -32.0f, kHighScale = 31.0f;
-// Where their rounding costs more than this, relative to what else is lost, true errors choose d from widest over
-// -kFirstCoarse, -kFirstCoarse - 1, ...
-constexpr float kCoarseScales = 0.03f;
-constexpr int kFirstCoarse = 22, kLastCoarse = 45;
-
-// The d under which the integers nearest to the fitted scales cost least; a lane is a candidate. A scale that is off
-// by e costs weight * e * e. The widest gets about -32, the longer side.
-inline float choose_d(const float* fits, const float* weights, int count, float widest, float* cost) {
-    float best = 0.0f;
-    *cost = kNoFit;
-    for (int c = 0; c < 2 * kLanes; c += kLanes) {
-        float tops[kLanes];
-        for (int k = 0; k < kLanes; ++k) tops[k] = -28.0f - 0.25f * static_cast<float>(c + k);
-        const Lanes d = widest / load(tops), inverse = inverse_or_zero(d);
-        Lanes costs{};
-        for (int j = 0; j < count; ++j) {
-            const Lanes off = code_of(inverse * fits[j], kLowScale, kHighScale) * d - fits[j];
-            costs += (off * weights[j]) * off;
-        }
-        float least_cost;
-        const int k = best_lane(costs, &least_cost);
-        if (least_cost < *cost) {
-            *cost = least_cost;
-            best = lane(d, k);
-        }
-    }
-    return as_f16(best);
-}
 
 // Q2_K --------------------------------------------------------------------------------------------------
 
@@ -269,10 +141,12 @@ inline bool refit(const Columns& t, const Grid2& grid, float* d, float* dmin) {
 
 // Ends of the codes, in steps of the range from its own ends inwards. Codes beyond the range serve weights that lie at
 // both ends and the middle; with importance it may be the outlier that does not count.
-const float kInsets2[][2] = {{0.0f, 0.0f},  {0.25f, 0.0f},  {0.5f, 0.0f},  {0.75f, 0.0f},  {0.0f, 0.25f}, {0.25f, 0.25f},
-                             {0.5f, 0.25f}, {0.75f, 0.25f}, {0.0f, 0.5f},  {0.25f, 0.5f},  {0.5f, 0.5f},  {0.75f, 0.5f},
-                             {0.0f, 0.75f}, {0.25f, 0.75f}, {0.5f, 0.75f}, {0.75f, 0.75f}, {0.0f, -1.0f}, {-1.0f, 0.0f},
-                             {0.0f, -0.5f}, {-0.5f, 0.0f},  {1.0f, 0.0f},  {0.0f, 1.0f}};
+const float kInsets2[][2] = {{0.0f, 0.0f},  {0.25f, 0.0f},  {0.5f, 0.0f},  {0.75f, 0.0f},   //
+                             {0.0f, 0.25f}, {0.25f, 0.25f}, {0.5f, 0.25f}, {0.75f, 0.25f},  //
+                             {0.0f, 0.5f},  {0.25f, 0.5f},  {0.5f, 0.5f},  {0.75f, 0.5f},   //
+                             {0.0f, 0.75f}, {0.25f, 0.75f}, {0.5f, 0.75f}, {0.75f, 0.75f},  //
+                             {0.0f, -1.0f}, {-1.0f, 0.0f},  {0.0f, -0.5f}, {-0.5f, 0.0f},   //
+                             {1.0f, 0.0f},  {0.0f, 1.0f}};
 const float kInsetsWeighted2[][2] = {{1.5f, 0.0f}, {0.0f, 1.5f}, {1.0f, 1.0f}, {1.5f, 0.5f}, {0.5f, 1.5f}};
 // d and dmin times these are the widest scale and the deepest minimum.
 const float kWidest2[] = {15.0f, 14.0f, 14.5f, 15.5f, 16.0f, 16.5f, 17.0f, 17.5f, 18.0f, 19.0f, 20.0f};
@@ -285,7 +159,7 @@ const float kWidestCoarse2[] = {8.0f,  9.0f,  10.0f, 11.0f, 12.0f, 13.0f, 14.0f,
 const float kDeepestCoarse2[] = {12.0f, 13.0f, 14.0f, 15.0f, 17.0f, 20.0f, 25.0f, 32.0f, 42.0f, 60.0f, 90.0f};
 const float kDeepestWeighted2[] = {18.0f, 22.0f, 27.0f, 34.0f};
 
-// Each sub-block alone: the best of the codes that start from `insets`.
+// Each sub-block alone: the best of the codes that start from `insets`; beyond the range only with `penalty`.
 template <bool kEven, int kCount>
 inline void fit_codes(const Columns& t, const Lanes& inverse, const float (&insets)[kCount][2], const Lanes& penalty,
                       Affine* fit, Lanes* error) {
@@ -477,6 +351,7 @@ const float kReachWeighted3[] = {0.65f, 0.70f, 0.74f,  0.78f, 0.81f, 0.84f, 0.86
                                  0.98f, 1.00f, 1.02f, 1.045f, 1.07f, 1.095f, 1.12f, 1.15f, 1.20f,  1.25f, 1.30f};
 // The same for the weight that counts most.
 const float kReachAnchor3[] = {1.0f, 0.87f, 0.75f, 0.62f, 0.5f, 0.37f, 0.25f};
+
 // The d that suits the codes and integers best.
 inline float refit(const Grid3& grid) {
     const float squares = sum(grid.scale * (grid.scale * grid.sums.ll));

@@ -95,7 +95,7 @@ def gguf_type(name: str) -> GGUFType:
         return kind
     allowed = ", ".join(GGUF_TYPES)
     if lower in _NOT_OFFERED:
-        raise UnsupportedError(f"GGUF tensor type {lower} is not offered: allowed are {allowed}")
+        raise UnsupportedError(f"GGUF tensor type not offered: got {name!r}, allowed are {allowed}")
     raise InputError(f"unknown GGUF tensor type: got {name!r}, allowed are {allowed}")
 
 
