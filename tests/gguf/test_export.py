@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pytest
 import torch
@@ -195,6 +196,37 @@ def test_a_full_disk_leaves_no_file(shipped, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(QkernError, match=r"cannot write .*model\.gguf: No space left on device"):
+        export_gguf(shipped, tmp_path / "model.gguf", "q8_0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_lost_its_end_is_not_placed(shipped, tmp_path, monkeypatch):
+    import gguf
+
+    close = gguf.GGUFWriter.close
+
+    def lossy(self):
+        close(self)
+        file = next(tmp_path.iterdir())
+        os.truncate(file, file.stat().st_size - 100)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "close", lossy)
+    with pytest.raises(QkernError, match=r"cannot write .*model\.gguf: .*bytes were stored"):
+        export_gguf(shipped, tmp_path / "model.gguf", "q8_0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_closed_leaves_nothing(shipped, tmp_path, monkeypatch):
+    import gguf
+
+    close = gguf.GGUFWriter.close
+
+    def full(self):
+        close(self)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "close", full)
     with pytest.raises(QkernError, match=r"cannot write .*model\.gguf: No space left on device"):
         export_gguf(shipped, tmp_path / "model.gguf", "q8_0")
     assert list(tmp_path.iterdir()) == []

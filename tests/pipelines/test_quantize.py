@@ -15,7 +15,7 @@ from qkern.nn import QuantLinear, compute_mode, named_linears, quant_linears
 from qkern.ops import dequantize_groupwise, unpack_bits
 from qkern.pipelines import load, quantize
 from qkern.pipelines.checks import default_format
-from qkern.quantizers import GPTQConfig, HessianAccumulator, gptq, quantize_gptq, quantize_rtn
+from qkern.quantizers import GPTQConfig, HessianAccumulator, columns, quantize_gptq, quantize_rtn
 from qkern.schemes import Scheme
 
 IDS = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(1))
@@ -461,8 +461,8 @@ def test_a_hessian_beyond_saving_costs_one_layer_and_is_named(folder, tmp_path, 
         calls.append(damp)
         return None if len(calls) == 1 else original(hessian, damp, order)
 
-    original = gptq.factorize
-    monkeypatch.setattr(gptq, "factorize", factorize)
+    original = columns.factorize
+    monkeypatch.setattr(columns, "factorize", factorize)
     quantize(folder, method="gptq", scheme="w4g32", calibration=IDS, output=tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj"
     layers = json.loads((tmp_path / "out" / "qkern.json").read_text())["layers"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import math
 import os
@@ -155,6 +157,7 @@ def write_gguf(
         check_new_file(file)
     partials = [file.with_name(f".{file.name}.{os.getpid()}.partial") for file in files]
     writers: list[Any] = []
+    sizes: list[int] = []
 
     def begin(number: int) -> None:
         if writers:
@@ -162,6 +165,7 @@ def write_gguf(
         writers.append(gguf.GGUFWriter(partials[number], architecture))
         _add_metadata(writers[-1], shards, number, add_metadata)
         _write_header(writers[-1], shards[number])
+        sizes.append(_padded(writers[-1], writers[-1].fout[0].tell(), shards[number]))
 
     numbered = [(number, tensor) for number, shard in enumerate(shards) for tensor in shard]
     placed: list[Path] = []
@@ -174,6 +178,7 @@ def write_gguf(
             writers[-1].write_tensor_data(blocks.numpy())
             del blocks  # before the next tensor is read
         writers[-1].close()
+        _check_sizes(partials, sizes)
         # The first one last: whoever sees it finds the others.
         for partial, file in reversed(list(zip(partials, files, strict=True))):
             partial.replace(file)
@@ -186,7 +191,9 @@ def write_gguf(
         ) from error
     finally:
         for writer in writers:
-            writer.close()
+            # On a full disk closing fails too, and again.
+            with contextlib.suppress(OSError):
+                writer.close()
         for partial in partials:
             partial.unlink(missing_ok=True)
     return Written(files=files, exact=exact)
@@ -233,9 +240,22 @@ def gguf_bytes(
         _add_metadata(writer, shards, number, add_metadata)
         header = io.BytesIO()
         _write_header(writer, shard, header)
-        parts = (header.tell(), *(tensor.bytes for tensor in shard))
-        size += sum(int(writer.ggml_pad(part, writer.data_alignment)) for part in parts)
+        size += _padded(writer, header.tell(), shard)
     return size
+
+
+def _padded(writer: Any, header: int, tensors: Sequence[PlannedTensor]) -> int:
+    """Size of a file."""
+    parts = (header, *(tensor.bytes for tensor in tensors))
+    return sum(int(writer.ggml_pad(part, writer.data_alignment)) for part in parts)
+
+
+def _check_sizes(files: Sequence[Path], sizes: Sequence[int]) -> None:
+    """Refuse a file that is shorter than what was written: a disk may say so too late for numpy."""
+    for file, size in zip(files, sizes, strict=True):
+        stored = file.stat().st_size
+        if stored != size:
+            raise OSError(errno.EIO, f"{stored} of {size} bytes were stored")
 
 
 def _add_metadata(

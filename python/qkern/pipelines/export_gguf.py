@@ -256,8 +256,10 @@ def export_gguf(
         report = partial(_report, mixture, tensors, method=method)
         # Lays out the whole file, and so finds what is wrong with it before minutes are spent on activations.
         size = gguf_bytes(architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
+        files = gguf_files(path, tensors, max_shard_bytes=max_shard_bytes)
+        for file in files:
+            check_new_file(file)
         if dry_run:
-            files = gguf_files(path, tensors, max_shard_bytes=max_shard_bytes)
             return report(Written(files=files, exact={}), size, errors={}, is_dry_run=True)
         if collects:
             matrix = collect_imatrix(model, calibration=calibration, **drawn)
@@ -295,7 +297,7 @@ def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
         config: dict[str, Any] = AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=False
         ).to_dict()
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except Exception as error:  # what validates a field raises of its own
         file = checkpoint.folder / "config.json"
         raise FormatError(f"{file} is no configuration that transformers reads: {error}") from error
     return config
@@ -355,14 +357,15 @@ def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:
         return True
     if head in checkpoint.entries or embedding in checkpoint.entries:
         return False
-    return torch.equal(checkpoint.tensors[head], checkpoint.tensors[embedding])
+    tensors = checkpoint.tensors[head], checkpoint.tensors[embedding]
+    return tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
 
 
 def _keeps_codes(checkpoint: QuantizedCheckpoint, source: Source, mixture: Mixture) -> bool:
     """Whether a weight is quantized on the grid of the base type: more bits would not serve it."""
     base, entries = gguf_type(mixture.base), checkpoint.entries
     return source.is_quantized(checkpoint) and all(
-        same_grid(base, entries[name].scheme) for name in source.stored
+        same_grid(base, entries[name].scheme) and not entries[name].act_order for name in source.stored
     )
 
 

@@ -327,7 +327,7 @@ class _Run(Columns):
             d=self.d.reshape(B, 1),
             dmin=self.dmin.reshape(B, 1),
         )
-        return write_fields(fields, layout).reshape(N, -1).cpu()
+        return write_fields(fields, layout).reshape(N, K // layout.block * layout.bytes).cpu()
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         K = self.order.numel()
