@@ -146,14 +146,6 @@ class Quantizer:
         return {name: kind.name for name, kind in types.items()}
 
 
-@pytest.fixture(autouse=True)
-def silence():
-    """llama.cpp says a line for each tensor."""
-    from llama_cpp._logger import set_verbose
-
-    set_verbose(False)
-
-
 def compare(model, folder, *, pures=(False, True)):
     """Compare every mixture, with and without importance and pure."""
     quantizer = Quantizer(model, folder)
