@@ -1,5 +1,5 @@
 // IQ4_NL (32 weights) and IQ4_XS (8 x 32, scales of 6 bits): codes of a table that is denser near zero. Sixteen
-// candidate scales side by side, as in search.h; the error of a fit is S(x x) - scale S(x v).
+// candidate scales side by side; the error of a fit is S(x x) - scale S(x v).
 #pragma once
 #include "columns.h"
 #include "legacy.h"

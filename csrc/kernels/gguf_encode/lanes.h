@@ -174,10 +174,4 @@ inline void choose_codes(const float* x, int n, float inverse, float offset, flo
     }
 }
 
-inline Lanes load(const int32_t* data) {
-    float values[kLanes];
-    for (int c = 0; c < kLanes; ++c) values[c] = static_cast<float>(data[c]);
-    return load(values);
-}
-
 }  // namespace

@@ -40,9 +40,8 @@ QK_INLINE __m512 unit_of(__m512i largest, __m512 squares, __m512* inverse) {
     // Squares that overflow or vanish: eight times the largest is the length's bound.
     const __mmask16 precise = _mm512_cmp_ps_mask(squares, _mm512_set1_ps(1e-30f), _CMP_GT_OQ) &
                               _mm512_cmp_ps_mask(squares, _mm512_set1_ps(1e38f), _CMP_LT_OQ);
-    const __m512 bound = _mm512_mul_ps(most, _mm512_set1_ps(8.0f));
-    const __m512 length = _mm512_mask_sqrt_ps(bound, precise, squares);
-    const __m512 by_length = _mm512_mul_ps(length, _mm512_set1_ps(1.0f / kLength));
+    const __m512 bound = _mm512_mul_ps(most, _mm512_set1_ps(8.0f / kLength)), per = _mm512_set1_ps(1.0f / kLength);
+    const __m512 by_length = _mm512_mask_mul_ps(bound, precise, _mm512_sqrt_ps(squares), per);
     // max returns its second operand if one is NaN.
     const __m512 unit = _mm512_max_ps(by_length, _mm512_mul_ps(most, _mm512_set1_ps(1.0f / kTop)));
     const __mmask16 usable = _mm512_cmp_ps_mask(unit, _mm512_set1_ps(kLeast), _CMP_GE_OQ);
