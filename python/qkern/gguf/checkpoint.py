@@ -210,11 +210,10 @@ class GGUFCheckpoint:
                     f"{allowed[0]}; llama.cpp may run it"
                 )
         # The second is what the oldest files call it.
-        keys = ("rope.scaling.factor", "rope.scale_linear")
-        key = next((key for key in keys if f"{name}.{key}" in metadata), None)
-        if key is None or kind == "none" or metadata[f"{name}.{key}"] == 0:
+        keys = [key for key in ("rope.scaling.factor", "rope.scale_linear") if f"{name}.{key}" in metadata]
+        if kind == "none" or not keys or metadata[f"{name}.{keys[0]}"] == 0:
             return kind, 1.0
-        return kind, self._number(key)
+        return kind, self._number(keys[0])
 
     def transformers_config(self) -> Any:
         """Build the configuration that transformers makes the model of.

@@ -448,7 +448,7 @@ def _added_beside(folder: Path) -> dict[int, _Added]:
             (number, _Added.of(token)) for number, token in content.get("added_tokens_decoder", {}).items()
         ),
     }
-    added = {}
+    added: dict[int, _Added] = {}
     for name, tokens_of in files.items():
         with reading(folder / name) as content:
             added |= {int(number): token for number, token in tokens_of(content)}
