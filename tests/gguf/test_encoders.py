@@ -190,7 +190,40 @@ def test_what_llama_cpp_does_not_compute_is_refused(encoder_folder, tmp_path):
     )
     with pytest.raises(UnsupportedError, match="modules that are not exported to GGUF: Dense"):
         export_gguf(folder, tmp_path / "model.gguf", "f32")
-    (folder / "modules.json").write_text("{}")
-    with pytest.raises(FormatError, match="must list modules"):
+
+    folder, _, _ = encoder_folder()
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["BertForSequenceClassification"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UnsupportedError, match=r"architectures .*SequenceClassification.*allowed is .*BertModel"
+    ):
+        export_gguf(folder, tmp_path / "model.gguf", "f32")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error", "message"),
+    [
+        ("modules.json", "{}", FormatError, "must hold a JSON list: got dict"),
+        (
+            "modules.json",
+            '[{"type": "sentence_transformers.models.Pooling"}]',
+            FormatError,
+            "KeyError: 'path'",
+        ),
+        ("modules.json", "[3]", FormatError, "is not as its library writes it"),
+        ("1_Pooling/config.json", "[]", FormatError, "must hold a JSON object: got list"),
+        ("1_Pooling/config.json", None, FormatError, "is missing"),
+        ("1_Pooling/config.json", '{"pooling_mode": ["cls"]}', UnsupportedError, "pools by one of"),
+    ],
+)
+def test_damaged_files_of_the_pooling_are_named(file, content, error, message, encoder_folder, tmp_path):
+    folder, _, _ = encoder_folder(pooling={"pooling_mode": "cls"})
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(error, match=rf"{file}.*{message}"):
         export_gguf(folder, tmp_path / "model.gguf", "f32")
     assert list(tmp_path.iterdir()) == []

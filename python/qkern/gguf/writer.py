@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 
     from qkern.ops.gguf_types import GGUFType
 
-__all__ = ["PlannedTensor", "Written", "check_new_file", "gguf_bytes", "gguf_files", "write_gguf"]
+__all__ = [
+    "PlannedTensor",
+    "Written",
+    "check_new_file",
+    "gguf_bytes",
+    "gguf_files",
+    "write_gguf",
+    "write_whole",
+]
 
 # fp32 bytes that are converted at a time: bounds memory beside the tensor itself.
 _CHUNK_BYTES: Final = 4 << 20
@@ -97,6 +105,35 @@ def check_new_file(path: Path) -> None:
         raise InputError(f"the folder {path.parent} of the output file does not exist; make it first")
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file, which appears under its name only when it is complete.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; nothing is left behind.
+    """
+    partial = _partial(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise _not_written(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _not_written(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write {path}: {reason_of(error)}; nothing was left there; {advice_on_writing(error)}"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
     """What was written.
@@ -155,7 +192,7 @@ def write_gguf(
     files = gguf_files(path, tensors, max_shard_bytes=max_shard_bytes)
     for file in (path, *files):
         check_new_file(file)
-    partials = [file.with_name(f".{file.name}.{os.getpid()}.partial") for file in files]
+    partials = [_partial(file) for file in files]
     writers: list[Any] = []
     sizes: list[int] = []
 
@@ -186,9 +223,7 @@ def write_gguf(
     except OSError as error:
         for file in placed:
             file.unlink(missing_ok=True)
-        raise OutputError(
-            f"cannot write {path}: {reason_of(error)}; nothing was left there; {advice_on_writing(error)}"
-        ) from error
+        raise _not_written(path, error) from error
     finally:
         for writer in writers:
             # On a full disk closing fails too, and again.

@@ -23,7 +23,7 @@ from qkern.gguf.pooling import pooling_of
 from qkern.gguf.quantized import exact_type, map_rows, same_grid
 from qkern.gguf.rope import rope_tensors
 from qkern.gguf.tokenizer import name_of_model
-from qkern.gguf.writer import Written, check_new_file, gguf_bytes, gguf_files
+from qkern.gguf.writer import Written, check_new_file, gguf_bytes, gguf_files, write_whole
 from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines.gguf_methods import CalibratedLayers, check_method
 from qkern.pipelines.gguf_sources import find_sources, stored_names
@@ -274,7 +274,7 @@ def export_gguf(
         written = write_gguf(path, architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
         size = sum(file.stat().st_size for file in written.files)
         if text is not None:
-            recipe.write_text(text, encoding="utf-8")
+            write_whole(recipe, text.encode())
         _hint(checkpoint, mixture, quantized, written)
     return report(written, size, errors=errors)
 
