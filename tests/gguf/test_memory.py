@@ -95,16 +95,14 @@ def test_peak_memory_is_three_times_the_largest_tensor(kind, model_type, folders
     assert peak(warm, folder, tmp_path, type=kind) <= 3 * LARGEST
 
 
-@pytest.mark.parametrize("model_type", INNER)
-def test_files_of_a_size_cost_no_more(model_type, folders, tmp_path):
-    warm, folder, _ = folders(model_type)
+def test_files_of_a_size_cost_no_more(folders, tmp_path):
+    warm, folder, _ = folders("mixtral")
     assert peak(warm, folder, tmp_path, type="f32", max_shard_size="40MB") <= 3 * LARGEST
     assert len(list(tmp_path.glob("model-*.gguf"))) > 3
 
 
-@pytest.mark.parametrize("model_type", INNER)
-def test_an_importance_matrix_costs_no_more(model_type, folders, tmp_path):
-    warm, folder, _ = folders(model_type)
+def test_an_importance_matrix_costs_no_more(folders, tmp_path):
+    warm, folder, _ = folders("mixtral")
     matrix = tmp_path / "matrix.gguf"
     qkern.imatrix(folder, calibration=torch.arange(32)[None], output=matrix)
     assert peak(warm, folder, tmp_path, type="q4_k_m", imatrix=str(matrix)) <= 3 * LARGEST
@@ -134,9 +132,8 @@ def quantized(folder, output, config):
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q4_k_m"])
-@pytest.mark.parametrize("model_type", INNER)
-def test_a_quantized_checkpoint_costs_no_more(kind, model_type, folders, tmp_path):
-    warm, folder, model = folders(model_type)
+def test_a_quantized_checkpoint_costs_no_more(kind, folders, tmp_path):
+    warm, folder, model = folders("mixtral")
     made = quantized(folder, tmp_path / "quantized", model.config)
     assert peak(warm, made, tmp_path, type=kind) <= 3 * LARGEST
 

@@ -162,7 +162,8 @@ def export_gguf(
         name (llama.cpp's) the expression is found, in place of the mixture's. The first that matches wins.
     token_embedding_type, output_tensor_type : str, optional
         Types of the embedding and the output matrix; they come before `tensor_types`. Where the two are
-        tied, the one there is gets the embedding's, or without that the output's, as in llama.cpp.
+        tied, the one there is gets the embedding's, or without that the output's, as in llama.cpp, which
+        takes no tied embedding for an output if `pure`: there is none to name then.
     pure : bool
         The mixture's base type for every matrix that `tensor_types` does not name.
     pre_tokenizer : str, optional
@@ -315,7 +316,10 @@ def _add_imatrix(writer: Any, matrix: Imatrix, source: str | Path | Imatrix | No
 def _overrides(
     patterns: Mapping[str, str], embedding: str | None, output: str | None, *, tied: bool
 ) -> tuple[Override, ...]:
-    """List the types that are asked for, the first first; a tied embedding is the output matrix too."""
+    """List the types that are asked for; the first that fits a tensor counts.
+
+    A tied embedding is the output matrix too.
+    """
     ends = {"token_embd" if tied else "output": output}
     if embedding is not None:
         ends["token_embd"] = embedding
@@ -368,7 +372,8 @@ def _plan(
         mixture,
         {names[name]: shape for name, shape in shapes.items()},
         ModelFacts.from_config(architecture.name, config, importance=importance),
-        overrides=overrides(tied=f"{_HEAD}.weight" not in shapes),
+        # Pure, llama.cpp takes no tied embedding for the output matrix: that an output has no tensor is told.
+        overrides=overrides(tied=f"{_HEAD}.weight" not in shapes and not pure),
         pure=pure or kept,
     )
     for name, shape in shapes.items():
