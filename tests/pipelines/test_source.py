@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import qkern
 from qkern.calibration import LayerStream
+from qkern.checkpoints import QuantizedCheckpoint
 from qkern.errors import FormatError
 from qkern.pipelines import source
 from qkern.pipelines.source import open_source
@@ -68,6 +69,16 @@ def test_one_layer_is_in_memory_at_a_time(mixture, monkeypatch):
     qkern.imatrix(folder, calibration=IDS)
     assert len(seen) == 6
     assert max(seen) - before == layer
+
+
+def test_experts_that_are_skipped_are_written_as_they_are(mixture, tmp_path):
+    folder, model = mixture("mixtral")
+    qkern.quantize(folder, method="rtn", scheme="w4g32", skip=["experts"], output=tmp_path / "quantized")
+    with QuantizedCheckpoint(tmp_path / "quantized") as checkpoint:
+        assert len(checkpoint.entries) == 2 * 4
+        for name, expected in model.state_dict().items():
+            if ".experts." in name:
+                assert torch.equal(checkpoint.tensors[name], expected), name
 
 
 def change(folder, edit):

@@ -122,11 +122,10 @@ class ImatrixRun:
         process_output: bool = False,
         tokenizer: Any = None,
     ) -> None:
-        target_device = usable_device(device)
+        self.device = usable_device(device)
         if isinstance(model, (str, Path)):  # a folder can be told without being opened
             checked_architecture(read_json(model_folder(model) / "config.json").get("model_type"))
-        source = open_source(model)
-        self.model = source.model
+        self.source = source = open_source(model)
         self.names = _Names(source.model.config)
         self.structure = describe(source.model)
         self.process_output = process_output
@@ -136,13 +135,6 @@ class ImatrixRun:
             )
         self.dataset = dataset_of(calibration)
         self.ids = calibration_ids(source, calibration, tokenizer, samples, length, seed)
-        self.stream = LayerStream(
-            source.model,
-            self.structure.layers,
-            source.weights,
-            head=self.structure.head,
-            device=target_device,
-        )
 
     def collect(self) -> Imatrix:
         """Run every layer once and take down what its matrices see.
@@ -154,10 +146,13 @@ class ImatrixRun:
         UnsupportedError
             If a matrix is multiplied in a way that is not followed.
         """
-        stream, count = self.stream, self.structure.count
-        if expert_parameters(self.model) and hasattr(self.model, "set_experts_implementation"):
+        model, count = self.source.model, self.structure.count
+        if expert_parameters(model) and hasattr(model, "set_experts_implementation"):
             # The others gather all experts into one product.
-            self.model.set_experts_implementation("eager")
+            model.set_experts_implementation("eager")
+        stream = LayerStream(
+            model, self.structure.layers, self.source.weights, head=self.structure.head, device=self.device
+        )
         stream.embed(self.ids)
         entries: dict[str, ImatrixEntry] = {}
         with _progress.task("imatrix", total=count, unit="layer") as progress:
