@@ -95,6 +95,7 @@ def test_peak_memory_is_three_times_the_largest_tensor(kind, model_type, folders
     assert peak(warm, folder, tmp_path, type=kind) <= 3 * LARGEST
 
 
+@pytest.mark.slow
 def test_files_of_a_size_cost_no_more(folders, tmp_path):
     warm, folder, _ = folders("mixtral")
     assert peak(warm, folder, tmp_path, type="f32", max_shard_size="40MB") <= 3 * LARGEST
@@ -131,14 +132,14 @@ def quantized(folder, output, config):
     return output
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m"])
+@pytest.mark.parametrize("kind", ["q4_0", pytest.param("q4_k_m", marks=pytest.mark.slow)])
 def test_a_quantized_checkpoint_costs_no_more(kind, folders, tmp_path):
     warm, folder, model = folders("mixtral")
     made = quantized(folder, tmp_path / "quantized", model.config)
     assert peak(warm, made, tmp_path, type=kind) <= 3 * LARGEST
 
 
-@pytest.mark.parametrize("model_type", INNER)
+@pytest.mark.parametrize("model_type", [pytest.param("llama", marks=pytest.mark.slow), "mixtral"])
 def test_activations_need_a_layer_at_a_time(model_type, folders, tmp_path):
     warm, folder, model = folders(model_type)
     layer = 4 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())

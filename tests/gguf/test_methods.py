@@ -179,7 +179,7 @@ def test_what_cannot_be_is_refused_and_leaves_no_file(model_folder, shipped, ids
     with pytest.raises(InputError, match=r"method gptq measures activations .*: give calibration texts \("):
         export_gguf(folder, output, "q4_0", method="gptq")
     (tmp_path / "matrix.gguf").write_bytes(b"")
-    with pytest.raises(InputError, match="which an importance matrix does not hold: give calibration"):
+    with pytest.raises(InputError, match="an importance matrix does not hold them; give calibration"):
         export_gguf(folder, output, "q4_0", method="awq", imatrix=tmp_path / "matrix.gguf")
     with pytest.raises(InputError, match="method gptq chooses codes, and no linear gets any"):
         export_gguf(folder, output, "f16", method="gptq", calibration=ids)

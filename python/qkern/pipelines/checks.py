@@ -263,10 +263,10 @@ def check_gguf_request(method: str, calibration: Any, imatrix: Any, draw: Mappin
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: allowed are {', '.join(METHODS)}")
     if method != "rtn":
-        needs = f"method {method} measures activations layer by layer"
+        needs = f"method {method} measures activations layer by layer, of causal LMs without experts"
         if imatrix is not None:
             raise InputError(
-                f"{needs}, which an importance matrix does not hold: give calibration texts instead "
+                f"{needs}: an importance matrix does not hold them; give calibration texts instead "
                 "(--calibration FILE), or use method='rtn'"
             )
         if calibration is None:
@@ -318,7 +318,7 @@ def checked_architecture(model_type: str | None) -> GGUFArchitecture:
     if architecture.is_encoder:
         raise UnsupportedError(
             f"{model_type} is an encoder, and activations are collected from causal LMs alone: export it "
-            "without calibration, or with an importance matrix that llama.cpp's tool made (--imatrix FILE)"
+            "without calibration, or with an importance matrix from elsewhere (--imatrix FILE)"
         )
     return architecture
 
