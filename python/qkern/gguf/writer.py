@@ -59,8 +59,8 @@ class PlannedTensor:
     importance : Tensor or None
         Weights of the columns for the encoder, ``[K]``, or ``[E, K]`` for a stack of matrices.
     blocks : callable or None
-        Returns the blocks themselves, uint8 ``[rows, row bytes]``, where they are chosen elsewhere: `read` is
-        not called then.
+        Returns the blocks themselves, uint8 ``[rows, row bytes]``, where they are chosen elsewhere, or None
+        where they are not; called before `read`.
     """
 
     name: str
@@ -69,7 +69,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     read: Callable[[], Tensor | QuantizedWeight]
     importance: Tensor | None = None
-    blocks: Callable[[], Tensor] | None = None
+    blocks: Callable[[], Tensor | None] | None = None
 
     @property
     def weights(self) -> int:
@@ -323,19 +323,20 @@ def _write_header(writer: Any, tensors: Sequence[PlannedTensor], stream: io.Byte
 
 def _encode(tensor: PlannedTensor) -> tuple[Tensor, bool]:
     """Blocks of a tensor, uint8 ``[rows, row bytes]``, and whether they decode to exactly its values."""
-    if tensor.blocks is not None:
-        return tensor.blocks(), False
+    made = None if tensor.blocks is None else tensor.blocks()
     values = tensor.read()
     if tuple(values.shape) != tensor.shape:
         raise InputError(f"{tensor.source} must be {tensor.shape}: got {tuple(values.shape)}")
-    made: Tensor | None = None
     if isinstance(values, QuantizedWeight):
         made = blocks_of(values, tensor.type)
         values = dequantize_groupwise(values)
     rows = values.reshape(-1, tensor.shape[-1])
-    blocks = (
-        torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8, device="cpu") if made is None else made
-    )
+    shape = (len(rows), tensor.row_bytes)
+    if made is not None and (made.dtype != torch.uint8 or tuple(made.shape) != shape):
+        raise InputError(
+            f"the blocks of {tensor.source} must be uint8 {shape}: got {made.dtype} {tuple(made.shape)}"
+        )
+    blocks = torch.empty(shape, dtype=torch.uint8, device="cpu") if made is None else made
     exact = True
     for begin, end, importance in _chunks(tensor, len(rows)):
         chunk = rows[begin:end].float()
