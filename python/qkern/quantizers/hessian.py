@@ -198,7 +198,7 @@ def cholesky(matrix: Tensor) -> Tensor | None:
 
 
 def triangular_inverse(upper: Tensor) -> Tensor:
-    """Inverse of an fp32 upper triangular matrix ``[B, B]``, upper triangular too; by blocks as `cholesky`."""
+    """Inverse of an fp32 upper triangular matrix, upper triangular too; by blocks, as `cholesky`."""
     if len(upper) > FACTOR_COLUMNS:
         inverse = torch.zeros_like(upper)
         half = len(upper) // 2
