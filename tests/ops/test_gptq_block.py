@@ -261,6 +261,21 @@ def test_fixed_point_is_another_kernel_where_it_is_faster() -> None:
     assert torch.equal(ops.product(a, b, fixed=True), ops.product(a, b)) == (not fixed)
 
 
+@pytest.mark.parametrize("huge", [5e37, 3e38])
+def test_fixed_point_of_the_largest_numbers(cpu_tier: str, huge: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(20, 200, generator=g), torch.randn(200, 40, generator=g)
+    # Eight times such a number, its segment's bound of length, is beyond fp32.
+    a[:14, 64:128] = 0.0
+    a[:14, 70] = huge
+    b[70, :20], b[70, 20:] = 0.0, 1e-4  # nothing, and about a unit of its segment
+    made = ops.product(a, b, fixed=True).double()
+    exact = a.double() @ b.double()
+    assert ((made - exact).abs() <= noise_of_fixed_point(a, b) + 1e-6 * exact.abs()).all()
+    # Where the number meets nothing the other segments keep their digits.
+    assert (made - exact)[:, :20].abs().max() < 0.05
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_row_and_column(cpu_tier: str, bad: float) -> None:
     a, b = torch.rand(20, 300) + 1, torch.rand(300, 40) + 1

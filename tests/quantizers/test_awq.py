@@ -244,6 +244,15 @@ def test_gguf_scales_undo_loud_channels(kinds: Sequence[str], left: float) -> No
     assert after < left * before
 
 
+@pytest.mark.parametrize("kind", ["iq4_nl", "iq4_xs", "q4_0"])
+def test_gguf_scales_see_columns_that_widen_their_group(kind: str) -> None:
+    # All inputs are equally loud, so that only the weights' own sizes can say which columns to scale.
+    w = weight(features=256)
+    w[:, ::32] *= 20
+    scales = search_gguf_scales([w], torch.eye(256), [kind])
+    assert scales[::32].max() < 0.5 * scales[1::32].min()
+
+
 def test_gguf_scales_of_shared_channels_are_equal() -> None:
     share = torch.arange(K) % 48
     scales = search_gguf_scales([weight()], inputs(), ["q4_0"], share=share)

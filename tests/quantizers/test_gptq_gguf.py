@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError, UnsupportedError
-from qkern.ops import gguf_decode, gguf_encode
+from qkern.ops import _native, gguf_decode, gguf_encode
 from qkern.ops.gguf_encode.fields import LAYOUTS, read_fields
 from qkern.ops.gguf_types import GGUF_TYPES
 from qkern.ops.gptq_update import block
@@ -161,6 +161,44 @@ def test_a_poisoned_hessian_falls_to_rounding(caplog: pytest.LogCaptureFixture) 
     assert torch.equal(result.blocks, gguf_encode(weight, "q4_k"))
     assert result.notes == ("rounded to nearest: the Hessian has NaN or Inf",)
     assert result.notes[0] in caplog.text
+
+
+@pytest.mark.skipif(_native.core().active_tier() == "scalar", reason="products are torch's there")
+@pytest.mark.parametrize("name", ["q4_k", "q4_0", "q2_k"])
+def test_any_number_of_threads_gives_the_same_blocks(name: str) -> None:
+    weight, hessian = problem(rows=200, features=768)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(quantize_gptq_gguf(weight, hessian, name).blocks)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q2_k"])
+def test_targets_beyond_fp16_fall_to_rounding(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    weight, hessian = problem()
+    weight *= 65000 / weight.abs().max()
+    result = quantize_gptq_gguf(weight, hessian, name)
+    assert torch.equal(result.blocks, gguf_encode(weight, name))
+    assert len(result.notes) == 1
+    assert "beyond fp16 scales" in result.notes[0]
+    assert result.notes[0] in caplog.text
+    # A weight that is itself too large is refused, whatever its errors do.
+    with pytest.raises(InputError, match="cannot hold the values"):
+        quantize_gptq_gguf(2 * weight, hessian, name)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_no_rows(name: str) -> None:
+    weight, hessian = problem(rows=0)
+    result = quantize_gptq_gguf(weight, hessian, name)
+    assert result.blocks.shape == (0, GGUF_TYPES[name].row_bytes(K))
+    assert result.error == 0.0
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -60,8 +60,6 @@ inline float largest(const Lanes& lanes) {
     return found;
 }
 
-inline float as_f16(float value) { return from_f16(to_f16(value)); }
-
 inline bool is_even(const float* w) {
     int other = 0;
     for (int k = 0; k < kSuper; ++k) other |= w[k] != w[0];
@@ -133,7 +131,7 @@ inline float choose_d(const float* fits, const float* weights, int count, float 
             best = lane(d, k);
         }
     }
-    return as_f16(best);
+    return unit_f16(best);
 }
 
 }  // namespace

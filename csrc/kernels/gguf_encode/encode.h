@@ -26,12 +26,16 @@ inline bool all_alike(const float* x, int64_t n) {
     return alike;
 }
 
-// Importance of a block's weights; a run of `group` without any is treated as evenly important.
+// Importance of a block's weights; a run of `group` without any is evenly important, and a little (Tile).
 inline void load_weights(const float* importance, int length, int group, float* w) {
+    memcpy(w, importance, static_cast<size_t>(length) * sizeof(float));
     for (int begin = 0; begin < length; begin += group) {
-        float total = 0.0f;
-        for (int i = begin; importance && i < begin + group; ++i) total += importance[i];
-        for (int i = begin; i < begin + group; ++i) w[i] = total > 0.0f ? importance[i] : 1.0f;
+        int any = 0;
+        for (int i = begin; i < begin + group; ++i) any |= importance[i] > 0.0f;
+        if (any) continue;
+        float peak = 0.0f;
+        for (int i = 0; i < length; ++i) peak = importance[i] > peak ? importance[i] : peak;
+        for (int i = begin; i < begin + group; ++i) w[i] = peak > 0.0f ? kEven * peak : 1.0f;
     }
 }
 
@@ -39,12 +43,13 @@ template <class Block>
 Status encode_rows(const float* x, const float* importance, uint8_t* out, int64_t K, int64_t begin, int64_t end,
                    int length, int group) {
     float w[kSuper];
+    for (float& weight : w) weight = 1.0f;
     const int64_t blocks = K / length;
     for (int64_t n = begin; n < end; ++n) {
         if (!all_below(x + n * K, K, kFp16Limit)) return Status::non_finite;
         Block* row = reinterpret_cast<Block*>(out + n * blocks * static_cast<int64_t>(sizeof(Block)));
         for (int64_t b = 0; b < blocks; ++b) {
-            load_weights(importance ? importance + b * length : nullptr, length, group, w);
+            if (importance) load_weights(importance + b * length, length, group, w);
             encode_block(x + n * K + b * length, w, row + b);
         }
     }
@@ -85,7 +90,7 @@ Status encode(GgufType type, const float* x, const float* importance, uint8_t* o
         case GgufType::q4_1: return encode_tiles<BlockQ4_1, kBlock, kBlock>(x, importance, out, K, begin, end);
         case GgufType::q5_0: return encode_tiles<BlockQ5_0, kBlock, kBlock>(x, importance, out, K, begin, end);
         case GgufType::q5_1: return encode_tiles<BlockQ5_1, kBlock, kBlock>(x, importance, out, K, begin, end);
-        case GgufType::q8_0: return encode_rows<BlockQ8_0>(x, importance, out, K, begin, end, kBlock, kBlock);
+        case GgufType::q8_0: return encode_rows<BlockQ8_0>(x, nullptr, out, K, begin, end, kBlock, kBlock);
         case GgufType::iq4_nl: return encode_rows<BlockIQ4_NL>(x, importance, out, K, begin, end, kBlock, kBlock);
         case GgufType::q2_k: return encode_rows<BlockQ2_K>(x, importance, out, K, begin, end, kSuper, kRun);
         case GgufType::q3_k: return encode_rows<BlockQ3_K>(x, importance, out, K, begin, end, kSuper, kRun);

@@ -98,7 +98,7 @@ inline void choose_values(const float* x, float scale, uint8_t* qs) {
 }
 
 inline void encode_block(const float* x, const float* w, BlockIQ4_NL* block) {
-    block->d = to_f16(fit_iq4(x, w).scale);
+    block->d = to_f16(unit_f16(fit_iq4(x, w).scale));
     choose_values(x, from_f16(block->d), block->qs);
 }
 
@@ -132,7 +132,7 @@ inline float refit_iq4(const float* x, const float* w, float d, const float* sca
         aa += weighted * v;
         ax += weighted * load(x + i);
     }
-    return as_f16(sum(ax) * inverse_or_zero(sum(aa)));
+    return unit_f16(sum(ax) * inverse_or_zero(sum(aa)));
 }
 
 inline void encode_block(const float* x, const float* w, BlockIQ4_XS* block) {
@@ -157,7 +157,7 @@ inline void encode_block(const float* x, const float* w, BlockIQ4_XS* block) {
         return true;
     };
     if (cost > kCoarseScales * fitted) {
-        for (int top = kFirstCoarse; top < kLastCoarse; ++top) consider(as_f16(widest / static_cast<float>(-top)));
+        for (int top = kFirstCoarse; top < kLastCoarse; ++top) consider(unit_f16(widest / static_cast<float>(-top)));
     }
     for (int r = 0; r < 2 && consider(refit_iq4(x, w, d, scale)); ++r) {
     }

@@ -87,7 +87,7 @@ inline void refit(const Centered* runs, const Lanes* share, float top, Line (*li
     }
     const Lanes determinant = aa * bb - ab * ab;
     const Lanes inverse = inverse_or_zero(select_less(1e-5f * (aa * bb), determinant, determinant, Lanes{}));
-    const Lanes d = round_f16((ax * bb - bx * ab) * inverse), dmin = round_f16((bx * aa - ax * ab) * inverse);
+    const Lanes d = unit_f16((ax * bb - bx * ab) * inverse), dmin = unit_f16((bx * aa - ax * ab) * inverse);
     const Lanes usable = select_less(Lanes{}, lesser(d, dmin), lesser(65504.0f - d, 65504.0f - dmin), Lanes{});
     grid->d = select_less(Lanes{}, usable, d, grid->d);
     grid->dmin = select_less(Lanes{}, usable, dmin, grid->dmin);
@@ -99,6 +99,15 @@ constexpr float kWiden[] = {1.0f, 0.99f, 1.007f, 1.014f, 1.021f, 1.029f, 1.037f,
 constexpr int kCoarse4 = 36;
 // Where a large sub-block has a nearly as good fit with a smaller scale, the others may gain more than it loses.
 constexpr float kNearly = 1.03f;
+
+// A sub-block with more than this part of the error is searched once more.
+constexpr float kMuch = 0.36f;
+// Where the integers multiply the error by more than this (of 16 and of 32 codes), as they do where one sub-block is
+// much wider than others, true errors choose d and dmin. They are relative to those that give the widest range and
+// the lowest weight the code 63: the fits of such a sub-block may lie far beyond its range, for next to nothing.
+constexpr float kRounded[] = {1.06f, 1.15f};
+constexpr float kWidenFar[] = {1.0f, 0.95f, 1.05f, 1.1f, 0.9f, 1.17f, 1.25f, 1.35f};
+constexpr float kDeepenFar[] = {1.02f, 1.04f, 1.07f, 1.1f, 1.15f, 1.2f};
 
 // Pairs of d and dmin that are looked at closely where an importance is given; otherwise one.
 constexpr int kPairs = 3;
@@ -115,10 +124,22 @@ inline Grid fit_grid(SuperTile& tile, float top) {
     const int coarse = tile.even && top == 15.0f ? kCoarse4 : kCoarse, count = coarse + kLater;
     Centered runs[kSubs];
     Line lines[kSubs][kStored], tops[kSubs];
-    Lanes largest{}, deepest{}, finer{}, shallower{};
+    Best fits[kSubs];
+    Lanes together{};
     for (int j = 0; j < kSubs; ++j) {
         runs[j] = center(tile.x + j * kSub, tile.weights(j), kSub);
-        const Best best = fit_lines(runs[j], top, true, coarse, lines[j]);
+        fits[j] = fit_lines(runs[j], top, true, coarse, lines[j]);
+        together += fits[j].error * tile.share[j];
+    }
+    Lanes largest{}, deepest{}, finer{}, shallower{}, widest{}, lowest{}, alone{};
+    for (int j = 0; j < kSubs; ++j) {
+        const Lanes much = fits[j].error * tile.share[j] - kMuch * together;
+        if (any_positive(much)) fit_lines_closely(runs[j], top, closed_but(much), &fits[j]);
+        const Best& best = fits[j];
+        alone += best.error * tile.share[j];
+        const Lanes low = greater(-(runs[j].low + runs[j].mean), Lanes{});
+        lowest = greater(lowest, low);
+        widest = greater(widest, (runs[j].high + runs[j].mean + low) * (1.0f / top));
         tops[j] = best.line;
         lines[j][count] = best.line;
         Lanes scale = best.scale, offset = best.offset;
@@ -133,9 +154,9 @@ inline Grid fit_grid(SuperTile& tile, float top) {
         shallower = greater(shallower, -offset);
     }
     Grid best{}, grid;
-    Lanes least = splat(kNoFit);
+    Lanes least = splat(kNoFit), closed{};
     const auto keep = [&] {
-        const Lanes error = total(grid, tile.share);
+        const Lanes error = total(grid, tile.share) + closed;
         best.d = select_less(error, least, grid.d, best.d);
         best.dmin = select_less(error, least, grid.dmin, best.dmin);
         for (int j = 0; j < kSubs; ++j) {
@@ -157,8 +178,8 @@ inline Grid fit_grid(SuperTile& tile, float top) {
         descend(runs, top, kStay, &grid);
         keep();
     };
-    choose(round_f16(largest * (1.0f / kTop6)), round_f16(deepest * (1.0f / kTop6)), 0);
-    if (!tile.even) choose(round_f16(finer * (1.0f / kTop6)), round_f16(shallower * (1.0f / kTop6)), 0);
+    choose(unit_f16(largest * (1.0f / kTop6)), unit_f16(deepest * (1.0f / kTop6)), 0);
+    if (!tile.even) choose(unit_f16(finer * (1.0f / kTop6)), unit_f16(shallower * (1.0f / kTop6)), 0);
     // The pairs of scales that suit the best lines, in order.
     const int pairs = tile.even ? 1 : kPairs;
     Lanes fewest[kPairs], d[kPairs], dmin[kPairs];
@@ -167,9 +188,9 @@ inline Grid fit_grid(SuperTile& tile, float top) {
         d[p] = dmin[p] = Lanes{};
     }
     for (const float wide : kWiden) {
-        grid.d = round_f16(largest * (wide / kTop6));
+        grid.d = unit_f16(largest * (wide / kTop6));
         for (const float deep : kWiden) {
-            grid.dmin = round_f16(deepest * (deep / kTop6));
+            grid.dmin = unit_f16(deepest * (deep / kTop6));
             Lanes error{}, next_d = grid.d, next_dmin = grid.dmin;
             for (int j = 0; j < kSubs; ++j) {
                 grid.error[j] = splat(kNoFit);
@@ -187,6 +208,15 @@ inline Grid fit_grid(SuperTile& tile, float top) {
         }
     }
     for (int p = 0; p < pairs; ++p) choose(d[p], dmin[p], 0);
+    const Lanes rounded = least - kRounded[top > 15.0f] * alone;
+    if (any_positive(rounded)) {
+        closed = closed_but(rounded);
+        for (const float wide : kWidenFar) {
+            choose(unit_f16(widest * (wide / kTop6)), unit_f16(lowest * (1.0f / kTop6)), 0);
+        }
+        for (const float deep : kDeepenFar) choose(best.d, unit_f16(lowest * (deep / kTop6)), 0);
+        closed = Lanes{};
+    }
     grid = best;
     refit(runs, tile.share, top, lines, count, &grid);
     choose(grid.d, grid.dmin, 0);
@@ -335,7 +365,7 @@ inline Grid6 fit_grid(const SuperTile6& tile) {
         keep();
     };
     for (const float wide : kWiden6) {
-        choose(round_f16(widest * (wide / -128.0f)));
+        choose(unit_f16(widest * (wide / -128.0f)));
         keep();
     }
     grid = best;
@@ -349,7 +379,7 @@ inline Grid6 fit_grid(const SuperTile6& tile) {
             aa += grid.scale[j] * a;
             ax += a * ray.scale;
         }
-        choose(round_f16(ax * inverse_or_zero(aa)));
+        choose(unit_f16(ax * inverse_or_zero(aa)));
         descend();
     }
     return best;

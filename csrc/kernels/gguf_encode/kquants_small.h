@@ -134,8 +134,8 @@ inline bool refit(const Columns& t, const Grid2& grid, float* d, float* dmin) {
         return false;
     }
     if (!(new_d > 0.0f && new_dmin >= 0.0f && new_d < 65504.0f && new_dmin < 65504.0f)) return false;
-    *d = as_f16(new_d);
-    *dmin = as_f16(new_dmin);
+    *d = unit_f16(new_d);
+    *dmin = unit_f16(new_dmin);
     return true;
 }
 
@@ -151,12 +151,11 @@ const float kInsetsWeighted2[][2] = {{1.5f, 0.0f}, {0.0f, 1.5f}, {1.0f, 1.0f}, {
 // d and dmin times these are the widest scale and the deepest minimum.
 const float kWidest2[] = {15.0f, 14.0f, 14.5f, 15.5f, 16.0f, 16.5f, 17.0f, 17.5f, 18.0f, 19.0f, 20.0f};
 const float kDeepest2[] = {14.0f, 14.5f, 15.5f, 16.0f, 17.0f, 18.0f, 19.0f};
-// More of them, by true errors, where the rounding to integers multiplies the error by more than kCoarse2; whole
-// numbers hold the widest sub-block as well as its fit does. With importance some minima lie much too deep.
+// Where the rounding to integers multiplies the error by more than kCoarse2, true errors choose among these integers.
 constexpr float kCoarse2 = 1.1f;
-const float kWidestCoarse2[] = {8.0f,  9.0f,  10.0f, 11.0f, 12.0f, 13.0f, 14.0f, 15.0f,
-                                16.5f, 18.0f, 20.0f, 22.0f, 25.0f, 28.0f, 32.0f, 37.0f};
-const float kDeepestCoarse2[] = {12.0f, 13.0f, 14.0f, 15.0f, 17.0f, 20.0f, 25.0f, 32.0f, 42.0f, 60.0f, 90.0f};
+constexpr int kWidestCoarse2 = 15, kNarrowestCoarse2 = 10;
+const float kDeepestCoarse2[] = {14.0f, 13.0f, 12.0f, 11.0f, 10.0f, 16.5f, 18.0f, 20.0f};
+// With importance some minima lie much too deep.
 const float kDeepestWeighted2[] = {18.0f, 22.0f, 27.0f, 34.0f};
 
 // Each sub-block alone: the best of the codes that start from `insets`; beyond the range only with `penalty`.
@@ -175,26 +174,50 @@ inline void fit_codes(const Columns& t, const Lanes& inverse, const float (&inse
     }
 }
 
-// Integers for a d and dmin of which the codes of the fits may know little: codes and integers in turn, d and dmin of
-// their own, the neighbours. Replaces `best` if better.
+// What codes leave, and the scale that suits them.
+struct Start2 {
+    Sums2 sums;
+    Lanes scale;
+};
+
+// Integers for a d and dmin of which the codes of the fits may know little: those of the start that is best with true
+// codes, d and dmin of their own, the neighbours. Replaces `best` if better.
 template <bool kEven>
-inline void try_grid(const Columns& t, const Sums2& sums, const Lanes& scale, float d, float dmin, Grid2* best) {
-    Grid2 grid{}, again{};
-    grid.d = again.d = as_f16(d);
-    grid.dmin = again.dmin = as_f16(dmin);
-    choose_integers(t, sums, scale, &grid);
-    recode<kEven>(t, &grid);
-    // The scale that suits the new codes and minimum.
-    const Lanes p = grid.minimum * grid.dmin + t.low;
-    choose_integers(t, grid.sums, (grid.sums.xl + p * grid.sums.l) * inverse_or_zero(grid.sums.ll), &again);
-    recode<kEven>(t, &again);
-    keep_better(again, &grid);
-    descend<kEven>(t, &grid, 4);
-    if (refit(t, grid, &grid.d, &grid.dmin)) {
-        recode<kEven>(t, &grid);
-        descend<kEven>(t, &grid, 4);
+inline void try_grid(const Columns& t, const Start2* starts, int count, float d, float dmin, Grid2* best) {
+    Grid2 grid{}, next{};
+    grid.d = next.d = unit_f16(d);
+    grid.dmin = next.dmin = unit_f16(dmin);
+    grid.error = splat(kNoFit);
+    for (int k = 0; k < count; ++k) {
+        choose_integers(t, starts[k].sums, starts[k].scale, &next);
+        recode<kEven>(t, &next);
+        keep_better(next, &grid);
     }
+    if (!kEven) descend<kEven>(t, &grid, 4);  // with importance more sub-blocks are far from their best
+    if (refit(t, grid, &grid.d, &grid.dmin)) recode<kEven>(t, &grid);
+    descend<kEven>(t, &grid, 8);
     if (grid.total < best->total) *best = grid;
+}
+
+// A super-block of which one sub-block is much wider than others: a few steps of d and of dmin are all that the others
+// have, and the wide one decides on them. Usually a single weight makes it wide. Then codes from 0 to 3, 2 or 1 fit it
+// about equally well, with ever larger scales; d is one of these scales over an integer, and dmin its minimum over one.
+template <bool kEven>
+QK_RARE void fit_coarse(const Columns& t, const Lanes& inverse, const Start2& fit, Grid2* best) {
+    constexpr int kStarts = 4;
+    Start2 starts[kStarts] = {fit};
+    for (int top = 1; top < kStarts; ++top) {
+        starts[top].sums = choose2<kEven>(t, inverse * (static_cast<float>(top) / kTop2), Lanes{});
+        starts[top].scale = fit_of(t, starts[top].sums).scale;
+    }
+    const float deepest = largest(-t.low);
+    for (int top = kStarts - 1; top > 0; --top) {
+        const float widest = largest(starts[top].scale);
+        for (int a = kWidestCoarse2; a >= kNarrowestCoarse2; --a) {
+            try_grid<kEven>(t, starts, kStarts, widest / static_cast<float>(a), deepest / kTop4, best);
+        }
+    }
+    for (const float b : kDeepestCoarse2) try_grid<kEven>(t, starts, kStarts, best->d, deepest / b, best);
 }
 
 template <bool kEven> inline void encode_q2(const float* x, const float* w, BlockQ2_K* block) {
@@ -229,16 +252,16 @@ template <bool kEven> inline void encode_q2(const float* x, const float* w, Bloc
     const float widest = largest(fit.scale), deepest = largest(fit.p - t.low);
     Grid2 best{}, next{};
     best.total = kNoFit;
-    next.dmin = as_f16(deepest / kTop4);
+    next.dmin = unit_f16(deepest / kTop4);
     for (const float top : kWidest2) {
-        next.d = as_f16(widest / top);
+        next.d = unit_f16(widest / top);
         choose_integers(t, sums, fit.scale, &next);
         next.total = sum(next.error);
         if (next.total < best.total) best = next;
     }
     next.d = best.d;
     for (const float top : kDeepest2) {
-        next.dmin = as_f16(deepest / top);
+        next.dmin = unit_f16(deepest / top);
         choose_integers(t, sums, fit.scale, &next);
         next.total = sum(next.error);
         if (next.total < best.total) best = next;
@@ -247,11 +270,11 @@ template <bool kEven> inline void encode_q2(const float* x, const float* w, Bloc
     // True codes for the stored integers, their neighbours, and d and dmin again.
     recode<kEven>(t, &best);
     descend<kEven>(t, &best, 8);
+    const Start2 start{sums, fit.scale};
     if (coarse) {
-        for (const float top : kWidestCoarse2) try_grid<kEven>(t, sums, fit.scale, widest / top, best.dmin, &best);
-        for (const float top : kDeepestCoarse2) try_grid<kEven>(t, sums, fit.scale, best.d, deepest / top, &best);
+        fit_coarse<kEven>(t, inverse, start, &best);
     } else if (!kEven) {
-        for (const float top : kDeepestWeighted2) try_grid<kEven>(t, sums, fit.scale, best.d, deepest / top, &best);
+        for (const float b : kDeepestWeighted2) try_grid<kEven>(t, &start, 1, best.d, deepest / b, &best);
     }
     for (int r = 0; r < 2; ++r) {
         next = best;
@@ -328,6 +351,14 @@ template <bool kEven> inline void recode(const Columns& t, Grid3* grid) {
     grid->error = t.xx + s * (s * grid->sums.ll - 2.0f * grid->sums.xl);
 }
 
+// In each lane the better of two.
+inline void keep_better(const Grid3& next, Grid3* grid) {
+    grid->sums.ll = select_less(next.error, grid->error, next.sums.ll, grid->sums.ll);
+    grid->sums.xl = select_less(next.error, grid->error, next.sums.xl, grid->sums.xl);
+    grid->scale = select_less(next.error, grid->error, next.scale, grid->scale);
+    grid->error = least(next.error, grid->error);
+}
+
 // Moves every sub-block to the best of the scales within `reach`, whose codes are chosen anew.
 template <bool kEven> inline void descend(const Columns& t, Grid3* grid, int reach) {
     const Lanes scale = grid->scale;
@@ -336,10 +367,7 @@ template <bool kEven> inline void descend(const Columns& t, Grid3* grid, int rea
         const int step = k % 2 ? (k + 1) / 2 : -k / 2;
         next.scale = within(scale + static_cast<float>(step), kLowScale, kHighScale);
         recode<kEven>(t, &next);
-        grid->sums.ll = select_less(next.error, grid->error, next.sums.ll, grid->sums.ll);
-        grid->sums.xl = select_less(next.error, grid->error, next.sums.xl, grid->sums.xl);
-        grid->scale = select_less(next.error, grid->error, next.scale, grid->scale);
-        grid->error = least(next.error, grid->error);
+        keep_better(next, grid);
     }
     grid->total = sum(grid->error);
 }
@@ -355,7 +383,7 @@ const float kReachAnchor3[] = {1.0f, 0.87f, 0.75f, 0.62f, 0.5f, 0.37f, 0.25f};
 // The d that suits the codes and integers best.
 inline float refit(const Grid3& grid) {
     const float squares = sum(grid.scale * (grid.scale * grid.sums.ll));
-    return as_f16(sum(grid.scale * grid.sums.xl) * inverse_or_zero(squares));
+    return unit_f16(sum(grid.scale * grid.sums.xl) * inverse_or_zero(squares));
 }
 
 // The best scales so far, and by how much they are better than nothing.
@@ -380,6 +408,40 @@ inline void fit_scales(const Columns& t, const Lanes& inverse, const float (&rea
 // Codes per unit of weight that map the value to -4; 0 where no fp16 scale holds it.
 inline Lanes inverse_of(const Lanes& value) {
     return select_less(splat(kTiny), most(value, -value), kLow3 / value, Lanes{});
+}
+
+// Where one sub-block is much wider than others, d is this code and so many of its steps for the farthest weight.
+constexpr int kFirstCoarse3 = 14, kLastCoarse3 = 37;
+// Codes that the farthest weight of such a sub-block may have: it alone decides on the scale, and with each of these
+// the fit is about as good, but the integers are others.
+const float kFarthest3[] = {-4.0f, 3.0f, -2.0f};
+
+// Scales for a d of which the fits know little. Replaces `best` if better.
+template <bool kEven>
+inline void try_grid(const Columns& t, const Lanes& fit, const Lanes& farthest, float d, Grid3* best) {
+    Grid3 grid{}, next{};
+    grid.d = next.d = d;
+    const Lanes inverse = splat(inverse_or_zero(d));
+    grid.scale = code_of(fit * inverse, kLowScale, kHighScale);
+    recode<kEven>(t, &grid);
+    for (const float code : kFarthest3) {
+        next.scale = code_of(farthest * (1.0f / code) * inverse, kLowScale, kHighScale);
+        recode<kEven>(t, &next);
+        keep_better(next, &grid);
+    }
+    descend<kEven>(t, &grid, 1);
+    grid.d = refit(grid);
+    recode<kEven>(t, &grid);
+    descend<kEven>(t, &grid, 2);
+    if (grid.total < best->total) *best = grid;
+}
+
+template <bool kEven>
+QK_RARE void fit_coarse(const Columns& t, const Lanes& fit, const Lanes& farthest, Grid3* best) {
+    const float down = largest(-farthest), up = largest(farthest), extreme = down > up ? -down : up;
+    for (int steps = kFirstCoarse3; steps < kLastCoarse3; ++steps) {
+        try_grid<kEven>(t, fit, farthest, unit_f16(extreme / (kLow3 * static_cast<float>(-steps))), best);
+    }
 }
 
 template <bool kEven> inline void encode_q3(const float* x, const float* w, BlockQ3_K* block) {
@@ -423,16 +485,7 @@ template <bool kEven> inline void encode_q3(const float* x, const float* w, Bloc
     recode<kEven>(t, &best);
     descend<kEven>(t, &best, kReachScale);
     if (cost > kCoarseScales * fitted) {
-        for (int top = kFirstCoarse; top < kLastCoarse; ++top) {
-            next.d = as_f16(widest / static_cast<float>(-top));
-            next.scale = code_of(fit * inverse_or_zero(next.d), kLowScale, kHighScale);
-            recode<kEven>(t, &next);
-            descend<kEven>(t, &next, 2);
-            next.d = refit(next);
-            recode<kEven>(t, &next);
-            descend<kEven>(t, &next, 2);
-            if (next.total < best.total) best = next;
-        }
+        fit_coarse<kEven>(t, fit, select_less(high, -low, low, high), &best);
     }
     for (int r = 0; r < kRounds; ++r) {
         next = best;

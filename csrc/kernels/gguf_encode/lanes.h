@@ -31,6 +31,9 @@ template <> struct Wide<1> {
     using F = Floats;
 };
 
+// What few blocks need stays out of the way of the others.
+#define QK_RARE __attribute__((noinline))
+
 constexpr int kLanes = 16;
 using Lanes = Wide<kLanes / kRegister>::F;
 
@@ -76,6 +79,14 @@ inline Lanes load(const float* data) {
 // Below this every fp16 scale is zero, and above it no reciprocal of the searches overflows.
 constexpr float kTiny = 1.0f / (1 << 26);
 
+inline bool any_positive(const Lanes& value) {
+    float values[kLanes];
+    memcpy(values, &value, sizeof(values));
+    int any = 0;
+    for (int c = 0; c < kLanes; ++c) any |= values[c] > 0.0f;
+    return any != 0;
+}
+
 // Nearest integer, ties to even, for |value| < 2^22: adding 1.5 * 2^23 leaves no fraction bits.
 constexpr float kRound = 12582912.0f;
 
@@ -102,6 +113,23 @@ inline Lanes round_f16(const Lanes& value) {
     const Lanes normal = upper - (upper - value);
     const Lanes subnormal = (value + 0.75f) - 0.75f;
     return select_less(size, splat(1.0f / (1 << 14)), subnormal, normal);
+}
+
+// The fp16 unit of integer scales: the value as fp16 has it, but next to zero, where fp16 has a few steps, rounded away
+// from it, so that the integers stay in range and no block vanishes. Never -0.
+constexpr float kHalfStep = 1.0f / (1 << 24), kFewSteps = 16 * kHalfStep;
+
+inline Lanes unit_f16(const Lanes& value) {
+    const Lanes size = greater(value, -value), nearest = (size + 0.75f) - 0.75f;
+    const Lanes above = nearest + select_less(nearest, size, splat(kHalfStep), Lanes{});
+    return select_less(size, splat(kFewSteps), select_less(value, Lanes{}, -above, above), round_f16(value));
+}
+
+inline float unit_f16(float value) {
+    const float size = value < 0.0f ? -value : value, nearest = (size + 0.75f) - 0.75f;
+    const float above = nearest < size ? nearest + kHalfStep : nearest;
+    if (size < kFewSteps) return value < 0.0f ? -above : above;
+    return from_f16(to_f16(value));
 }
 
 // Nearest of the integers low..high, not for NaN. AVX2 and later are quicker at clamping what kRound has made

@@ -66,7 +66,7 @@ inline void symmetric_blocks(const BlockTile& tile, int half, const float* x, in
         keep_better(fit_ray(run, xx, code_units(best.scale) * (1.0f + near), low, high), &best);
     }
     // Never worse than the range, rounded.
-    const Lanes fitted = round_f16(best.scale), plain = round_f16(extreme * (1.0f / low));
+    const Lanes fitted = unit_f16(best.scale), plain = unit_f16(extreme * (1.0f / low));
     const Lanes d = select_less(stored_error(run, plain, Lanes{}, low, high),
                                 stored_error(run, fitted, Lanes{}, low, high), plain, fitted);
     for (int c = 0; c < count; ++c) {
@@ -85,9 +85,9 @@ inline void affine_blocks(BlockTile& tile, float top, const float* x, int count,
     const Best best = fit_lines(run, top, false, kCoarse, nullptr);
     // A fit may start below the range, where fp16 ends before the weights do.
     const Lanes offset = round_f16(lesser(greater(best.offset, splat(-65504.0f)), splat(65504.0f)));
-    const Lanes scale = round_f16(best.scale);
+    const Lanes scale = unit_f16(best.scale);
     // Never worse than the range, rounded.
-    const Lanes low = round_f16(run.low + run.mean), step = round_f16((run.high - run.low) * (1.0f / top));
+    const Lanes low = round_f16(run.low + run.mean), step = unit_f16((run.high - run.low) * (1.0f / top));
     const Lanes plain = stored_error(run.run, step, low - run.mean, 0.0f, top);
     const Lanes fitted = stored_error(run.run, scale, offset - run.mean, 0.0f, top);
     const Lanes d = select_less(plain, fitted, step, scale), m = select_less(plain, fitted, low, offset);
@@ -118,7 +118,7 @@ inline void encode_tile(BlockTile& tile, const float* x, int count, BlockQ5_1* b
 inline void encode_block(const float* x, const float*, BlockQ8_0* block) {
     int32_t codes[kBlock];
     const float extreme = range_of(x, kBlock).extreme();
-    block->d = to_f16((extreme < 0.0f ? -extreme : extreme) / 127.0f);
+    block->d = to_f16(unit_f16((extreme < 0.0f ? -extreme : extreme) / 127.0f));
     choose_codes(x, kBlock, inverse_or_zero(from_f16(block->d)), 0.0f, -127.0f, 127.0f, codes);
     for (int i = 0; i < kBlock; ++i) block->qs[i] = static_cast<int8_t>(codes[i]);
 }

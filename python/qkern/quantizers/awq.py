@@ -25,6 +25,8 @@ from qkern.schemes import Scheme, as_scheme
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from qkern.ops.gguf_types import GGUFType
+
 __all__ = ["grouped_query_share", "producer_scales", "search_clip", "search_gguf_scales", "search_scales"]
 
 # Channels quieter than this fraction of the loudest (dead ones above all) are taken to be this loud:
@@ -140,9 +142,14 @@ def search_gguf_scales(
             rounded.append(gguf_decode(blocks, kind).to(weight.device) / scales)
         return _output_loss(full, rounded, statistics)
 
-    layouts = [LAYOUTS.get(gguf_type(kind).name) for kind in types]
-    lengths = [1 if layout is None else layout.group for layout in layouts]
+    lengths = [_group_length(gguf_type(kind)) for kind in types]
     return _least(score, statistics.mean_abs, _relative_size(full, lengths), ratios, share)
+
+
+def _group_length(kind: GGUFType) -> int:
+    """Weights that share a scale; 32 where `LAYOUTS` says nothing (IQ4), 1 without scales."""
+    layout = LAYOUTS.get(kind.name)
+    return min(kind.block, 32) if layout is None else layout.group
 
 
 def _output_loss(full: Sequence[Tensor], rounded: Sequence[Tensor], statistics: HessianAccumulator) -> float:

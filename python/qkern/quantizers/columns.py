@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qkern.errors import InputError
 from qkern.ops.gptq_update import block
-from qkern.quantizers.hessian import factorize, triangular_inverse
+from qkern.quantizers.hessian import cholesky, factorize, triangular_inverse
 from qkern.schemes import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -194,8 +194,8 @@ class Columns:
         rows = block.gather(self.hessian, self.order, self.order[start:stop])
         square = rows[:, start:stop].flip(0, 1)
         square.diagonal().add_(self.shift)
-        lower, info = torch.linalg.cholesky_ex(square)
-        if int(info) != 0:
+        lower = cholesky(square)
+        if lower is None:
             return None
         root = lower.flip(0, 1)
         inverse = triangular_inverse(root)

@@ -37,7 +37,7 @@ from qkern.quantizers.columns import (
     ratio,
     total,
 )
-from qkern.quantizers.hessian import triangular_inverse
+from qkern.quantizers.hessian import cholesky, triangular_inverse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,8 +105,9 @@ def quantize_gptq_gguf(
     Returns
     -------
     GGUFResult
-        If the Hessian cannot be factored even with full damping, or has NaN or Inf: the weight encoded
-        without it, with a warning in the log and a note.
+        If the Hessian cannot be factored even with full damping, or has NaN or Inf, or a column's errors
+        would push others beyond fp16 scales: the weight encoded without it, with a warning in the log and a
+        note.
 
     Raises
     ------
@@ -132,16 +133,26 @@ def quantize_gptq_gguf(
     order = nested_order(hessian.diagonal(), lengths)
     problem = pose(hessian, order, damp)
     if problem is None:
-        note = no_factor(hessian)
-        logger.warning("%s", note)
-        blocks = gguf_encode(full.cpu(), kind.name)
-        change = full.cpu() - gguf_decode(blocks, kind.name)
-        # No Hessian to measure with: the relative squared error of the weight itself.
-        error = ratio(total(change.square()), total(full.square()))
-        return GGUFResult(blocks=blocks, error=error, notes=(note,))
+        return _fall_back(full, kind.name, no_factor(hessian))
     run = _Run(block.gather(full, order), problem, kind.name, layout, sweeps)
-    run.quantize()
+    try:
+        run.quantize()
+    except _BeyondRange:
+        note = "rounded to nearest: weights that make up for the errors of others are beyond fp16 scales"
+        return _fall_back(full, kind.name, note)
     return GGUFResult(blocks=run.result(), error=problem.error(full, run), notes=problem.notes)
+
+
+def _fall_back(full: Tensor, type: str, note: str) -> GGUFResult:
+    logger.warning("%s", note)
+    blocks = gguf_encode(full.cpu(), type)
+    change = full.cpu() - gguf_decode(blocks, type)
+    # No Hessian to measure with: the relative squared error of the weight itself.
+    return GGUFResult(blocks=blocks, error=ratio(total(change.square()), total(full.square())), notes=(note,))
+
+
+class _BeyondRange(Exception):
+    """A target that no block of the type holds."""
 
 
 class _Grid:
@@ -213,8 +224,8 @@ class _Group:
         self.zeros = zeros
         self.index = torch.zeros(weight.shape[1], dtype=torch.int32, device=weight.device)
         # The loss of a value is the square of what it is away from the aim, through the root.
-        self.aim = local.target @ local.root
-        self.one = local.root.sum(0)
+        self.aim = block.product(local.target, local.root)
+        self.one = local.root.sum(0)[:, None]
 
     def run(self, scale: Tensor, minimum: Tensor) -> _Choice:
         """Run the columns with these scales and minima."""
@@ -240,7 +251,7 @@ class _Group:
 
     def resume(self, scale: Tensor, minimum: Tensor, codes: Tensor, change: Tensor) -> Tensor:
         """Let the first choice be what there is. Returns its loss."""
-        away = self.aim - (self.weight - change) @ self.local.root
+        away = self.aim - block.product(self.weight - change, self.local.root)
         loss = away.square().sum(1)
         self.best = _Choice(scale=scale, minimum=minimum, codes=codes, change=change, loss=loss)
         return loss
@@ -258,7 +269,12 @@ class _Group:
 
     def _unit(self) -> Tensor:
         """Codes of the best choice without scale and minimum, through the root."""
-        return (self.best.codes.to(torch.float32) - self.grid.layout.zero) @ self.local.root
+        levels = self.best.codes.to(torch.float32) - self.grid.layout.zero
+        return block.product(levels, self.local.root)
+
+    def _along(self, rows: Tensor) -> Tensor:
+        """Each row's product with a constant, through the root."""
+        return block.product(rows, self.one)[:, 0]
 
     def _fitted_scale(self) -> Tensor:
         """Return the scale that loses least with the codes of the best choice, whatever the minimum."""
@@ -266,9 +282,9 @@ class _Group:
         squares, products = unit.square().sum(1), (unit * self.aim).sum(1)
         if self.grid.has_minima:
             # What a constant can do is taken out of both.
-            ones, along = self.one.square().sum(), unit @ self.one
+            ones, along = self.one.square().sum(), self._along(unit)
             squares = squares - along.square() / ones
-            products = products - along * (self.aim @ self.one) / ones
+            products = products - along * self._along(self.aim) / ones
         return self.grid.scale(products / squares / self.d, self.best.scale)
 
     def _minimum_for(self, scale: Tensor) -> Tensor:
@@ -276,7 +292,7 @@ class _Group:
         if not self.grid.has_minima:
             return self.best.minimum
         rest = (self.d * scale)[:, None] * self._unit() - self.aim
-        fitted = rest @ self.one / self.one.square().sum()
+        fitted = self._along(rest) / self.one.square().sum()
         return self.grid.minimum(fitted / self.dmin, self.best.minimum)
 
 
@@ -359,7 +375,10 @@ class _Run(Columns):
         """Set units and first scales of the block in these columns, which should be `target`."""
         back = self.order[start:stop].argsort()
         cost = self.cost(start, stop)[back]
-        encoded = gguf_encode(target[:, back].cpu(), self.type, importance=cost.cpu())
+        try:
+            encoded = gguf_encode(target[:, back].cpu(), self.type, importance=cost.cpu())
+        except InputError as error:
+            raise _BeyondRange from error
         fields = read_fields(encoded.to(target.device), self.layout)
         at = int(self.order[start]) // self.layout.block
         groups = slice(at * self.layout.groups, (at + 1) * self.layout.groups)
@@ -373,7 +392,7 @@ class _Run(Columns):
         span = self.local(first, last)
         if span is None:
             return  # as good as the first pass left it
-        gram = span.root @ span.root.T
+        gram = block.product(span.root, span.root.T)
         away = span.target - self._value(first, last)
         for start, stop in self._groups(first, last):
             here = slice(start - first, stop - first)
@@ -401,7 +420,7 @@ class _Run(Columns):
         groups = self.order[first:last] // self.layout.group
         steps = self.scales[:, groups] * (self.codes[:, first:last].to(torch.float32) - self.layout.zero)
         minima = self.minima[:, groups]
-        aim, rise, fall = span.target @ span.root, steps @ span.root, minima @ span.root
+        aim, rise, fall = (block.product(of, span.root) for of in (span.target, steps, minima))
         d, dmin = self.d[:, at], self.dmin[:, at]
 
         def loss(d: Tensor, dmin: Tensor) -> Tensor:
@@ -427,10 +446,11 @@ class _Run(Columns):
 def _part(span: Local, gram: Tensor, away: Tensor, here: slice) -> Local | None:
     """Take some columns of a span apart from its others, which are `away` from their targets and stay."""
     square = gram[here, here]
-    lower, info = torch.linalg.cholesky_ex(square.flip(0, 1))
-    if int(info) != 0:
+    lower = cholesky(square.flip(0, 1))
+    if lower is None:
         return None
     root = lower.flip(0, 1)
     inverse = triangular_inverse(root)
-    pull = away @ gram[:, here] - away[:, here] @ square
-    return Local(span.target[:, here] + pull @ inverse.T @ inverse, root, inverse)
+    pull = block.product(away, gram[:, here]) - block.product(away[:, here], square)
+    target = block.product(block.product(pull, inverse.T), inverse, span.target[:, here])
+    return Local(target, root, inverse)

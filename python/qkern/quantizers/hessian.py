@@ -11,7 +11,7 @@ from torch import Tensor
 from qkern.errors import InputError
 from qkern.ops.gptq_update.block import empty, gather, product
 
-__all__ = ["Factor", "HessianAccumulator", "factorize", "triangular_inverse"]
+__all__ = ["Factor", "HessianAccumulator", "cholesky", "factorize", "triangular_inverse"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 MAX_DAMP = 1.0
 # First try after an undamped Hessian (damp=0) turned out not to be positive definite.
 FIRST_DAMP = 0.01
-# Columns of a Hessian that are factored at once.
+# Columns that LAPACK takes at once: with more its result depends on the number of threads.
 FACTOR_COLUMNS = 128
 
 
@@ -160,7 +160,7 @@ def factorize(hessian: Tensor, damp: float, order: Tensor | None = None) -> Fact
         for dtype in dtypes:
             damped = gather(hessian, backwards, backwards).to(dtype)
             damped.diagonal().add_(relative * mean)
-            lower = _cholesky(damped)
+            lower = cholesky(damped)
             if lower is not None:
                 reverse = torch.arange(len(lower), device=lower.device).flip(0)
                 root = gather(lower.to(torch.float32), reverse, reverse)
@@ -176,10 +176,10 @@ def factorize(hessian: Tensor, damp: float, order: Tensor | None = None) -> Fact
         relative = raised
 
 
-def _cholesky(matrix: Tensor) -> Tensor | None:
+def cholesky(matrix: Tensor) -> Tensor | None:
     """Lower Cholesky factor; None if there is none.
 
-    In fp32 by blocks of columns: LAPACK's own depends on the number of threads, and its products are torch's.
+    In fp32 by blocks of columns, so that any number of threads gives the same bits.
     """
     if matrix.dtype != torch.float32:
         lower, info = torch.linalg.cholesky_ex(matrix)
@@ -192,13 +192,20 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
         if int(info) != 0:
             return None
         lower[start:stop, start:stop] = corner
-        # X @ corner.T = the rest below.
-        lower[stop:, start:stop] = product(rest[stop - start :], triangular_inverse(corner.T))
+        if stop < len(matrix):  # X @ corner.T = the rest below
+            lower[stop:, start:stop] = product(rest[stop - start :], triangular_inverse(corner.T))
     return lower
 
 
 def triangular_inverse(upper: Tensor) -> Tensor:
-    """Inverse of a small upper triangular matrix ``[B, B]``, upper triangular too."""
+    """Inverse of an fp32 upper triangular matrix, upper triangular too; by blocks, as `cholesky`."""
+    if len(upper) > FACTOR_COLUMNS:
+        inverse = torch.zeros_like(upper)
+        half = len(upper) // 2
+        first, last = triangular_inverse(upper[:half, :half]), triangular_inverse(upper[half:, half:])
+        inverse[:half, :half], inverse[half:, half:] = first, last
+        inverse[:half, half:] = product(product(first, -upper[:half, half:]), last)
+        return inverse
     identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return inverse
+    solved: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return solved
