@@ -85,7 +85,8 @@ inline void affine_blocks(BlockTile& tile, float top, const float* x, int count,
     const Best best = fit_lines(run, top, false, kCoarse, nullptr);
     // A fit may start below the range, where fp16 ends before the weights do.
     const Lanes offset = round_f16(lesser(greater(best.offset, splat(-65504.0f)), splat(65504.0f)));
-    const Lanes scale = unit_f16(best.scale);
+    // The scale that suits the codes with the offset as it is stored.
+    const Lanes scale = unit_f16(best.line.scale - best.line.slope * (offset - best.line.offset));
     // Never worse than the range, rounded.
     const Lanes low = round_f16(run.low + run.mean), step = unit_f16((run.high - run.low) * (1.0f / top));
     const Lanes plain = stored_error(run.run, step, low - run.mean, 0.0f, top);
