@@ -64,6 +64,39 @@ def model_folder(tiny, shipped, tmp_path_factory):
 
 
 @pytest.fixture
+def changed():
+    """Maker of copies with other metadata: ``changed(path, to, qwen2__block_count=3)``; None leaves out."""
+    import gguf
+
+    def change(path, to, **metadata):
+        reader = gguf.GGUFReader(path)
+        name = reader.fields["general.architecture"].contents()
+        writer = gguf.GGUFWriter(to, metadata.pop("architecture", name))
+        edits = {key.replace("__", "."): value for key, value in metadata.items()}
+        for field in reader.fields.values():
+            if field.name.startswith("GGUF.") or field.name in {"general.architecture", *edits}:
+                continue
+            kind = field.types[0]
+            of = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, sub_type=of)
+        for key, value in edits.items():
+            if value is not None:
+                kind = gguf.GGUFValueType.get_type(value)
+                # llama.cpp wants its integers without a sign.
+                kind = gguf.GGUFValueType.UINT32 if kind == gguf.GGUFValueType.INT32 else kind
+                writer.add_key_value(key, value, kind)
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return to
+
+    return change
+
+
+@pytest.fixture
 def run_gguf():
     """Maker of llama.cpp runners with an fp32 cache; the proof of this package is another's reading."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'qkern[llama]'")

@@ -239,6 +239,22 @@ def test_what_llama_cpp_does_not_compute_is_refused(what, model_folder, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_head_for_which_llama_cpp_has_no_tensor_is_refused(model_folder, tmp_path):
+    folder, _ = model_folder("gemma2", sliding_window=8)
+    tensors = load_file(folder / "model.safetensors")
+    for name, change in (("same", 0), ("other", 1)):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        if change:
+            with pytest.raises(
+                UnsupportedError, match=r"lm_head\.weight differs from the embedding, .*gemma2"
+            ):
+                export_gguf(folder, tmp_path / f"{name}.gguf", "f32")
+        else:
+            export_gguf(folder, tmp_path / f"{name}.gguf", "f32")
+    assert [file.name for file in tmp_path.iterdir()] == ["same.gguf"]
+
+
 def test_a_missing_expert_is_named(model_folder, tmp_path):
     folder, _ = model_folder("mixtral")
     tensors = load_file(folder / "model.safetensors")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkern.errors import FormatError, UnsupportedError
-from qkern.gguf import GGUFFile
+import qkern
+from qkern.errors import FormatError, InputError, UnsupportedError
+from qkern.gguf import GGUFFile, Imatrix, ImatrixEntry
 from qkern.pipelines import export_gguf
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -164,6 +165,29 @@ def test_f32_weights_come_back(encoder_folder, tmp_path):
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
 
 
+def test_activations_of_an_encoder_are_not_collected(encoder_folder, tmp_path, monkeypatch):
+    folder, _, _ = encoder_folder(hidden_size=256)
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    monkeypatch.setattr("qkern.pipelines.source.meta_model", lambda *_: pytest.fail("it was opened"))
+    message = r"bert is an encoder, .*: export it without calibration"
+    for options in ({}, {"method": "gptq"}, {"method": "awq"}, {"dry_run": True}):
+        with pytest.raises(UnsupportedError, match=message):
+            export_gguf(folder, tmp_path / "model.gguf", "q4_0", calibration=ids, **options)
+    with pytest.raises(UnsupportedError, match=message):
+        qkern.imatrix(folder, calibration=ids, output=tmp_path / "matrix.gguf")
+    assert list(tmp_path.iterdir()) == []
+    # What another tool collected is taken.
+    entry = ImatrixEntry(sums=torch.rand(1, 256), counts=torch.ones(1, dtype=torch.int64))
+    matrix = Imatrix(entries={"blk.0.attn_q.weight": entry}, chunk_count=1, chunk_size=16)
+    export_gguf(folder, tmp_path / "model.gguf", "q4_0", imatrix=matrix)
+
+
+def test_a_pre_tokenizer_of_an_encoder_is_refused(encoder_folder, tmp_path):
+    folder, _, _ = encoder_folder()
+    with pytest.raises(InputError, match=r"'gpt-2' is for byte-level tokenizers, .*kind 'bert'"):
+        export_gguf(folder, tmp_path / "model.gguf", "f32", pre_tokenizer="gpt-2")
+
+
 def test_what_llama_cpp_does_not_compute_is_refused(encoder_folder, tmp_path):
     from tokenizers import pre_tokenizers
 
@@ -190,7 +214,40 @@ def test_what_llama_cpp_does_not_compute_is_refused(encoder_folder, tmp_path):
     )
     with pytest.raises(UnsupportedError, match="modules that are not exported to GGUF: Dense"):
         export_gguf(folder, tmp_path / "model.gguf", "f32")
-    (folder / "modules.json").write_text("{}")
-    with pytest.raises(FormatError, match="must list modules"):
+
+    folder, _, _ = encoder_folder()
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["BertForSequenceClassification"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UnsupportedError, match=r"architectures .*SequenceClassification.*allowed is .*BertModel"
+    ):
+        export_gguf(folder, tmp_path / "model.gguf", "f32")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error", "message"),
+    [
+        ("modules.json", "{}", FormatError, "must hold a JSON list: got dict"),
+        (
+            "modules.json",
+            '[{"type": "sentence_transformers.models.Pooling"}]',
+            FormatError,
+            "KeyError: 'path'",
+        ),
+        ("modules.json", "[3]", FormatError, "is not as its library writes it"),
+        ("1_Pooling/config.json", "[]", FormatError, "must hold a JSON object: got list"),
+        ("1_Pooling/config.json", None, FormatError, "is missing"),
+        ("1_Pooling/config.json", '{"pooling_mode": ["cls"]}', UnsupportedError, "pools by one of"),
+    ],
+)
+def test_damaged_files_of_the_pooling_are_named(file, content, error, message, encoder_folder, tmp_path):
+    folder, _, _ = encoder_folder(pooling={"pooling_mode": "cls"})
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(error, match=rf"{file}.*{message}"):
         export_gguf(folder, tmp_path / "model.gguf", "f32")
     assert list(tmp_path.iterdir()) == []

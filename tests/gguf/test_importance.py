@@ -95,6 +95,22 @@ def test_each_matrix_of_a_stack_has_its_own_importance(tmp_path, monkeypatch):
     assert torch.equal(raw(tmp_path / "x.gguf")["t"], torch.stack(expected).flatten())
 
 
+def test_blocks_of_the_wrong_size_are_refused(tmp_path):
+    planned = PlannedTensor(
+        name="t",
+        source="a.weight",
+        type=gguf_type("q4_0"),
+        shape=(5, 64),
+        read=lambda: torch.ones(5, 64),
+        blocks=lambda: gguf_encode(torch.ones(4, 64), "q4_0"),
+    )
+    with pytest.raises(
+        InputError, match=r"blocks of a\.weight must be uint8 \(5, 36\): got torch.uint8 \(4, 36\)"
+    ):
+        write_gguf(tmp_path / "x.gguf", "none", [planned], lambda writer: None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def without(matrix, *names, **changes):
     entries = {name: entry for name, entry in matrix.entries.items() if name not in names}
     return replace(matrix, entries=entries | changes)

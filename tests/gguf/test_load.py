@@ -13,6 +13,7 @@ from qkern.cli import main
 from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.evaluation import read_text
 from qkern.gguf import GGUFFile, read_tokenizer
+from qkern.gguf.tokenizer import PRE_TOKENIZERS
 from qkern.nn import TiedHead, quant_linears
 from qkern.pipelines import export_gguf
 
@@ -46,6 +47,10 @@ VARIANTS = {
     },
     "qwen3": {},
 }
+
+# llama.cpp's source says so of them and of no other that is read.
+ADD_BOS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+ADD_BOS += ("jina-v5-nano", "tekken")
 
 
 def logits(model, ids=IDS):
@@ -198,32 +203,6 @@ def test_split_files(exported, tmp_path):
         qkern.load(tmp_path / "m-00001-of-00003.gguf")
 
 
-def changed(path, to, **metadata):
-    """Copy a small file with other metadata; None leaves a key out."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    name = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(to, metadata.pop("architecture", name))
-    edits = {key.replace("__", "."): value for key, value in metadata.items()}
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in {"general.architecture", *edits}:
-            continue
-        kind = field.types[0]
-        of = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), kind, sub_type=of)
-    for key, value in edits.items():
-        if value is not None:
-            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return to
-
-
 WRONG = {
     "architecture": ({"architecture": "mamba"}, UnsupportedError, "'mamba': read are llama, qwen2, qwen3"),
     "layers": ({"qwen2__block_count": 3}, FormatError, "missing are blk.2.attn_norm.weight"),
@@ -243,6 +222,22 @@ WRONG = {
     ),
     "base": ({"qwen2__rope__freq_base": -1.0}, FormatError, "freq_base must be a positive number: got -1.0"),
     "context": ({"qwen2__context_length": None}, FormatError, "context_length must be a positive number"),
+    "attention factor": (
+        {"qwen2.rope.scaling.attn_factor": 2.0},
+        UnsupportedError,
+        "scaling with attn_factor 2.0 is not loaded: allowed is 1.0",
+    ),
+    "yarn's settings": (
+        {"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.yarn_beta_fast": 64.0},
+        UnsupportedError,
+        "scaling with yarn_beta_fast 64.0 is not loaded: allowed is 32.0",
+    ),
+    "yarn backwards": (
+        {"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": 0.5},
+        UnsupportedError,
+        "scaling 'yarn' by 0.5",
+    ),
+    "factor": ({"qwen2.rope.scale_linear": -2.0}, FormatError, "scale_linear must be a positive number"),
     "scaling": ({"qwen2__rope__scaling__type": "longrope"}, UnsupportedError, "rotary scaling 'longrope'"),
     "rotary": ({"qwen2__rope__dimension_count": 8}, UnsupportedError, "rope.dimension_count is not the 16"),
     "experts": ({"qwen2__expert_count": 8}, UnsupportedError, "mixture of experts"),
@@ -250,13 +245,96 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_does_not_fit_is_refused(what, model_folder, tmp_path):
+def test_what_does_not_fit_is_refused(what, changed, model_folder, tmp_path):
     edits, error, message = WRONG[what]
     folder, _ = model_folder("qwen2")
     export_gguf(folder, tmp_path / "right.gguf", "q8_0")
     path = changed(tmp_path / "right.gguf", tmp_path / "wrong.gguf", **edits)
     with pytest.raises(error, match=message):
         qkern.load(path)
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+SCALINGS = {
+    "no type": ("llama", {"scaling.factor": 4.0}, LINEAR),
+    "old key": ("qwen2", {"scale_linear": 4.0}, LINEAR),
+    "new and old key": ("llama", {"scaling.factor": 4.0, "scale_linear": 8.0}, LINEAR),
+    "factor 0": ("llama", {"scaling.factor": 0.0}, {"rope_type": "default"}),
+    "no factor": ("qwen3", {"scaling.type": "yarn"}, {"rope_type": "default"}),
+    "none": ("llama", {"scaling.type": "none", "scaling.factor": 4.0}, {"rope_type": "default"}),
+    "in full": (
+        "qwen2",
+        {
+            "scaling.type": "yarn",
+            "scaling.factor": 4.0,
+            "scaling.original_context_length": 16,
+            "scaling.attn_factor": 1.0,
+            "scaling.yarn_beta_fast": 32.0,
+            "scaling.yarn_beta_slow": 1.0,
+        },
+        YARN,
+    ),
+    "with factors": (
+        "llama-rope3",
+        {"scaling.type": "linear", "scaling.factor": 4.0},
+        {"rope_type": "longrope", "attention_factor": 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SCALINGS)
+def test_rotary_scaling_is_read_as_llama_cpp_reads_it(what, changed, model_folder, run_gguf, tmp_path):
+    variant, keys, expected = SCALINGS[what]
+    name = variant.split("-")[0]
+    folder, _ = model_folder(name, **VARIANTS.get(variant, {}))
+    export_gguf(folder, tmp_path / "plain.gguf", "f32")
+    keys = {f"{name}.rope.{key}": value for key, value in keys.items()}
+    model = qkern.load(changed(tmp_path / "plain.gguf", tmp_path / "model.gguf", **keys))
+    assert expected.items() <= model.config.rope_parameters.items()
+    found = logits(model)
+    assert distance(found, run_gguf(tmp_path / "model.gguf")(IDS)) < 1e-3
+    change = distance(found, logits(qkern.load(tmp_path / "plain.gguf")))
+    assert change == 0 if expected["rope_type"] == "default" else change > 0.01
+
+
+def test_yarn_beside_factors_is_refused(changed, model_folder, tmp_path):
+    folder, _ = model_folder("llama", **VARIANTS["llama-rope3"])
+    export_gguf(folder, tmp_path / "plain.gguf", "f32")
+    keys = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    path = changed(tmp_path / "plain.gguf", tmp_path / "model.gguf", **keys)
+    with pytest.raises(UnsupportedError, match=r"'yarn' by 4, or with rope_freqs\.weight, is not loaded"):
+        qkern.load(path)
+
+
+def random_blocks(kind, size, generator):
+    """Blocks of any codes, and of scales and offsets that are any finite numbers of fp16."""
+    of_block = {"q4_0": 18, "q4_1": 20, "q8_0": 34}[kind]
+    blocks = torch.randint(0, 256, (size // of_block, of_block), dtype=torch.uint8, generator=generator)
+    for byte in (1, 3) if kind == "q4_1" else (1,):
+        exponent = blocks[:, byte] & 0x7C
+        blocks[:, byte] ^= torch.where(exponent == 0x7C, 0x40, 0).byte()
+    return blocks.numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_layers_have_the_decoder_s_bits(kind, model_folder, tmp_path):
+    folder, _ = model_folder("llama", tie_word_embeddings=False)
+    export_gguf(folder, tmp_path / "model.gguf", kind, pure=True)
+    content = bytearray((tmp_path / "model.gguf").read_bytes())
+    generator = torch.Generator().manual_seed(0)
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        for name, info in file.tensors.items():
+            if info.type.name == kind:
+                size = file[name].raw.numel()
+                content[info.offset : info.offset + size] = random_blocks(kind, size, generator)
+    (tmp_path / "random.gguf").write_bytes(content)
+    model = qkern.load(tmp_path / "random.gguf", compute="float")
+    assert len(quant_linears(model)) == 15
+    found = weights(model)
+    with GGUFFile(tmp_path / "random.gguf") as file:
+        for name, weight in file.state_dict():
+            assert torch.equal(found[name].view(torch.int32), weight.view(torch.int32)), name
 
 
 def test_a_type_that_is_not_decoded_is_named_with_its_tensor(exported, tmp_path):
@@ -281,7 +359,7 @@ def test_scales_that_are_not_finite_are_refused(exported, tmp_path):
         qkern.load(tmp_path / "nan.gguf")
 
 
-def test_damaged_files_raise_nothing_else(model_folder, tmp_path):
+def test_damaged_files_raise_nothing_else(changed, model_folder, tmp_path):
     """Bits of a small model's file flipped, mostly in its head: it loads, or one of two errors says why."""
     folder, _ = model_folder("llama", num_hidden_layers=1)
     export_gguf(folder, tmp_path / "whole.gguf", "q8_0")
@@ -331,7 +409,7 @@ def test_the_tokenizer_is_the_model_s(shipped, exported):
     assert mine(text)["input_ids"] == its(text)["input_ids"]
 
 
-def test_tokenizers_that_are_not_read_are_named(exported, tmp_path):
+def test_tokenizers_that_are_not_read_are_named(changed, exported, tmp_path):
     for key, value, message in (
         ("tokenizer__ggml__pre", "chameleon", "the pre-tokenizer 'chameleon' is not known: known are gpt-2"),
         ("tokenizer__ggml__model", "bert", r"gpt2 .* and llama .*: got 'bert'"),
@@ -339,6 +417,18 @@ def test_tokenizers_that_are_not_read_are_named(exported, tmp_path):
         path = changed(exported("q4_0"), tmp_path / f"{value}.gguf", **{key: value})
         with pytest.raises(UnsupportedError, match=message):
             read_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", [name for known in PRE_TOKENIZERS for name in (known.name, *known.also)])
+def test_a_pre_tokenizer_s_name_means_what_llama_cpp_means(name, changed, exported, run_gguf, tmp_path):
+    """How it splits, and whether a text begins with BOS where the file does not say."""
+    keys = {"pre": name, "add_bos_token": None, "add_eos_token": None, "bos_token_id": 0}
+    keys = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    path = changed(exported("q4_0"), tmp_path / "model.gguf", **keys)
+    runner, read = run_gguf(path), read_tokenizer(path)
+    for text in ("THE LORD's house, 12345 cubits;  HeLLo\n\n\tcaf\u00e9/\n", " In the beginning", "\u4f60 7"):
+        assert read(text)["input_ids"] == runner.tokenize(text).tolist()
+    assert (read("In")["input_ids"][0] == 0) == (runner.bos == 0) == (name in ADD_BOS)
 
 
 def test_damaged_tokenizers_raise_nothing_else(exported, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from qkern.errors import InputError, UnsupportedError
 from qkern.evaluation import kl_divergence, paired_bootstrap, window_logits
-from qkern.gguf import GGUFFile
+from qkern.gguf import ARCHITECTURES, GGUFFile
 from qkern.nn import named_linears
 from qkern.ops import gguf_decode, gguf_encode
 from qkern.pipelines import export_gguf, gguf_methods
@@ -18,7 +18,10 @@ OVERRIDES = {"gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 16}}
 
 
 def linears_of(model):
-    return [f"{name}.weight" for name in named_linears(model, skip=("lm_head",))]
+    """Linears of the layers: name in the file to name in the model."""
+    names = ARCHITECTURES[model.config.model_type].names(model.config.to_dict())
+    linears = [f"{name}.weight" for name in named_linears(model, skip=("lm_head",))]
+    return {names[name]: name for name in linears}
 
 
 @pytest.fixture
@@ -52,10 +55,12 @@ def test_the_file_holds_the_chosen_blocks(method, model_type, model_folder, ids,
     monkeypatch.setattr(gguf_methods, "gguf_decode", spy)
     report = export_gguf(folder, tmp_path / "model.gguf", "q4_0", method=method, calibration=ids)
     weights = weights_of(tmp_path / "model.gguf")
-    assert sorted(report.errors) == sorted(linears_of(model))
+    linears = linears_of(model)
+    assert sorted(report.errors) == sorted(linears)
+    assert report.errors.keys() <= report.exact.keys()
     assert report.method == method
     for name, value in zip(report.errors, chosen, strict=True):
-        assert torch.equal(weights[name], value), name
+        assert torch.equal(weights[linears[name]], value), name
     assert all(0 < error < 0.1 for error in report.errors.values())
 
 
@@ -169,12 +174,12 @@ def test_a_dry_run_knows_the_size_of_what_is_cut_into_files(model_folder, ids, t
 def test_what_cannot_be_is_refused_and_leaves_no_file(model_folder, shipped, ids, tmp_path):
     folder, _ = model_folder("llama")
     output = tmp_path / "model.gguf"
-    with pytest.raises(InputError, match="unknown method 'hqq': allowed are rtn, gptq, awq"):
+    with pytest.raises(InputError, match="unknown method 'hqq': allowed are gptq, awq, rtn"):
         export_gguf(folder, output, "q4_0", method="hqq")
     with pytest.raises(InputError, match=r"method gptq measures activations .*: give calibration texts \("):
         export_gguf(folder, output, "q4_0", method="gptq")
     (tmp_path / "matrix.gguf").write_bytes(b"")
-    with pytest.raises(InputError, match="which an importance matrix does not hold: give calibration"):
+    with pytest.raises(InputError, match="an importance matrix does not hold them; give calibration"):
         export_gguf(folder, output, "q4_0", method="awq", imatrix=tmp_path / "matrix.gguf")
     with pytest.raises(InputError, match="method gptq chooses codes, and no linear gets any"):
         export_gguf(folder, output, "f16", method="gptq", calibration=ids)
@@ -186,14 +191,21 @@ def test_what_cannot_be_is_refused_and_leaves_no_file(model_folder, shipped, ids
     assert list(tmp_path.iterdir()) == []
 
 
-def test_experts_in_one_parameter_are_refused(tiny, ids):
-    model = tiny("mixtral")
-    with pytest.raises(
-        UnsupportedError, match=r"does not follow experts that lie in one parameter \(model\."
-    ):
-        gguf_methods.CalibratedLayers(
-            model, "gptq", ids, samples=4, length=64, seed=0, device="cpu", errors={}
-        )
+def test_the_report_compares_with_the_weights_of_the_model(model_folder, ids, tmp_path):
+    folder, model = model_folder("llama", intermediate_size=80)
+    model.half().save_pretrained(folder)
+    gptq = export_gguf(folder, tmp_path / "gptq.gguf", "q4_0", method="gptq", calibration=ids)
+    # Rows that no block divides are 16-bit in the file, as they are in the model.
+    exact = {name for name, exact in gptq.exact.items() if exact}
+    vectors = {name for name in gptq.exact if "norm" in name or name.endswith("bias")}
+    assert exact == vectors | {f"blk.{layer}.ffn_down.weight" for layer in range(2)}
+    awq = export_gguf(folder, tmp_path / "awq.gguf", "q4_0", method="awq", calibration=ids)
+    original, weights = model.state_dict(), weights_of(tmp_path / "awq.gguf")
+    names = ARCHITECTURES["llama"].names(model.config.to_dict())
+    for name, value in weights.items():
+        assert awq.exact[names[name]] == torch.equal(value, original[name].float()), name
+    assert not awq.exact["blk.0.attn_norm.weight"]  # a scale was folded into it
+    assert awq.exact["output_norm.weight"]
 
 
 def test_types_without_a_uniform_grid_are_refused(model_folder, ids, tmp_path, monkeypatch):

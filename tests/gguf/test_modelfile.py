@@ -2,10 +2,11 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
-from qkern.errors import FormatError, InputError
+from qkern.errors import FormatError, InputError, OutputError
 from qkern.gguf.modelfile import ollama_modelfile
 from qkern.pipelines import export_gguf
 
@@ -121,6 +122,16 @@ def test_parameters_are_those_of_the_generation_config(chat_folder):
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(FormatError, match=r"generation_config.json cannot be read"):
         ollama_modelfile(folder, "m.gguf")
+
+
+def test_a_full_disk_leaves_no_half_of_it(shipped, tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match=r"cannot write .*Modelfile: No space left on device; .*free space"):
+        export_gguf(shipped, tmp_path / "m.gguf", "q4_0", modelfile=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_it_is_written_beside_the_file(shipped, tmp_path):

@@ -6,8 +6,12 @@ import pytest
 
 from qkern.checkpoints import QuantizedCheckpoint
 from qkern.errors import InputError
-from qkern.gguf import GGUFFile
+from qkern.gguf import MIXTURES, GGUFFile
+from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines import export_gguf
+
+# llama-cpp-python leaves /dev/null open when it silences llama.cpp.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def types_of(path):
@@ -102,6 +106,32 @@ def test_the_ends_come_before_the_patterns(model_folder, tmp_path, capsys):
     assert planned["blk.0.ffn_up.weight"] == "q8_0"
 
 
+@pytest.mark.parametrize("pure", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("embedding", "output"), [("q4_1", None), (None, "q5_1"), ("q4_1", "q5_1")])
+def test_the_ends_are_as_llama_cpp_has_them(embedding, output, tied, pure, model_folder, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    folder, _ = model_folder("qwen2", tie_word_embeddings=tied)
+    source, target = tmp_path / "f32.gguf", tmp_path / "theirs.gguf"
+    export_gguf(folder, source, "f32")
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread, parameters.pure = MIXTURES["q4_0"].file_type, 1, pure
+    if embedding is not None:
+        parameters.token_embedding_type = gguf_type(embedding).id
+    if output is not None:
+        parameters.output_tensor_type = gguf_type(output).id
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters) == 0
+    options = {"token_embedding_type": embedding, "output_tensor_type": output, "pure": pure, "dry_run": True}
+    if pure and tied and output is not None:
+        # What it says of the output has no effect there.
+        with pytest.raises(InputError, match=r"output.*=q5_1: the pattern is in no tensor's name"):
+            export_gguf(folder, tmp_path / "ours.gguf", "q4_0", **options)
+        assert types_of(target)["token_embd.weight"] == (embedding or "q4_0")
+        return
+    ours = export_gguf(folder, tmp_path / "ours.gguf", "q4_0", **options)
+    assert {tensor.name: tensor.type for tensor in ours.tensors} == types_of(target)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -110,7 +140,7 @@ def test_the_ends_come_before_the_patterns(model_folder, tmp_path, capsys):
         (["--tensor-type", "ffn=q8_0", "--tensor-type", "ffn=q6_k"], 2, "ffn= is there twice, q8_0 and q6_k"),
         (["--tensor-type", "ffn=iq1_s"], 1, "got 'iq1_s', allowed are f32"),
         (["--tensor-type", "nothing=q8_0"], 1, "nothing=q8_0: the pattern is in no tensor's name"),
-        (["--output-tensor-type", "q8_0"], 1, "no tensor's name; there are token_embd.weight"),  # tied
+        (["--output-tensor-type", "q9_0"], 1, "got 'q9_0', allowed are f32"),
         (["--type", "q2_k_s"], 1, "q2_k_s needs an importance matrix"),
     ],
 )

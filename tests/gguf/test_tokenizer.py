@@ -1,6 +1,7 @@
 """Tokenizers in a file split text as they do in transformers."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -77,14 +78,15 @@ def put_tokenizer(folder, tokenizer, **special):
     return fast
 
 
-@pytest.mark.parametrize("splits", PRE_TOKENIZERS, ids=PRE_TOKENIZERS.values())
-def test_pre_tokenizers_are_recognized_and_split_alike(splits, shipped, model_folder, run_gguf, tmp_path):
-    tokenizer = byte_level(splits, read_text(shipped / "search.txt")[:30_000])
+@pytest.mark.parametrize("known", PRE_TOKENIZERS, ids=lambda known: known.name)
+def test_pre_tokenizers_are_recognized_and_split_alike(known, shipped, model_folder, run_gguf, tmp_path):
+    tokenizer = byte_level(known.splits, read_text(shipped / "search.txt")[:30_000])
+    tokenizer.model.ignore_merges = known.words_first
     folder, _ = model_folder("llama", vocab_size=tokenizer.get_vocab_size() + 3)
     fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>")
     export_gguf(folder, tmp_path / "model.gguf", "q8_0")
     with GGUFFile(tmp_path / "model.gguf") as file:
-        assert file.metadata["tokenizer.ggml.pre"] == PRE_TOKENIZERS[splits]
+        assert file.metadata["tokenizer.ggml.pre"] == known.name
         assert file.metadata["tokenizer.ggml.token_type"][-3:] == [TokenType.UNUSED] * 3
         assert file.metadata["tokenizer.ggml.add_bos_token"] is False
     runner, read = run_gguf(tmp_path / "model.gguf"), read_tokenizer(tmp_path / "model.gguf")
@@ -96,7 +98,7 @@ def test_pre_tokenizers_are_recognized_and_split_alike(splits, shipped, model_fo
 def test_bos_is_added_where_the_tokenizer_adds_it(shipped, model_folder, run_gguf, tmp_path):
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = byte_level(next(iter(PRE_TOKENIZERS)), read_text(shipped / "search.txt")[:5_000])
+    tokenizer = byte_level(PRE_TOKENIZERS[0].splits, read_text(shipped / "search.txt")[:5_000])
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     folder, _ = model_folder("llama", vocab_size=tokenizer.get_vocab_size())
     fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>")
@@ -105,6 +107,67 @@ def test_bos_is_added_where_the_tokenizer_adds_it(shipped, model_folder, run_ggu
     assert runner.bos == 0
     assert runner.tokenize("In the").tolist() == fast("In the")["input_ids"]
     assert read_tokenizer(tmp_path / "model.gguf")("In the")["input_ids"] == fast("In the")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("split", "words_first", "all_made", "name"),
+    [
+        ("llama-bpe", True, False, "llama-bpe"),
+        ("llama-bpe", False, False, "dbrx"),
+        ("llama-bpe", False, True, "dbrx"),
+        ("tekken", False, True, "tekken"),
+        ("tekken", False, False, None),
+        ("qwen2", True, True, "qwen2"),
+        ("qwen2", True, False, None),
+    ],
+)
+def test_whether_words_come_before_merges_decides_too(
+    split, words_first, all_made, name, shipped, model_folder, run_gguf, tmp_path
+):
+    from tokenizers import Tokenizer
+
+    (splits,) = (known.splits for known in PRE_TOKENIZERS if known.name == split)
+    content = json.loads(byte_level(splits, read_text(shipped / "search.txt")[:5_000]).to_str())
+    vocabulary = content["model"]["vocab"]
+    if not all_made:
+        vocabulary["\u0120Zebulonites"] = len(vocabulary)
+    content["model"]["ignore_merges"] = words_first
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    folder, _ = model_folder("llama", vocab_size=len(vocabulary))
+    fast = put_tokenizer(folder, tokenizer, eos_token="</s>")
+    path = tmp_path / "model.gguf"
+    if name is None:
+        with pytest.raises(UnsupportedError, match=f"ignore_merges {words_first}, known .*--pre-tokenizer"):
+            export_gguf(folder, path, "q8_0")
+        return
+    export_gguf(folder, path, "q8_0")
+    with GGUFFile(path) as file:
+        assert file.metadata["tokenizer.ggml.pre"] == name
+    ids = fast("and Zebulonites")["input_ids"]
+    assert (ids[-1] == len(vocabulary) - 1) == (words_first and not all_made)
+    assert run_gguf(path).tokenize("and Zebulonites").tolist() == ids
+    assert read_tokenizer(path)("and Zebulonites")["input_ids"] == ids
+
+
+@pytest.mark.parametrize(
+    ("behavior", "invert", "fits"),
+    [("Removed", True, True), ("Removed", False, False), ("MergedWithPrevious", False, False)],
+)
+def test_what_a_split_does_with_its_pieces_counts(behavior, invert, fits, shipped, model_folder, tmp_path):
+    from tokenizers import Tokenizer
+
+    content = json.loads(
+        byte_level(PRE_TOKENIZERS[1].splits, read_text(shipped / "search.txt")[:5_000]).to_str()
+    )
+    content["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": behavior, "invert": invert}
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    folder, _ = model_folder("llama", vocab_size=tokenizer.get_vocab_size())
+    put_tokenizer(folder, tokenizer, eos_token="</s>")
+    if fits:
+        export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+        return
+    with pytest.raises(UnsupportedError, match=f"not one that llama.cpp is known to have: got .*{behavior}"):
+        export_gguf(folder, tmp_path / "model.gguf", "q8_0")
 
 
 def test_an_unknown_pre_tokenizer_is_refused_unless_named(shipped, model_folder, tmp_path):
@@ -177,6 +240,93 @@ def test_sentencepiece_bpe(from_file, shipped, model_folder, run_gguf, tmp_path)
         assert runner.tokenize(text).tolist() == fast(text)["input_ids"]
         assert read(text)["input_ids"] == fast(text)["input_ids"]
         assert read.decode(read(text)["input_ids"]) == text
+
+
+def test_a_sentencepiece_file_need_not_say_what_is_usual(changed, shipped, model_folder, run_gguf, tmp_path):
+    tokenizer, vocabulary, _ = sentencepiece_like(read_text(shipped / "search.txt")[:30_000])
+    folder, _ = model_folder("mistral", vocab_size=len(vocabulary))
+    put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    export_gguf(folder, tmp_path / "full.gguf", "q8_0")
+    usual = ("add_bos_token", "add_eos_token", "bos_token_id", "eos_token_id", "unknown_token_id")
+    keys = dict.fromkeys([f"tokenizer.ggml.{key}" for key in (*usual, "add_space_prefix")])
+    path = changed(tmp_path / "full.gguf", tmp_path / "model.gguf", **keys)
+    runner, read = run_gguf(path), read_tokenizer(path)
+    for text in TEXTS:
+        ids = read(text)["input_ids"]
+        assert ids[0] == 1
+        assert runner.tokenize(text).tolist() == ids
+    assert (read.eos_token, read.unk_token) == ("</s>", "<unk>")
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer.json"])
+def test_tokens_added_to_a_sentencepiece_model_are_kept(file, shipped, model_folder, run_gguf, tmp_path):
+    from tokenizers import AddedToken
+
+    tokenizer, vocabulary, merges = sentencepiece_like(read_text(shipped / "search.txt")[:30_000])
+    count = len(vocabulary)
+    tokenizer.add_tokens([AddedToken("<extra>", normalized=False)])
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    folder, _ = model_folder("mistral", vocab_size=count + 2)
+    fast = put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="<|im_end|>", unk_token="<unk>")
+    (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(vocabulary, merges))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    if file == "added_tokens.json":
+        (folder / "tokenizer.json").unlink()
+        (folder / file).write_text(json.dumps({"<extra>": count, "<|im_end|>": count + 1}))
+    export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    with GGUFFile(tmp_path / "model.gguf") as written:
+        assert written.metadata["tokenizer.ggml.tokens"][-2:] == ["<extra>", "<|im_end|>"]
+        kinds = written.metadata["tokenizer.ggml.token_type"]
+        assert kinds[-2:] == [TokenType.USER_DEFINED, TokenType.CONTROL]
+        assert written.metadata["tokenizer.ggml.eos_token_id"] == count + 1
+    chat = "And he said<extra>unto<|im_end|>\nWho?"
+    found = run_gguf(tmp_path / "model.gguf").llama.tokenize(chat.encode(), add_bos=False, special=True)
+    assert found == fast(chat, add_special_tokens=False)["input_ids"]
+
+
+def test_an_added_token_without_a_row_is_left_out(model_folder, tmp_path, caplog):
+    folder, _ = model_folder("mistral", vocab_size=5)
+    for old in folder.glob("tokenizer*"):
+        old.unlink()
+    (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(["<unk>", "<s>", "</s>", "a"], []))
+    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 4, "<pad>": 5}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    assert "<pad> have no row in the embedding" in caplog.text
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert file.metadata["tokenizer.ggml.tokens"] == ["<unk>", "<s>", "</s>", "a", "<extra>"]
+        assert "tokenizer.ggml.padding_token_id" not in file.metadata
+
+
+DAMAGED = [
+    ("tokenizer_config.json", "{"),
+    ("tokenizer_config.json", "[]"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {}}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+    ("tokenizer_config.json", '{"bos_token": 5}'),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}'),
+    ("special_tokens_map.json", '{"eos_token": {"text": "</s>"}}'),
+    ("added_tokens.json", '{"a": "b"}'),
+    ("added_tokens.json", '{"a": null}'),
+    ("tokenizer.json", '{"model": []}'),
+    ("tokenizer.json", '{"added_tokens": 3}'),
+    ("tokenizer.json", '{"added_tokens": [{"content": "a"}]}'),
+    ("chat_template.jinja", b"\xff"),
+]
+
+
+@pytest.mark.parametrize(("file", "content"), DAMAGED)
+def test_damaged_files_of_a_tokenizer_are_named(file, content, model_folder, tmp_path):
+    folder, _ = model_folder("mistral")
+    for old in (*folder.glob("tokenizer*"), *folder.glob("*.jinja")):
+        old.unlink()
+    (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(["<unk>", "<s>", "</s>", "a"], []))
+    (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(FormatError, match=rf"{re.escape(file)} .*; fetch it again"):
+        export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    assert list(tmp_path.iterdir()) == []
 
 
 def gemma_like(text):

@@ -1,19 +1,30 @@
 """Calibration: texts to batches of tokens, and layer-by-layer runs that capture what linears see."""
 
 from qkern.calibration.batches import bounded_length, calibration_hash, make_batches
-from qkern.calibration.skeleton import Weights, bind_names, fill, filled, meta_copy, meta_model
+from qkern.calibration.skeleton import (
+    Stack,
+    Weights,
+    bind_names,
+    fill,
+    filled,
+    load_config,
+    meta_copy,
+    meta_model,
+)
 from qkern.calibration.streaming import LayerStream
 from qkern.calibration.texts import load_texts
 from qkern.calibration.tokenizer import load_tokenizer
 
 __all__ = [
     "LayerStream",
+    "Stack",
     "Weights",
     "bind_names",
     "bounded_length",
     "calibration_hash",
     "fill",
     "filled",
+    "load_config",
     "load_texts",
     "load_tokenizer",
     "make_batches",

@@ -42,11 +42,13 @@ def command(
         str | None, typer.Option(help="Type of token_embd.weight; comes before --tensor-type.")
     ] = None,
     output_tensor_type: Annotated[
-        str | None, typer.Option(help="Type of output.weight; comes before --tensor-type.")
+        str | None,
+        typer.Option(help="Type of output.weight, or of a tied embedding; comes before --tensor-type."),
     ] = None,
     pure: Annotated[bool, typer.Option(help="The base type for every other matrix.")] = False,
     pre_tokenizer: Annotated[
-        str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, where it is not recognized.")
+        str | None,
+        typer.Option(help="llama.cpp's name of a byte-level pre-tokenizer, where it is not recognized."),
     ] = None,
     method: Annotated[
         Method, typer.Option(help="Algorithm of the layers; gptq and awq need --calibration.")
@@ -81,7 +83,9 @@ def command(
         model,
         output,
         kind,
-        tensor_types=_tensor_types(token_embedding_type, output_tensor_type, tensor_type or []),
+        tensor_types=_tensor_types(tensor_type or []),
+        token_embedding_type=token_embedding_type,
+        output_tensor_type=output_tensor_type,
         pure=pure,
         pre_tokenizer=pre_tokenizer,
         method=method.value,
@@ -137,9 +141,8 @@ def command(
     typer.echo(f"{report.type}, {size}, bpw_file {report.bpw_file:.3f}{written}: {report.path}")
 
 
-def _tensor_types(embedding: str | None, output: str | None, pairs: list[str]) -> dict[str, str]:
-    ends = {r"^token_embd\.weight$": embedding, r"^output\.weight$": output}
-    types = {pattern: kind for pattern, kind in ends.items() if kind is not None}
+def _tensor_types(pairs: list[str]) -> dict[str, str]:
+    types: dict[str, str] = {}
     for pair in pairs:
         pattern, _, kind = pair.rpartition("=")
         if not pattern or not kind:

@@ -208,7 +208,16 @@ class GGUFArchitecture:
         """Shape in the file of every tensor of the model, by transformers' name and in the order of the file.
 
         All experts are one tensor, in whose name ``*`` stands for an expert's number.
+
+        Raises
+        ------
+        UnsupportedError
+            If the model has a head of its own, and llama.cpp's architecture has no tensor for it.
         """
+        if not (tied or self.is_encoder or _HEAD in self._weights):
+            raise UnsupportedError(
+                f"{_HEAD}.weight differs from the embedding, which llama.cpp's {self.name} takes for the head"
+            )
         sizes = _sizes(config)
         shapes = {}
         for name, _, weight in self._walk(config):
@@ -369,6 +378,7 @@ def _demand_bert(config: Config) -> Demands:
         "hidden_act": ("gelu",),
         "is_decoder": (False, None),
         "position_embedding_type": ("absolute", None),
+        "architectures": (None, ["BertModel"], ["BertForMaskedLM"], ["BertForPreTraining"]),
     }
 
 
@@ -571,9 +581,7 @@ _ALL: Final = (
         ignored=(r"^embeddings\.position_ids$", r"^pooler\.", r"^cls\."),
     ),
 )
-ARCHITECTURES: Final[dict[str, GGUFArchitecture]] = {
-    architecture.model_type: architecture for architecture in _ALL
-}
+ARCHITECTURES: Final = {architecture.model_type: architecture for architecture in _ALL}
 
 
 def architecture_for(model_type: str) -> GGUFArchitecture:

@@ -32,6 +32,15 @@ _READ: Final = ("llama", "qwen2", "qwen3")
 _EMBEDDING: Final = "model.embed_tokens"
 _FACTORS: Final = "rope_freqs.weight"
 _PLAIN: Final = ("f32", "f16", "bf16")
+# Settings of rotary scaling, which are loaded only if they change nothing; llama.cpp writes -1 for none.
+_UNCHANGED: Final = {
+    "attn_factor": (1.0,),
+    "yarn_attn_factor": (1.0,),
+    "yarn_ext_factor": (1.0, -1.0),
+    "yarn_beta_fast": (32.0,),
+    "yarn_beta_slow": (1.0,),
+    "yarn_log_multiplier": (0.0,),
+}
 
 
 class GGUFCheckpoint:
@@ -151,9 +160,14 @@ class GGUFCheckpoint:
         return float(value)
 
     def _rope(self, head: int) -> dict[str, Any]:
-        name = self._architecture.name
-        rope = {"rope_type": "default", "rope_theta": self._number("rope.freq_base", default=10000.0)}
+        rope = {"rope_theta": self._number("rope.freq_base", default=10000.0)}
+        kind, factor = self._scaling()
         context = self._integer("context_length")
+        if kind == "yarn" and (_FACTORS in self.file.tensors or factor < 1):
+            raise UnsupportedError(
+                f"{self.folder}: rotary scaling 'yarn' by {factor:g}, or with {_FACTORS}, is not loaded; "
+                "llama.cpp may run it"
+            )
         if _FACTORS in self.file.tensors:
             # Divisors of the frequencies, which Llama 3 files have; the same for short and long contexts.
             info = self.file.tensors[_FACTORS]
@@ -163,7 +177,7 @@ class GGUFCheckpoint:
                     f"{self.folder}: {_FACTORS} must be {head // 2} positive numbers: got {info.shape}; "
                     "fetch it again"
                 )
-            both = dict.fromkeys(("short_factor", "long_factor"), factors.tolist())
+            both = dict.fromkeys(("short_factor", "long_factor"), (factors * factor).tolist())
             return {
                 **rope,
                 **both,
@@ -172,19 +186,34 @@ class GGUFCheckpoint:
                 "attention_factor": 1.0,
                 "original_max_position_embeddings": context,
             }
-        kind = self.file.metadata.get(f"{name}.rope.scaling.type", "none")
-        if kind == "none":
-            return rope
-        if kind not in ("linear", "yarn") or self._number("rope.scaling.attn_factor", default=1.0) != 1.0:
-            raise UnsupportedError(
-                f"{self.folder}: rotary scaling {kind!r:.60} with its settings is not loaded: allowed are "
-                "none, linear and plain yarn; llama.cpp may run it"
-            )
-        rope |= {"rope_type": kind, "factor": self._number("rope.scaling.factor")}
+        if factor == 1:
+            return {**rope, "rope_type": "default"}
         if kind == "yarn":
             original = self._integer("rope.scaling.original_context_length", default=context)
             rope["original_max_position_embeddings"] = original
-        return rope
+        return {**rope, "rope_type": kind, "factor": factor}
+
+    def _scaling(self) -> tuple[str, float]:
+        """Kind of rotary scaling, linear where the file does not say, and its factor, 1 for none."""
+        name, metadata = self._architecture.name, self.file.metadata
+        kind = metadata.get(f"{name}.rope.scaling.type", "linear")
+        if kind not in ("none", "linear", "yarn"):
+            raise UnsupportedError(
+                f"{self.folder}: rotary scaling {kind!r:.60} is not loaded: allowed are none, linear and "
+                "yarn; llama.cpp may run it"
+            )
+        for key, allowed in _UNCHANGED.items():
+            value = metadata.get(f"{name}.rope.scaling.{key}", allowed[0])
+            if value not in allowed:
+                raise UnsupportedError(
+                    f"{self.folder}: rotary scaling with {key} {value!r:.60} is not loaded: allowed is "
+                    f"{allowed[0]}; llama.cpp may run it"
+                )
+        # The second is what the oldest files call it.
+        keys = [key for key in ("rope.scaling.factor", "rope.scale_linear") if f"{name}.{key}" in metadata]
+        if kind == "none" or not keys or metadata[f"{name}.{keys[0]}"] == 0:
+            return kind, 1.0
+        return kind, self._number(keys[0])
 
     def transformers_config(self) -> Any:
         """Build the configuration that transformers makes the model of.

@@ -10,7 +10,6 @@ tokens. The old binary form holds means times a number of chunks, one number for
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkern.errors import FormatError, InputError, OutputError, advice_on_writing, reason_of
+from qkern.errors import FormatError, InputError
 from qkern.gguf.cursor import Cursor
 from qkern.gguf.reader import GGUFFile
-from qkern.gguf.writer import PlannedTensor, check_new_file, write_gguf
+from qkern.gguf.writer import PlannedTensor, check_new_file, write_gguf, write_whole
 from qkern.ops.gguf_types import gguf_type
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS: Final = "imatrix.datasets"
 _CHUNK_COUNT: Final = "imatrix.chunk_count"
 _CHUNK_SIZE: Final = "imatrix.chunk_size"
+_MAX_INT: Final = 2**31 - 1
 _SUFFIXES: Final = (".gguf", ".dat")
 
 
@@ -282,16 +282,7 @@ def write_imatrix(path: str | Path, imatrix: Imatrix) -> None:
     if path.suffix == ".gguf":
         _write_gguf(path, imatrix)
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(_binary(imatrix))
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {reason_of(error)}; nothing was left there; {advice_on_writing(error)}"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, _binary(imatrix))
 
 
 def _write_gguf(path: Path, imatrix: Imatrix) -> None:
@@ -324,12 +315,14 @@ def _write_gguf(path: Path, imatrix: Imatrix) -> None:
 def _binary(imatrix: Imatrix) -> bytes:
     parts = [struct.pack("<i", len(imatrix.entries))]
     for name, entry in sorted(imatrix.entries.items()):
-        chunks = -(-int(entry.counts.max()) // imatrix.chunk_size)
+        chunks = min(-(-int(entry.counts.max()) // max(1, imatrix.chunk_size)), _MAX_INT)
         mean = torch.where(entry.counts[:, None] > 0, entry.mean, 1.0)
+        if not bool((mean * chunks).isfinite().all()):
+            chunks = 1  # only ratios count
         values = (mean * chunks).numpy().astype("<f4").tobytes()
         raw = name.encode()
         parts += [struct.pack("<i", len(raw)), raw, struct.pack("<ii", chunks, len(values) // 4), values]
     # It has room for one text.
     dataset = (imatrix.datasets or ("",))[-1].encode()
-    parts += [struct.pack("<ii", imatrix.chunk_count, len(dataset)), dataset]
+    parts += [struct.pack("<ii", min(imatrix.chunk_count, _MAX_INT), len(dataset)), dataset]
     return b"".join(parts)

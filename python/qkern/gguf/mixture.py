@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.errors import InputError, UnsupportedError
+from qkern.gguf.architectures import expert_count
 from qkern.gguf.overrides import check_overrides, override_for
 from qkern.ops.gguf_types import GGUFType, gguf_type
 
@@ -64,7 +65,7 @@ class ModelFacts:
             layers=config["num_hidden_layers"],
             heads=heads,
             value_heads=config.get("num_key_value_heads") or heads,
-            experts=config.get("num_local_experts") or config.get("num_experts") or 0,
+            experts=expert_count(config),
             importance=importance,
         )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.calibration import load_tokenizer
-from qkern.errors import FormatError
+from qkern.gguf.json_files import reading
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,36 +104,23 @@ def ollama_modelfile(folder: Path, file: str) -> str:
         If a file of the folder is damaged.
     """
     tokenizer = load_tokenizer(folder)
-    settings = _generation(folder)
     lines = [f"FROM ./{file}"]
     template = _template(tokenizer)
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
-    stops = settings.get("eos_token_id", tokenizer.eos_token_id)
-    stops = [number for number in (stops if isinstance(stops, list) else [stops]) if number is not None]
-    texts = [json.dumps(text, ensure_ascii=False) for text in tokenizer.convert_ids_to_tokens(stops)]
-    lines += [f"PARAMETER stop {text}" for text in texts]
-    # transformers leaves the other parameters alone where it does not sample.
-    if settings.get("do_sample"):
-        lines += [
-            f"PARAMETER {theirs} {settings[ours]}"
-            for ours, theirs in _SAMPLING.items()
-            if settings.get(ours) is not None
-        ]
+    with reading(folder / "generation_config.json") as settings:
+        stops = settings.get("eos_token_id", tokenizer.eos_token_id)
+        stops = [number for number in (stops if isinstance(stops, list) else [stops]) if number is not None]
+        texts = [json.dumps(text, ensure_ascii=False) for text in tokenizer.convert_ids_to_tokens(stops)]
+        lines += [f"PARAMETER stop {text}" for text in texts]
+        # transformers leaves the other parameters alone where it does not sample.
+        if settings.get("do_sample"):
+            lines += [
+                f"PARAMETER {theirs} {settings[ours]}"
+                for ours, theirs in _SAMPLING.items()
+                if settings.get(ours) is not None
+            ]
     return "\n".join(lines) + "\n"
-
-
-def _generation(folder: Path) -> dict[str, Any]:
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{file} cannot be read ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise FormatError(f"{file} must hold a JSON object: got {type(content).__name__}")
-    return content
 
 
 def _template(tokenizer: Any) -> str | None:

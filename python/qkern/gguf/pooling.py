@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.errors import FormatError, UnsupportedError
+from qkern.gguf.json_files import reading
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 __all__ = ["pooling_of"]
@@ -35,7 +36,8 @@ def pooling_of(folder: Path) -> str:
     file = folder / "modules.json"
     if not file.is_file():
         return "none"
-    modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in _list(file)}
+    with reading(file, list) as listed:
+        modules = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in listed}
     others = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
     if others:
         raise UnsupportedError(
@@ -44,38 +46,19 @@ def pooling_of(folder: Path) -> str:
         )
     if "Pooling" not in modules:
         return "none"
-    settings = _object(folder / modules["Pooling"] / "config.json")
+    file = folder / modules["Pooling"] / "config.json"
+    if not file.is_file():
+        raise FormatError(f"{file} is missing, which says how embeddings are pooled; fetch it")
+    with reading(file) as settings:
+        return _mode(file, settings)
+
+
+def _mode(file: Path, settings: Mapping[str, Any]) -> str:
     modes = [mode for key, mode in _MODES.items() if settings.get(key)]
     others = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
     if "pooling_mode" in settings:
-        modes = [_NAMES[name] for name in [settings["pooling_mode"]] if name in _NAMES]
+        modes = [_NAMES[name] for name in [str(settings["pooling_mode"])] if name in _NAMES]
         others = modes
     if len(modes) != 1 or len(others) != 1:
-        raise UnsupportedError(
-            f"{folder / modules['Pooling']}: llama.cpp pools by one of {', '.join(_NAMES)}: got {settings}"
-        )
+        raise UnsupportedError(f"{file}: llama.cpp pools by one of {', '.join(_NAMES)}: got {settings}")
     return modes[0]
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{file} cannot be read ({error}); fetch it again") from None
-
-
-def _list(file: Path) -> list[dict[str, Any]]:
-    content = _read(file)
-    fits = isinstance(content, list) and all(
-        isinstance(one, dict) and {"type", "path"} <= set(one) for one in content
-    )
-    if not fits:
-        raise FormatError(f"{file} must list modules with type and path: got {content!r}")
-    return list(content)
-
-
-def _object(file: Path) -> dict[str, Any]:
-    content = _read(file)
-    if not isinstance(content, dict):
-        raise FormatError(f"{file} must hold a JSON object: got {type(content).__name__}")
-    return content

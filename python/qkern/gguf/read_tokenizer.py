@@ -8,22 +8,17 @@ from qkern.errors import FormatError, UnsupportedError
 from qkern.gguf.cursor import MetadataArray
 from qkern.gguf.reader import GGUFFile
 from qkern.gguf.sentencepiece import TokenType
-from qkern.gguf.tokenizer import PRE_TOKENIZERS
+from qkern.gguf.tokenizer import PRE_TOKENIZERS, PreTokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["read_tokenizer"]
 
-# Other names that llama.cpp has for the same splits.
-_SAME: Final = {
-    "llama3": "llama-bpe",
-    "llama-v3": "llama-bpe",
-    "falcon3": "llama-bpe",
-    "deepseek-r1-qwen": "qwen2",
-}
-# Where a whole word that is a token is taken before any merge.
-_WORDS_FIRST: Final = ("llama-bpe", "tekken")
+# Names that a file may have, llama.cpp's other ones for the same too.
+_KNOWN: Final = {name: known for known in PRE_TOKENIZERS for name in (known.name, *known.also)}
+# What llama.cpp takes where a SentencePiece file does not say; in other files there is none.
+_ROLES: Final = {"bos": 1, "eos": 2, "unk": 0}
 _SPACE: Final = "\u2581"
 # Longer ones are no pieces of text; splitting them everywhere would take quadratic time.
 _LONGEST_PIECE: Final = 512
@@ -60,8 +55,12 @@ def read_tokenizer(path: str | Path) -> Any:
                 f"(SentencePiece BPE): got {kind!r:.60}; use the original model's tokenizer"
             )
         try:
-            backend = _byte_level(content) if kind == "gpt2" else _sentencepiece(content)
-            content.finish(backend, adds_bos=kind == "llama")
+            if kind == "gpt2":
+                known = _pre_tokenizer(file)
+                backend, adds_bos = _byte_level(content, known), known.adds_bos
+            else:
+                backend, adds_bos = _sentencepiece(content), True
+            content.finish(backend, adds_bos=adds_bos)
             chat = file.metadata.get("tokenizer.chat_template")
             return PreTrainedTokenizerFast(
                 tokenizer_object=backend,
@@ -103,7 +102,8 @@ class _Content:
 
     def _role(self, role: str) -> str | None:
         key = {"unk": "unknown", "pad": "padding"}.get(role, role)
-        number = self.file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        default = _ROLES.get(role) if self.file.metadata["tokenizer.ggml.model"] == "llama" else None
+        number = self.file.metadata.get(f"tokenizer.ggml.{key}_token_id", default)
         if not isinstance(number, int) or not 0 <= number < len(self.texts):
             return None
         return str(self.texts[number])
@@ -151,23 +151,27 @@ class _Content:
             backend.post_processor = TemplateProcessing(single=template, special_tokens=numbers)
 
 
-def _byte_level(content: _Content) -> Any:
+def _pre_tokenizer(file: GGUFFile) -> PreTokenizer:
+    named = file.metadata.get("tokenizer.ggml.pre")
+    known = _KNOWN.get(str(named))
+    if known is None:
+        raise UnsupportedError(
+            f"{file.path}: the pre-tokenizer {named!r:.60} is not known: known are {', '.join(_KNOWN)}; use "
+            "the original model's tokenizer"
+        )
+    return known
+
+
+def _byte_level(content: _Content, known: PreTokenizer) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    named = content.file.metadata.get("tokenizer.ggml.pre")
-    name = _SAME.get(str(named), named)
-    splits = next((splits for splits, known in PRE_TOKENIZERS.items() if known == name), None)
-    if splits is None:
-        raise UnsupportedError(
-            f"{content.file.path}: the pre-tokenizer {named!r:.60} is not known: known are "
-            f"{', '.join((*PRE_TOKENIZERS.values(), *_SAME))}; use the original model's tokenizer"
-        )
-    backend = Tokenizer(models.BPE(content.vocabulary, content.merges(), ignore_merges=name in _WORDS_FIRST))
+    merges = content.merges()
+    backend = Tokenizer(models.BPE(content.vocabulary, merges, ignore_merges=known.words_first))
     steps = [
         pre_tokenizers.Digits(individual_digits=True)
         if split == "digits"
         else pre_tokenizers.Split(Regex(split), behavior="isolated")
-        for split in splits
+        for split in known.splits
     ]
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, whole])

@@ -8,39 +8,106 @@ not known is refused: a file with the wrong one would split text in another way 
 from __future__ import annotations
 
 import json
+import logging
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.calibration import load_tokenizer
 from qkern.errors import FormatError, InputError, UnsupportedError
+from qkern.gguf.json_files import reading
 from qkern.gguf.sentencepiece import Pieces, TokenType, read_sentencepiece
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-__all__ = ["PRE_TOKENIZERS", "add_tokenizer", "name_of_model"]
+__all__ = ["PRE_TOKENIZERS", "PreTokenizer", "add_tokenizer", "name_of_model"]
+
+logger = logging.getLogger(__name__)
 
 _PHI3: Final = re.compile("(phi)-?3", re.IGNORECASE)
 _PHI3_TOKENS: Final = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
-_CONTRACTIONS: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+_NAMED: Final = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_CONTRACTION: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST_WITH_SLASH: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _UPPER: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER: Final = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _LEAD: Final = r"[^\r\n\p{L}\p{N}]?"
-# Every split that a byte-level tokenizer does before its merges, and llama.cpp's name for it.
-PRE_TOKENIZERS: Final[dict[tuple[str, ...], str]] = {
-    (_GPT2,): "gpt-2",
-    (_CONTRACTIONS + _WORDS + r"\p{N}" + _REST,): "qwen2",
-    (_CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
-    (
-        f"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|"
-        r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ): "tekken",
-    ("digits", _GPT2): "smollm",
-}
+_BY_THREE: Final = f"{_CONTRACTION}|{_WORDS}" r"\p{N}{1,3}" + _REST
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreTokenizer:
+    """What llama.cpp does under a name with the text of a byte-level tokenizer.
+
+    Parameters
+    ----------
+    name : str
+        The name.
+    splits : tuple of str
+        Regular expressions by which text is cut before merges, one after the other; ``"digits"`` cuts digits
+        from each other.
+    words_first : bool
+        A whole word that is a token is taken before any merge.
+    adds_bos : bool
+        A text begins with BOS where the file does not say.
+    also : tuple of str
+        Other names of the same.
+    """
+
+    name: str
+    splits: tuple[str, ...]
+    words_first: bool = False
+    adds_bos: bool = False
+    also: tuple[str, ...] = ()
+
+
+PRE_TOKENIZERS: Final = (
+    PreTokenizer(
+        name="gpt-2",
+        splits=(_GPT2,),
+        also=("phi-2", "mpt", "olmo", "gigachat", "a.x-4.0", "mellum", "exaone4", "trillion"),
+    ),
+    PreTokenizer(
+        name="qwen2",
+        splits=(f"{_CONTRACTION}|{_WORDS}" r"\p{N}" + _REST,),
+        also=("stablelm2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2", "hunyuan"),
+    ),
+    PreTokenizer(
+        name="llama-bpe",
+        splits=(_BY_THREE,),
+        words_first=True,
+        adds_bos=True,
+        also=(
+            *("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+            "jina-v5-nano",
+        ),
+    ),
+    PreTokenizer(name="dbrx", splits=(_BY_THREE,), also=("smaug-bpe",)),
+    PreTokenizer(
+        name="tekken",
+        splits=(f"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|" r"\p{N}" + _REST_WITH_SLASH,),
+        words_first=True,
+        adds_bos=True,
+    ),
+    PreTokenizer(
+        name="gpt-4o",
+        splits=(
+            f"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTION}?|"
+            r"\p{N}{1,3}" + _REST_WITH_SLASH,
+        ),
+        also=("llama4", "kanana2"),
+    ),
+    PreTokenizer(
+        name="smollm",
+        splits=("digits", _GPT2),
+        also=("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    ),
+)
 
 
 def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: str | None = None) -> None:
@@ -111,11 +178,9 @@ def name_of_model(name: str, folder: Path) -> str:
     In a model that is called phi3 llama.cpp drops the white space after special tokens, as Phi-3's tokenizer
     does, and it demands certain tokens. The name is made to say so if, and only if, it is true.
     """
-    added = _json(folder / "tokenizer.json").get("added_tokens")
-    if added is None:
-        added = _json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).values()
-    strips = any(token.get("special") and token.get("rstrip") for token in added)
-    strips = strips and {token.get("content") for token in added} >= _PHI3_TOKENS
+    added = _added_beside(folder).values()
+    strips = any(token.is_special and token.strips_right for token in added)
+    strips = strips and {token.text for token in added} >= _PHI3_TOKENS
     if strips:
         return name if _PHI3.search(name) else f"{name} (phi3)"
     return _PHI3.sub(lambda match: f"{match[1]} 3", name)
@@ -123,8 +188,9 @@ def name_of_model(name: str, folder: Path) -> str:
 
 def _is_byte_level(folder: Path) -> bool:
     """Whether ``tokenizer.json`` holds a byte-level BPE, which then decides over ``tokenizer.model``."""
-    model = _json(folder / "tokenizer.json").get("model", {})
-    return model.get("type") == "BPE" and not model.get("byte_fallback")
+    with reading(folder / "tokenizer.json") as content:
+        model = content.get("model", {})
+        return bool(model.get("type") == "BPE" and not model.get("byte_fallback"))
 
 
 def _load(folder: Path) -> Any:
@@ -138,13 +204,28 @@ def _load(folder: Path) -> Any:
 
 def _pre_tokenizer(content: Mapping[str, Any]) -> str:
     splits = (*_rewrites(content.get("normalizer") or {}), *_splits(content.get("pre_tokenizer") or {}))
-    name = PRE_TOKENIZERS.get(splits)
-    if name is None:
-        raise UnsupportedError(
-            f"the pre-tokenizer is not one that llama.cpp is known to have: got {splits}, known are "
-            f"{', '.join(PRE_TOKENIZERS.values())}; if you know its name in llama.cpp, pass --pre-tokenizer"
-        )
-    return name
+    words_first = bool(content["model"].get("ignore_merges"))
+    fitting = [known for known in PRE_TOKENIZERS if known.splits == splits]
+    for known in fitting:
+        if known.words_first == words_first:
+            return known.name
+    if fitting and _merges_make_all_words(content):  # then nothing depends on what is taken first
+        return fitting[0].name
+    names = ", ".join(known.name for known in PRE_TOKENIZERS)
+    order = f", ignore_merges {words_first}" if fitting else ""
+    raise UnsupportedError(
+        f"the pre-tokenizer is not one that llama.cpp is known to have: got {splits}{order}, known are "
+        f"{names}; if you know its name in llama.cpp, pass --pre-tokenizer"
+    )
+
+
+def _merges_make_all_words(content: Mapping[str, Any]) -> bool:
+    from tokenizers import models
+
+    words = content["model"]["vocab"]
+    merges = models.BPE(words, [(left, right) for left, right in _merges(content)])
+    added = {text for text, _ in _added(content).values()}
+    return all(len(merges.tokenize(word)) == 1 for word in words if word not in added)
 
 
 def _rewrites(normalizer: Mapping[str, Any]) -> list[str]:
@@ -164,8 +245,11 @@ def _splits(pre_tokenizer: Mapping[str, Any]) -> list[str]:
         space = ["a space before the text"] if pre_tokenizer.get("add_prefix_space") else []
         return [*space, *([_GPT2] if pre_tokenizer.get("use_regex", True) else [])]
     if kind == "Split":
-        pattern = pre_tokenizer["pattern"]
-        return [pattern.get("Regex") or f"literal {pattern.get('String')!r}"]
+        pattern, behavior = pre_tokenizer["pattern"], pre_tokenizer["behavior"]
+        split = pattern.get("Regex") or f"literal {pattern.get('String')!r}"
+        # The known expressions match all of a text: what they do not match may as well be removed.
+        keeps = behavior == "Isolated" or (behavior == "Removed" and pre_tokenizer.get("invert"))
+        return [split if keeps else f"{behavior} {split}"]
     if kind == "Digits" and pre_tokenizer.get("individual_digits"):
         return ["digits"]
     return [] if kind is None else [str(kind)]
@@ -298,37 +382,100 @@ def _add_word_specials(writer: Any, tokenizer: Any) -> None:
 
 def _add_sentencepiece_file(writer: Any, folder: Path, vocab_size: int) -> None:
     pieces = read_sentencepiece(folder / "tokenizer.model")
-    settings = _json(folder / "tokenizer_config.json")
-    for number, token in settings.get("added_tokens_decoder", {}).items():
-        known = pieces.tokens.get(int(number))
+    added = _added_beside(folder)
+    # Folders are about with a token for padding that the model never had.
+    unknown = {token.text for number, token in added.items() if number >= vocab_size}
+    if unknown:
+        logger.warning(
+            "%s: %s have no row in the embedding and are left out", folder, ", ".join(sorted(unknown))
+        )
+    for number, token in added.items():
+        if number >= vocab_size:
+            continue
+        known = pieces.tokens.get(number)
         # The marks of Gemma's turns are user-defined in the file and special in the settings, which hold.
         if known is None or known[1] in (TokenType.NORMAL, TokenType.USER_DEFINED):
-            role = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
-            pieces.tokens[int(number)] = (token["content"], role)
+            role = TokenType.CONTROL if token.is_special else TokenType.USER_DEFINED
+            pieces.tokens[number] = (token.text, role)
     _add_pieces(writer, pieces, vocab_size)
     ids = {text: number for number, (text, _) in pieces.tokens.items()}
+    named = _named_tokens(folder)
     for kind, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", None)):
-        token = settings.get(f"{kind}_token", default)
-        text = token.get("content") if isinstance(token, dict) else token
+        text = named.get(f"{kind}_token", default)
+        if text in unknown:
+            continue
         if text is not None and text not in ids:
             raise InputError(f"{folder}: the {kind} token {text!r} is not among the tokens")
         if text is not None:
             getattr(writer, f"add_{kind}_token_id")(ids[text])
-    writer.add_add_bos_token(bool(settings.get("add_bos_token", True)))
-    writer.add_add_eos_token(bool(settings.get("add_eos_token", False)))
-    template = folder / "chat_template.jinja"
-    chat = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
-    _add_template(writer, chat)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if there is no such file."""
-    if not file.is_file():
-        return {}
+    with reading(folder / "tokenizer_config.json") as settings:
+        writer.add_add_bos_token(bool(settings.get("add_bos_token", True)))
+        writer.add_add_eos_token(bool(settings.get("add_eos_token", False)))
+        template = folder / "chat_template.jinja"
+        if not template.is_file():
+            _add_template(writer, settings.get("chat_template"))
+            return
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{file} is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise FormatError(f"{file} must hold a JSON object: got {type(content).__name__}")
-    return content
+        _add_template(writer, template.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{template} is no text ({error}); fetch it again") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """A token that was added to a vocabulary."""
+
+    text: str
+    is_special: bool
+    strips_right: bool = False
+
+    @classmethod
+    def of(cls, token: Mapping[str, Any]) -> _Added:
+        return cls(_text(token), bool(token.get("special")), bool(token.get("rstrip")))
+
+
+def _added_beside(folder: Path) -> dict[int, _Added]:
+    """Read the added tokens, by id; where the files that may have them differ the last one counts."""
+    special = set(_named_tokens(folder).values())
+    files: dict[str, Callable[[dict[str, Any]], Iterable[tuple[Any, _Added]]]] = {
+        "added_tokens.json": lambda content: (
+            (number, _Added(text, text in special)) for text, number in content.items()
+        ),
+        "tokenizer.json": lambda content: (
+            (token["id"], _Added.of(token)) for token in content.get("added_tokens", ())
+        ),
+        "tokenizer_config.json": lambda content: (
+            (number, _Added.of(token)) for number, token in content.get("added_tokens_decoder", {}).items()
+        ),
+    }
+    added: dict[int, _Added] = {}
+    for name, tokens_of in files.items():
+        with reading(folder / name) as content:
+            added |= {int(number): token for number, token in tokens_of(content)}
+    return added
+
+
+def _named_tokens(folder: Path) -> dict[str, str | None]:
+    """Tokens with a part to play, by its name; None where the files say that there is none."""
+    named: dict[str, str | None] = {}
+    with reading(folder / "tokenizer_config.json") as settings:
+        named |= _parts(settings)
+        is_old = "added_tokens_decoder" not in settings
+    with reading(folder / "special_tokens_map.json") as older:
+        return named | _parts(older) if is_old else named
+
+
+def _parts(content: Mapping[str, Any]) -> dict[str, str | None]:
+    parts: dict[str, Any] = {key: content[key] for key in _NAMED if key in content}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = content.get(key) or ()
+        more = more.values() if isinstance(more, dict) else more
+        parts |= {f"{key} {number}": token for number, token in enumerate(more)}
+    return {part: None if token is None else _text(token) for part, token in parts.items()}
+
+
+def _text(token: Any) -> str:
+    text = token if isinstance(token, str) else token["content"]
+    if not isinstance(text, str):
+        raise TypeError(f"a token is {text!r:.60}")
+    return text

@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 
     from qkern.ops.gguf_types import GGUFType
 
-__all__ = ["PlannedTensor", "Written", "check_new_file", "gguf_bytes", "gguf_files", "write_gguf"]
+__all__ = [
+    "PlannedTensor",
+    "Written",
+    "check_new_file",
+    "gguf_bytes",
+    "gguf_files",
+    "write_gguf",
+    "write_whole",
+]
 
 # fp32 bytes that are converted at a time: bounds memory beside the tensor itself.
 _CHUNK_BYTES: Final = 4 << 20
@@ -51,8 +59,8 @@ class PlannedTensor:
     importance : Tensor or None
         Weights of the columns for the encoder, ``[K]``, or ``[E, K]`` for a stack of matrices.
     blocks : callable or None
-        Returns the blocks themselves, uint8 ``[rows, row bytes]``, where they are chosen elsewhere: `read` is
-        not called then.
+        Returns the blocks themselves, uint8 ``[rows, row bytes]``, where they are chosen elsewhere, or None
+        where they are not; called before `read`.
     """
 
     name: str
@@ -61,7 +69,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     read: Callable[[], Tensor | QuantizedWeight]
     importance: Tensor | None = None
-    blocks: Callable[[], Tensor] | None = None
+    blocks: Callable[[], Tensor | None] | None = None
 
     @property
     def weights(self) -> int:
@@ -95,6 +103,35 @@ def check_new_file(path: Path) -> None:
         raise InputError(f"{path} cannot be made: {path.parent} is a file; choose another --output")
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} of the output file does not exist; make it first")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file, which appears under its name only when it is complete.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; nothing is left behind.
+    """
+    partial = _partial(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise _not_written(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _not_written(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write {path}: {reason_of(error)}; nothing was left there; {advice_on_writing(error)}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +192,7 @@ def write_gguf(
     files = gguf_files(path, tensors, max_shard_bytes=max_shard_bytes)
     for file in (path, *files):
         check_new_file(file)
-    partials = [file.with_name(f".{file.name}.{os.getpid()}.partial") for file in files]
+    partials = [_partial(file) for file in files]
     writers: list[Any] = []
     sizes: list[int] = []
 
@@ -186,9 +223,7 @@ def write_gguf(
     except OSError as error:
         for file in placed:
             file.unlink(missing_ok=True)
-        raise OutputError(
-            f"cannot write {path}: {reason_of(error)}; nothing was left there; {advice_on_writing(error)}"
-        ) from error
+        raise _not_written(path, error) from error
     finally:
         for writer in writers:
             # On a full disk closing fails too, and again.
@@ -288,19 +323,20 @@ def _write_header(writer: Any, tensors: Sequence[PlannedTensor], stream: io.Byte
 
 def _encode(tensor: PlannedTensor) -> tuple[Tensor, bool]:
     """Blocks of a tensor, uint8 ``[rows, row bytes]``, and whether they decode to exactly its values."""
-    if tensor.blocks is not None:
-        return tensor.blocks(), False
+    made = None if tensor.blocks is None else tensor.blocks()
     values = tensor.read()
     if tuple(values.shape) != tensor.shape:
         raise InputError(f"{tensor.source} must be {tensor.shape}: got {tuple(values.shape)}")
-    made: Tensor | None = None
     if isinstance(values, QuantizedWeight):
         made = blocks_of(values, tensor.type)
         values = dequantize_groupwise(values)
     rows = values.reshape(-1, tensor.shape[-1])
-    blocks = (
-        torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8, device="cpu") if made is None else made
-    )
+    shape = (len(rows), tensor.row_bytes)
+    if made is not None and (made.dtype != torch.uint8 or tuple(made.shape) != shape):
+        raise InputError(
+            f"the blocks of {tensor.source} must be uint8 {shape}: got {made.dtype} {tuple(made.shape)}"
+        )
+    blocks = torch.empty(shape, dtype=torch.uint8, device="cpu") if made is None else made
     exact = True
     for begin, end, importance in _chunks(tensor, len(rows)):
         chunk = rows[begin:end].float()

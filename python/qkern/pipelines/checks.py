@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 
-from qkern.checkpoints import format_named, refusals
+from qkern.checkpoints import QuantizedCheckpoint, format_named, refusals
 from qkern.errors import InputError, UnsupportedError
+from qkern.gguf import GGUFArchitecture, architecture_for
+from qkern.gguf.writer import check_new_file
 from qkern.models import Structure, column_weight, is_router
 from qkern.nn import expert_parameters, name_matches, named_linears
 from qkern.pipelines.layerwise import Settings
@@ -17,11 +20,15 @@ from qkern.quantizers import GPTQConfig
 from qkern.schemes import Scheme, as_scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = [
     "METHODS",
     "Targets",
+    "check_calibration",
+    "check_gguf_output",
+    "check_gguf_request",
+    "checked_architecture",
     "checked_format",
     "checked_settings",
     "choose_targets",
@@ -32,6 +39,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 METHODS: Final = ("gptq", "awq", "rtn")
+# How calibration texts are drawn where nothing else is said.
+_DRAW: Final = {"samples": 128, "length": 2048, "seed": 0, "device": "auto"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,3 +243,104 @@ def target_names(structure: Structure, targets: Targets) -> list[str]:
     if targets.head and structure.head is not None:
         names.append(structure.head)
     return names
+
+
+def check_gguf_request(method: str, calibration: Any, imatrix: Any, draw: Mapping[str, Any]) -> None:
+    """Refuse a method of an export that is unknown or lacks what it needs, and what it would not look at.
+
+    Parameters
+    ----------
+    method, calibration, imatrix
+        As in `qkern.export_gguf`.
+    draw : mapping
+        How calibration texts are drawn, and where they run.
+
+    Raises
+    ------
+    InputError
+        If so.
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}: allowed are {', '.join(METHODS)}")
+    if method != "rtn":
+        needs = f"method {method} measures activations layer by layer, of causal LMs without experts"
+        if imatrix is not None:
+            raise InputError(
+                f"{needs}: an importance matrix does not hold them; give calibration texts instead "
+                "(--calibration FILE), or use method='rtn'"
+            )
+        if calibration is None:
+            raise InputError(f"{needs}: give calibration texts (--calibration FILE), or use method='rtn'")
+    if calibration is not None and imatrix is not None:
+        raise InputError(
+            "calibration and imatrix are two sources of the same importance: give one (--calibration FILE or "
+            "--imatrix FILE)"
+        )
+    foreign = [name for name, value in draw.items() if value != _DRAW[name]]
+    if calibration is None and foreign:
+        raise InputError(
+            f"{', '.join(foreign)} {'is' if len(foreign) == 1 else 'are'} the calibration's, and there is "
+            "none: give texts (--calibration FILE), or leave it out"
+        )
+
+
+def check_gguf_output(model: str | Path, path: Path, *, modelfile: bool, in_parts: bool) -> None:
+    """Refuse an output of an export that cannot be, or that the model's folder would take for its own.
+
+    Raises
+    ------
+    InputError
+        If so.
+    """
+    recipe = path.with_name("Modelfile")
+    if modelfile and in_parts:
+        raise InputError("Ollama reads one file: choose modelfile or max_shard_size")
+    if modelfile and recipe.exists():
+        raise InputError(f"{recipe} exists: remove it or choose another --output")
+    inside = Path(model).is_dir() and path.resolve().is_relative_to(Path(model).resolve())
+    if path.suffix != ".gguf" and inside:
+        raise InputError(
+            f"{path} lies in the model folder {model}, where only a .gguf is told from the model's own "
+            f"files: name it {path.with_suffix('.gguf').name}, or choose another --output"
+        )
+    check_new_file(path)
+
+
+def checked_architecture(model_type: str | None) -> GGUFArchitecture:
+    """Look the architecture of a model up whose activations are wanted.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is not exported to GGUF, or is an encoder.
+    """
+    architecture = architecture_for(str(model_type))
+    if architecture.is_encoder:
+        raise UnsupportedError(
+            f"{model_type} is an encoder, and activations are collected from causal LMs alone: export it "
+            "without calibration, or with an importance matrix from elsewhere (--imatrix FILE)"
+        )
+    return architecture
+
+
+def check_calibration(checkpoint: QuantizedCheckpoint, method: str) -> None:
+    """Refuse a checkpoint that calibration texts cannot run through, or not by this method.
+
+    Raises
+    ------
+    InputError
+        If it is quantized already.
+    UnsupportedError
+        If it is an encoder, or the method does not follow its experts.
+    """
+    architecture = checked_architecture(checkpoint.config.get("model_type"))
+    if method != "rtn" and architecture.has_experts:
+        raise UnsupportedError(
+            f"method {method} does not follow mixtures of experts ({architecture.model_type}), whose "
+            "matrices are one stack in the file: use method='rtn', with calibration if you like"
+        )
+    if checkpoint.format is not None:
+        raise InputError(
+            f"{checkpoint.folder} is already quantized ({checkpoint.format.name}), and calibration texts run "
+            "through 16-bit weights: quantize the original, or leave calibration out"
+        )

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from qkern import __version__
+from qkern.calibration import load_config
 from qkern.checkpoints import QuantizedCheckpoint, parse_size
-from qkern.errors import FormatError, InputError
+from qkern.errors import InputError
 from qkern.gguf import PlannedTensor, add_tokenizer, architecture_for, mixture_for, write_gguf
 from qkern.gguf.imatrix import Imatrix, read_imatrix
 from qkern.gguf.mixture import ModelFacts, choose_types
@@ -23,16 +24,16 @@ from qkern.gguf.pooling import pooling_of
 from qkern.gguf.quantized import exact_type, map_rows, same_grid
 from qkern.gguf.rope import rope_tensors
 from qkern.gguf.tokenizer import name_of_model
-from qkern.gguf.writer import Written, check_new_file, gguf_bytes, gguf_files
+from qkern.gguf.writer import Written, check_new_file, gguf_bytes, gguf_files, write_whole
 from qkern.ops.gguf_types import gguf_type
-from qkern.pipelines.gguf_methods import CalibratedLayers, check_method
+from qkern.pipelines.checks import check_calibration, check_gguf_output, check_gguf_request
+from qkern.pipelines.gguf_methods import CalibratedLayers
 from qkern.pipelines.gguf_sources import find_sources, stored_names
-from qkern.pipelines.imatrix import dataset_of, with_importance
-from qkern.pipelines.imatrix import imatrix as collect_imatrix
+from qkern.pipelines.imatrix import ImatrixRun, is_weighed, with_importance
 from qkern.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -102,7 +103,8 @@ class GGUFReport:
     method : str
         How the codes of the linears were chosen.
     errors : dict
-        For ``"gptq"`` and ``"awq"``: linear to the squared error of its outputs, relative.
+        For ``"gptq"`` and ``"awq"``: of each linear by its name in the file the squared error of its
+        outputs, relative.
     """
 
     path: Path
@@ -126,6 +128,8 @@ def export_gguf(
     type: str = "q4_k_m",
     *,
     tensor_types: Mapping[str, str] | None = None,
+    token_embedding_type: str | None = None,
+    output_tensor_type: str | None = None,
     pure: bool = False,
     pre_tokenizer: str | None = None,
     method: str = "rtn",
@@ -156,26 +160,33 @@ def export_gguf(
     tensor_types : mapping, optional
         From regular expression to type, such as ``{"ffn_down": "q6_k"}``: types of the tensors in whose
         name (llama.cpp's) the expression is found, in place of the mixture's. The first that matches wins.
+    token_embedding_type, output_tensor_type : str, optional
+        Types of the embedding and the output matrix; they come before `tensor_types`. Where the two are
+        tied, the one there is gets the embedding's, or without that the output's, as in llama.cpp, which
+        takes no tied embedding for an output if `pure`: there is none to name then.
     pure : bool
         The mixture's base type for every matrix that `tensor_types` does not name.
     pre_tokenizer : str, optional
-        llama.cpp's name of the pre-tokenizer, where it is not recognized.
+        llama.cpp's name of the pre-tokenizer, where it is not recognized; byte-level tokenizers have one.
     method : {"rtn", "gptq", "awq"}
         How the codes of the linears in the layers are chosen. ``"rtn"``: least squared error, weighed by
         the importance if there is one. ``"gptq"``: on the blocks' own scales, later columns making up for the
         error of earlier ones. ``"awq"``: as ``"rtn"``, after scales were folded into the weights. The last
-        two need a calibration and a 16-bit model; embeddings and head are rounded to nearest.
+        two need a calibration and a 16-bit model without experts; embeddings and head are rounded to nearest.
     calibration : optional
         Texts as in `qkern.imatrix`, whose parameters `samples`, `length`, `seed` and `device` are: the error
-        of each column counts by how strongly they drive it. The model must then be a 16-bit one.
+        of each column counts by how strongly they drive it. The model must then be a 16-bit causal LM. With
+        ``"rtn"`` the file is that of `qkern.imatrix` and `imatrix`, which leave an untied head alone.
     imatrix : str, Path or Imatrix, optional
-        The same from an importance matrix that was made before, by qkern or by llama.cpp.
+        The same from an importance matrix that was made before, by qkern or by llama.cpp. As in llama.cpp
+        it may be given for types that have no use for it, which is said in a warning.
     max_shard_size : int or str, optional
         Write files of at most this size of tensors each, such as ``"5GB"``; default: one file.
     modelfile : bool
         Write Ollama's ``Modelfile`` beside the file.
     dry_run : bool
-        Write nothing and encode nothing; the report has the sizes all the same, to the byte.
+        Write nothing, run nothing and encode nothing; the report has the sizes all the same, to the byte,
+        and what a run would refuse before it reads the weights is refused.
 
     Returns
     -------
@@ -188,95 +199,108 @@ def export_gguf(
         If type or architecture are not offered.
     InputError
         If the folder is missing, a file exists, weights are NaN or Inf, `tensor_types` fits no tensor or
-        not the rows of one, the mixture needs an importance matrix, or the one that is given was made for
-        another model.
+        not the rows of one, the mixture needs an importance matrix, the one that is given was made for
+        another model, or an argument has no use beside the others.
     FormatError
         If the checkpoint or the importance matrix is incomplete or damaged.
     """
     mixture = mixture_for(type)
-    check_method(method, calibration, imatrix)
-    if calibration is not None and imatrix is not None:
-        raise InputError(
-            "calibration and imatrix are two sources of the same importance: give one (--calibration FILE or "
-            "--imatrix FILE)"
-        )
-    overrides = parse_overrides(tensor_types or {})
+    drawn: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "device": device}
+    check_gguf_request(method, calibration, imatrix, drawn)
+    overrides = partial(_overrides, tensor_types or {}, token_embedding_type, output_tensor_type)
+    overrides(tied=False)  # refuses what is no type before a folder is opened
     path = Path(output)
     max_shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
-    recipe = path.with_name("Modelfile")
-    if modelfile and max_shard_size is not None:
-        raise InputError("Ollama reads one file: choose modelfile or max_shard_size")
-    if modelfile and recipe.exists():
-        raise InputError(f"{recipe} exists: remove it or choose another --output")
-    if (
-        path.suffix != ".gguf"
-        and Path(model).is_dir()
-        and path.resolve().is_relative_to(Path(model).resolve())
-    ):
-        raise InputError(
-            f"{path} lies in the model folder {model}, where only a .gguf is told from the model's own "
-            f"files: name it {path.with_suffix('.gguf').name}, or choose another --output"
-        )
-    check_new_file(path)
+    check_gguf_output(model, path, modelfile=modelfile, in_parts=max_shard_size is not None)
     matrix = read_imatrix(imatrix) if isinstance(imatrix, (str, Path)) else imatrix
-    drawn: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "device": device}
-    collects = calibration is not None and method == "rtn"
-    if collects:
-        # What the file says of it is known before it is collected.
-        matrix = Imatrix(entries={}, datasets=(dataset_of(calibration),), chunk_count=0, chunk_size=length)
     with QuantizedCheckpoint(model) as checkpoint:
         architecture = architecture_for(str(checkpoint.config.get("model_type")))
-        config = _full_config(checkpoint)
+        if calibration is not None:
+            check_calibration(checkpoint, method)
+        config: dict[str, Any] = load_config(checkpoint.folder).to_dict()
         architecture.check(config)
         if architecture.is_encoder:
             config["pooling"] = pooling_of(checkpoint.folder)
-        tensors, quantized = _plan(
-            checkpoint,
-            architecture,
-            config,
-            mixture,
-            overrides,
-            pure=pure,
-            importance=calibration is not None or imatrix is not None,
-        )
-
-        def add_metadata(writer: Any) -> None:
-            # Of a path or hub id the last part: where a folder lies is nobody else's business.
-            name = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
-            writer.add_name(name_of_model(name, checkpoint.folder))
-            writer.add_file_type(mixture.file_type)
-            writer.add_quantization_version(2)
-            writer.add_quantized_by(f"qkern {__version__}")
-            if matrix is not None:
-                _add_imatrix(writer, matrix, imatrix)
-            architecture.add_metadata(writer, config)
-            add_tokenizer(writer, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
-
-        text = ollama_modelfile(checkpoint.folder, path.name) if modelfile else None
-        report = partial(_report, mixture, tensors, method=method)
-        # Lays out the whole file, and so finds what is wrong with it before minutes are spent on activations.
-        size = gguf_bytes(architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
-        files = gguf_files(path, tensors, max_shard_bytes=max_shard_bytes)
-        for file in files:
-            check_new_file(file)
-        if dry_run:
-            return report(Written(files=files, exact={}), size, errors={}, is_dry_run=True)
-        if collects:
-            matrix = collect_imatrix(model, calibration=calibration, **drawn)
-        if matrix is not None:
-            tensors = with_importance(tensors, matrix)
+        importance = calibration is not None or imatrix is not None
+        plan = _plan(checkpoint, architecture, config, mixture, overrides, pure=pure, importance=importance)
+        tensors = plan.tensors
         errors: dict[str, float] = {}
-        if method != "rtn":
+        run: ImatrixRun | None = None
+        if matrix is not None:
+            tensors = with_importance(tensors, matrix, kept=plan.kept)
+        elif method != "rtn":
             layers = CalibratedLayers(model, method, calibration, errors=errors, **drawn)
             tensors = layers.applied_to(
                 tensors, lambda name, tensor: architecture.to_file_order(name, tensor, config)
             )
+        elif calibration is not None:
+            _refuse_idle_calibration(tensors)
+            run = ImatrixRun(model, calibration, **drawn)
+            # What the file says of it is known before it is collected, and takes the same space.
+            matrix = Imatrix(entries={}, datasets=(run.dataset,), chunk_count=0, chunk_size=length)
+        add_model = _metadata(checkpoint, architecture, config, mixture, model, pre_tokenizer)
+
+        def add_metadata(writer: Any) -> None:
+            add_model(writer)
+            if matrix is not None:
+                _add_imatrix(writer, matrix, imatrix)
+
+        text = ollama_modelfile(checkpoint.folder, path.name) if modelfile else None
+        report = partial(_report, mixture, tensors, method=method)
+        size = gguf_bytes(architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
+        files = gguf_files(path, tensors, max_shard_bytes=max_shard_bytes)
+        for file in files:
+            check_new_file(file)
+        # Up to here a dry run goes the same way; from here on weights are read.
+        if dry_run:
+            return report(Written(files=files, exact={}), size, errors={}, is_dry_run=True)
+        if run is not None:
+            matrix = run.collect()
+            tensors = with_importance(tensors, matrix)
         written = write_gguf(path, architecture.name, tensors, add_metadata, max_shard_bytes=max_shard_bytes)
         size = sum(file.stat().st_size for file in written.files)
         if text is not None:
-            recipe.write_text(text, encoding="utf-8")
-        _hint(checkpoint, mixture, quantized, written)
+            write_whole(path.with_name("Modelfile"), text.encode())
+        _hint(checkpoint, mixture, plan.quantized, written)
     return report(written, size, errors=errors)
+
+
+def _refuse_idle_calibration(tensors: Sequence[PlannedTensor]) -> None:
+    if not any(is_weighed(tensor) and tensor.name.startswith("blk.") for tensor in tensors):
+        kinds = sorted({tensor.type.name for tensor in tensors})
+        raise InputError(
+            f"calibration weighs the errors of codes, and no matrix of the layers gets codes that are "
+            f"searched (types are {', '.join(kinds)}): choose another type (--type), or leave calibration out"
+        )
+
+
+def _metadata(
+    checkpoint: QuantizedCheckpoint,
+    architecture: GGUFArchitecture,
+    config: dict[str, Any],
+    mixture: Mixture,
+    model: str | Path,
+    pre_tokenizer: str | None,
+) -> Callable[[Any], None]:
+    """Make what a file says of the model, once; return what puts it into a writer."""
+    import gguf
+
+    made = gguf.GGUFWriter(None, architecture.name)
+    # Of a path or hub id the last part: where a folder lies is nobody else's business.
+    name = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
+    made.add_name(name_of_model(name, checkpoint.folder))
+    made.add_file_type(mixture.file_type)
+    made.add_quantization_version(2)
+    made.add_quantized_by(f"qkern {__version__}")
+    architecture.add_metadata(made, config)
+    add_tokenizer(made, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
+    tokenizer = made.kv_data[0]["tokenizer.ggml.model"].value
+    if pre_tokenizer is not None and tokenizer != "gpt2":
+        raise InputError(
+            f"pre_tokenizer {pre_tokenizer!r} is for byte-level tokenizers, and {checkpoint.folder} has one "
+            f"of llama.cpp's kind {tokenizer!r}, which has no pre-tokenizer: leave it out (--pre-tokenizer)"
+        )
+    return lambda writer: writer.kv_data[0].update(made.kv_data[0])
 
 
 def _add_imatrix(writer: Any, matrix: Imatrix, source: str | Path | Imatrix | None) -> None:
@@ -289,18 +313,27 @@ def _add_imatrix(writer: Any, matrix: Imatrix, source: str | Path | Imatrix | No
     writer.add_uint32("quantize.imatrix.chunks_count", matrix.chunk_count)
 
 
-def _full_config(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
-    """Read the configuration with transformers' defaults filled in."""
-    from transformers import AutoConfig
+def _overrides(
+    patterns: Mapping[str, str], embedding: str | None, output: str | None, *, tied: bool
+) -> tuple[Override, ...]:
+    """List the types that are asked for; the first that fits a tensor counts.
 
-    try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=False
-        ).to_dict()
-    except Exception as error:  # what validates a field raises of its own
-        file = checkpoint.folder / "config.json"
-        raise FormatError(f"{file} is no configuration that transformers reads: {error}") from error
-    return config
+    A tied embedding is the output matrix too.
+    """
+    ends = {"token_embd" if tied else "output": output}
+    if embedding is not None:
+        ends["token_embd"] = embedding
+    named = {rf"^{name}\.weight$": kind for name, kind in ends.items() if kind is not None}
+    return parse_overrides(named) + parse_overrides(patterns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """The tensors of a file in its order, and the names of those that come quantized and that keep codes."""
+
+    tensors: list[PlannedTensor]
+    quantized: list[str]
+    kept: set[str]
 
 
 def _plan(
@@ -308,12 +341,11 @@ def _plan(
     architecture: GGUFArchitecture,
     config: dict[str, Any],
     mixture: Mixture,
-    overrides: Sequence[Override],
+    overrides: Callable[..., tuple[Override, ...]],
     *,
     pure: bool,
     importance: bool,
-) -> tuple[list[PlannedTensor], list[str]]:
-    """List the tensors of the file, with their types, in its order; and the names of the quantized ones."""
+) -> _Plan:
     stored = stored_names(checkpoint, architecture)
     tied = bool(config["tie_word_embeddings"]) and _is_tied(checkpoint, stored)
     if tied and not architecture.ties_head and f"{_EMBEDDING}.weight" in stored:
@@ -322,6 +354,8 @@ def _plan(
     shapes = architecture.shapes(config, tied=tied)
     unused = frozenset({f"{_HEAD}.weight"}) if tied else frozenset()
     sources = find_sources(checkpoint, architecture, shapes, stored, unused=unused)
+    for name, shape in shapes.items():
+        sources[name].check_shape(checkpoint, shape)
     names = architecture.names(config)
     tensors = [
         PlannedTensor(
@@ -333,21 +367,24 @@ def _plan(
         )
         for name, factors in rope_tensors(config).items()
     ]
-    chosen = partial(
-        choose_types,
+    kept = {names[name] for name, source in sources.items() if _keeps_codes(checkpoint, source, mixture)}
+    types = choose_types(
         mixture,
         {names[name]: shape for name, shape in shapes.items()},
         ModelFacts.from_config(architecture.name, config, importance=importance),
-        overrides=overrides,
+        # Pure, llama.cpp takes no tied embedding for the output matrix: that an output has no tensor is told.
+        overrides=overrides(tied=f"{_HEAD}.weight" not in shapes and not pure),
+        pure=pure or kept,
     )
-    types = chosen(pure=pure)
-    unmixed = chosen(pure=True) if checkpoint.entries else types
     for name, shape in shapes.items():
-        keeps = _keeps_codes(checkpoint, sources[name], mixture)
-        kind = (unmixed if keeps else types)[names[name]]
         read = partial(_read, checkpoint, sources[name], name, architecture, config)
+        kind = types[names[name]]
         tensors.append(PlannedTensor(name=names[name], source=name, type=kind, shape=shape, read=read))
-    return tensors, [names[name] for name, source in sources.items() if source.is_quantized(checkpoint)]
+    return _Plan(
+        tensors=tensors,
+        quantized=[names[name] for name, source in sources.items() if source.is_quantized(checkpoint)],
+        kept={name for name in kept if types[name].name == mixture.base},
+    )
 
 
 def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:

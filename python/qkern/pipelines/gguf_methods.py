@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from torch import Tensor
 from qkern.calibration import LayerStream
 from qkern.errors import InputError, UnsupportedError
 from qkern.models import column_weight, describe, set_column_weight
-from qkern.nn import expert_parameters
 from qkern.ops import gguf_decode, gguf_encode
 from qkern.ops.gguf_encode.fields import LAYOUTS
-from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines.checks import choose_targets
 from qkern.pipelines.layerwise import capture, fold_scales, stages_of
 from qkern.pipelines.load import usable_device
@@ -35,35 +33,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qkern.gguf import PlannedTensor
-    from qkern.schemes import QuantizedWeight
 
-__all__ = ["CalibratedLayers", "check_method"]
+__all__ = ["CalibratedLayers"]
 
 logger = logging.getLogger(__name__)
-
-_METHODS: Final = ("rtn", "gptq", "awq")
-
-
-def check_method(method: str, calibration: Any, imatrix: Any) -> None:
-    """Refuse a method that is unknown or lacks what it needs.
-
-    Raises
-    ------
-    InputError
-        If so.
-    """
-    if method not in _METHODS:
-        raise InputError(f"unknown method {method!r}: allowed are {', '.join(_METHODS)}")
-    if method == "rtn":
-        return
-    needs = f"method {method} measures activations layer by layer"
-    if imatrix is not None:
-        raise InputError(
-            f"{needs}, which an importance matrix does not hold: give calibration texts instead "
-            "(--calibration FILE), or use method='rtn'"
-        )
-    if calibration is None:
-        raise InputError(f"{needs}: give calibration texts (--calibration FILE), or use method='rtn'")
 
 
 @dataclass(slots=True)
@@ -89,14 +62,15 @@ class CalibratedLayers:
     calibration, samples, length, seed, device
         As in `qkern.quantize`.
     errors : dict
-        Takes in the squared error of each linear's outputs, relative, as the linears are done.
+        Takes in the squared error of each linear's outputs, relative, as the linears are done; by their
+        names in the file.
 
     Raises
     ------
     InputError
         If the model is quantized already, or the calibration cannot be used.
     UnsupportedError
-        If layers cannot be followed one by one, or hold experts in 3-D parameters.
+        If AWQ's scales cannot be folded in this architecture.
     """
 
     def __init__(
@@ -113,12 +87,6 @@ class CalibratedLayers:
     ) -> None:
         target_device = usable_device(device)
         source = open_source(model)
-        experts = expert_parameters(source.model)
-        if experts:
-            raise UnsupportedError(
-                f"method {method} does not follow experts that lie in one parameter ({experts[0]}): use "
-                "method='rtn', with calibration if you like"
-            )
         self.method = method
         self.errors = errors
         self.structure = describe(source.model)
@@ -136,7 +104,7 @@ class CalibratedLayers:
             head=self.structure.head,
             device=target_device,
         )
-        self._types: dict[str, str] = {}
+        self._linears: dict[str, PlannedTensor] = {}
         self._done = _Done()
 
     def applied_to(
@@ -172,25 +140,24 @@ class CalibratedLayers:
                 f"method {self.method} needs each linear to be a tensor of the file, and {strangers[0]} is "
                 "none; use method='rtn'"
             )
-        self._types = {name: planned[name].type.name for name in linears}
+        self._linears = {name: planned[name] for name in linears}
         self._check_types()
         head = None if self.structure.tied else f"{self.structure.head}.weight"
         prefix = f"{self.structure.layers}."
         result = []
         for tensor in tensors:
+            blocks: Callable[[], Tensor | None] | None = None
             if tensor.source in linears:
                 blocks = partial(self._blocks, tensor.source, to_file)
-                result.append(replace(tensor, blocks=blocks))
             elif tensor.source.startswith(prefix):
-                result.append(replace(tensor, read=partial(self._read, tensor, to_file)))
+                blocks = partial(self._changed_blocks, tensor, to_file)
             elif tensor.source == head:
-                result.append(replace(tensor, blocks=partial(self._head_blocks, tensor)))
-            else:
-                result.append(tensor)
+                blocks = partial(self._head_blocks, tensor)
+            result.append(replace(tensor, blocks=blocks))
         return result
 
     def _check_types(self) -> None:
-        kinds = sorted({kind for kind in self._types.values() if gguf_type(kind).block > 1})
+        kinds = sorted({tensor.type.name for tensor in self._linears.values() if tensor.type.block > 1})
         if not kinds:
             raise InputError(
                 f"method {self.method} chooses codes, and no linear gets any: choose a quantized type "
@@ -206,11 +173,15 @@ class CalibratedLayers:
     def _blocks(self, name: str, to_file: Callable[[str, Tensor], Tensor]) -> Tensor:
         return to_file(name, self._layer_of(name).blocks.pop(name))
 
-    def _read(
+    def _changed_blocks(
         self, tensor: PlannedTensor, to_file: Callable[[str, Tensor], Tensor]
-    ) -> Tensor | QuantizedWeight:
+    ) -> Tensor | None:
+        """Encode what folding changed beside the linears; None for what it left alone."""
         changed = self._layer_of(tensor.source).tensors.pop(tensor.source, None)
-        return tensor.read() if changed is None else to_file(tensor.source, changed)
+        if changed is None:
+            return None
+        rows = to_file(tensor.source, changed).reshape(-1, tensor.shape[-1])
+        return gguf_encode(rows, tensor.type.name)
 
     def _layer_of(self, name: str) -> _Done:
         index = int(name.removeprefix(f"{self.structure.layers}.").partition(".")[0])
@@ -242,7 +213,8 @@ class CalibratedLayers:
                     for name in group:
                         self._take(done, layer, index, name, seen)
             stream.advance(index)
-        worst = max(done.blocks, key=self.errors.__getitem__, default="none")
+        files = [self._linears[name].name for name in done.blocks]
+        worst = max(files, key=self.errors.__getitem__, default="none")
         logger.info(
             "layer %d of %d: worst error %.2e (%s)",
             index + 1,
@@ -261,7 +233,7 @@ class CalibratedLayers:
         share: Tensor | None,
     ) -> Tensor:
         weights = [column_weight(layer.get_submodule(name)) for name in linears]
-        types = [self._types[f"{prefix}{name}.weight"] for name in linears]
+        types = [self._linears[f"{prefix}{name}.weight"].type.name for name in linears]
         return search_gguf_scales(weights, seen, types, share=share)
 
     def _changed(self, layer: nn.Module, index: int) -> dict[str, Tensor]:
@@ -270,7 +242,7 @@ class CalibratedLayers:
         result = {}
         for name, parameter in layer.named_parameters():
             full = prefix + name
-            if full not in self._types:
+            if full not in self._linears:
                 value = parameter.detach().cpu()
                 if not torch.equal(value, self.stream.weights.get(full).to(value.dtype)):
                     result[full] = value
@@ -281,7 +253,7 @@ class CalibratedLayers:
         module = layer.get_submodule(name)
         weight = column_weight(module)
         full = f"{self.stream.prefix(index)}{name}.weight"
-        kind = self._types[full]
+        kind = self._linears[full].type.name
         notes: tuple[str, ...] = ()
         try:
             if self.method == "gptq" and kind in LAYOUTS:
@@ -297,7 +269,7 @@ class CalibratedLayers:
             logger.warning("%s: %s", full, note)
         set_column_weight(module, gguf_decode(blocks, kind).to(weight.device))
         done.blocks[full] = blocks
-        self.errors[full] = error
+        self.errors[self._linears[full].name] = error
 
     @torch.no_grad()
     def _head_blocks(self, tensor: PlannedTensor) -> Tensor:

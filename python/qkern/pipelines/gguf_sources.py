@@ -7,20 +7,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qkern.calibration import Stack
 from qkern.errors import FormatError, InputError
+from qkern.gguf.architectures import expert_count
 from qkern.gguf.quantized import stacked
 from qkern.ops import dequantize_groupwise
 from qkern.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
     from torch import Tensor
 
-    from qkern.checkpoints import QuantizedCheckpoint
+    from qkern.checkpoints import QuantizedCheckpoint, TensorFolder
     from qkern.gguf import GGUFArchitecture
 
-__all__ = ["Source", "find_sources", "stored_names"]
+__all__ = ["Source", "find_sources", "parameter_sources", "stored_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,28 @@ class Source:
     def is_quantized(self, checkpoint: QuantizedCheckpoint) -> bool:
         """Whether all of it is quantized in the checkpoint."""
         return all(name in checkpoint.entries for name in self.stored)
+
+    def check_shape(self, checkpoint: QuantizedCheckpoint, shape: tuple[int, ...]) -> None:
+        """Refuse tensors that do not make one of this shape, by the headers of their files.
+
+        What is quantized is left out: its shape is known when it is decoded.
+
+        Raises
+        ------
+        InputError
+            Naming the tensor.
+        """
+        expected = shape[1:] if len(self.stored) > 1 else shape
+        if self.parts > 1:
+            expected = (*expected[:-2], self.parts * expected[-2], expected[-1])
+        for name in self.stored:
+            if name not in checkpoint.entries:
+                found = checkpoint.tensors.shape(name)
+                if _without_ones(found) != _without_ones(expected):
+                    raise InputError(
+                        f"{name} must be {expected}: got {found}; config and weights belong to different "
+                        "models"
+                    )
 
     def read(self, checkpoint: QuantizedCheckpoint) -> Tensor | QuantizedWeight:
         """Read the values; no more than two copies of them at a time.
@@ -68,6 +93,12 @@ class Source:
                 raise InputError(f"{name} must be {tuple(first.shape)}: got {tuple(value.shape)}")
             stack[expert] = value
         return stack
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Leave leading dimensions of 1 out, in which a matrix of one row and a vector differ."""
+    ones = next((place for place, size in enumerate(shape) if size != 1), len(shape))
+    return shape[ones:]
 
 
 def _decoded(checkpoint: QuantizedCheckpoint, name: str) -> Tensor:
@@ -135,3 +166,37 @@ def find_sources(
             f"left over are {left_over[:8]}; fetch it again"
         )
     return sources
+
+
+def parameter_sources(
+    architecture: GGUFArchitecture, config: Mapping[str, Any], tensors: TensorFolder
+) -> dict[str, str | Stack]:
+    """Map the parameters that transformers has in memory to what a 16-bit folder has of them.
+
+    Names of older files become transformers' own, and experts of their own one stack.
+
+    Raises
+    ------
+    FormatError
+        If experts are missing.
+    """
+    known = {own: name for name in tensors if (own := architecture.own_name(name)) is not None}
+    fused: dict[str, list[list[str]]] = {}
+    for name in architecture.names(config):  # of one parameter in the order of its parts
+        parameter = architecture.fused_name(name)
+        if parameter is not None and parameter not in known:
+            fused.setdefault(parameter, []).append(architecture.pieces(name, expert_count(config)))
+    missing = [
+        piece for parts in fused.values() for pieces in parts for piece in pieces if piece not in known
+    ]
+    if missing:
+        raise FormatError(
+            f"{tensors.folder} does not fit its config.json: missing are {missing[:8]}; fetch it again"
+        )
+    stacks = {
+        parameter: Stack(
+            tuple(tuple(known[piece] for piece in matrix) for matrix in zip(*parts, strict=True))
+        )
+        for parameter, parts in fused.items()
+    }
+    return {**known, **stacks}

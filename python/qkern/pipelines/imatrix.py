@@ -13,22 +13,22 @@ from torch.overrides import TorchFunctionMode
 
 from qkern import _progress
 from qkern.calibration import LayerStream
+from qkern.checkpoints import model_folder, read_json
 from qkern.errors import InputError, UnsupportedError
-from qkern.gguf import architecture_for
 from qkern.gguf.imatrix import Imatrix, ImatrixEntry, check_imatrix_output, write_imatrix
 from qkern.models import describe
 from qkern.nn import expert_parameters
+from qkern.pipelines.checks import checked_architecture
 from qkern.pipelines.load import usable_device
 from qkern.pipelines.quantize import calibration_ids
-from qkern.pipelines.source import Source, open_source
+from qkern.pipelines.source import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Container, Iterable, Sequence
 
     from qkern.gguf import PlannedTensor
-    from qkern.models import Structure
 
-__all__ = ["dataset_of", "imatrix", "with_importance"]
+__all__ = ["ImatrixRun", "dataset_of", "imatrix", "is_weighed", "with_importance"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,30 +88,92 @@ def imatrix(
     path = None if output is None else Path(output)
     if path is not None:
         check_imatrix_output(path)
-    target_device = usable_device(device)
-    source = open_source(model)
-    names = _Names(source.model.config)
-    structure = describe(source.model)
-    if process_output and (structure.head is None or structure.tied):
-        raise InputError(
-            f"the output head of {source.name} is its embedding: GGUF has no {_HEAD} of it to process"
-        )
-    ids = calibration_ids(source, calibration, tokenizer, samples, length, seed)
-    stream = LayerStream(
-        source.model, structure.layers, source.weights, head=structure.head, device=target_device
+    run = ImatrixRun(
+        model,
+        calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        process_output=process_output,
+        tokenizer=tokenizer,
+        device=device,
     )
-    entries = _collect(stream, structure, ids, names, source)
-    if process_output:
-        entries[_HEAD] = _head_entry(stream)
-    result = Imatrix(
-        entries=entries,
-        datasets=(dataset_of(calibration),),
-        chunk_count=len(ids),
-        chunk_size=ids.shape[1],
-    )
+    result = run.collect()
     if path is not None:
         write_imatrix(path, result)
     return result
+
+
+class ImatrixRun:
+    """A model and the texts that will run through it, all that can be refused before them looked at.
+
+    Parameters and errors are those of `imatrix`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        calibration: Any,
+        *,
+        samples: int,
+        length: int,
+        seed: int,
+        device: str,
+        process_output: bool = False,
+        tokenizer: Any = None,
+    ) -> None:
+        self.device = usable_device(device)
+        if isinstance(model, (str, Path)):  # a folder can be told without being opened
+            checked_architecture(read_json(model_folder(model) / "config.json").get("model_type"))
+        self.source = source = open_source(model)
+        self.names = _Names(source.model.config)
+        self.structure = describe(source.model)
+        self.process_output = process_output
+        if process_output and (self.structure.head is None or self.structure.tied):
+            raise InputError(
+                f"the output head of {source.name} is its embedding: GGUF has no {_HEAD} of it to process"
+            )
+        self.dataset = dataset_of(calibration)
+        self.ids = calibration_ids(source, calibration, tokenizer, samples, length, seed)
+
+    def collect(self) -> Imatrix:
+        """Run every layer once and take down what its matrices see.
+
+        Raises
+        ------
+        InputError
+            If weights or activations are NaN or Inf.
+        UnsupportedError
+            If a matrix is multiplied in a way that is not followed.
+        """
+        model, count = self.source.model, self.structure.count
+        if expert_parameters(model) and hasattr(model, "set_experts_implementation"):
+            # The others gather all experts into one product.
+            model.set_experts_implementation("eager")
+        stream = LayerStream(
+            model, self.structure.layers, self.source.weights, head=self.structure.head, device=self.device
+        )
+        stream.embed(self.ids)
+        entries: dict[str, ImatrixEntry] = {}
+        with _progress.task("imatrix", total=count, unit="layer") as progress:
+            for index in range(count):
+                with stream.layer(index) as layer:
+                    products = _Products(layer)
+                    with products:
+                        stream.advance(index)
+                for name, sums in products.sums.items():
+                    full = f"{stream.prefix(index)}{name}"
+                    entry = _entry(full, sums, products.counts[name])
+                    entries.update(dict.fromkeys(self.names.of(full), entry))
+                progress.advance()
+        if self.process_output:
+            entries[_HEAD] = _head_entry(stream)
+        return Imatrix(
+            entries=entries,
+            datasets=(self.dataset,),
+            chunk_count=len(self.ids),
+            chunk_size=self.ids.shape[1],
+        )
 
 
 def dataset_of(calibration: Any) -> str:
@@ -127,7 +189,7 @@ class _Names:
     def __init__(self, config: Any) -> None:
         import gguf
 
-        self.architecture = architecture_for(str(config.model_type)).name
+        self.architecture = checked_architecture(config.model_type).name
         number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         self._table = gguf.get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
 
@@ -203,28 +265,6 @@ def _squares(x: Tensor) -> Tensor:
     return x.detach().float().reshape(-1, x.shape[-1]).square().sum(0).cpu().double()
 
 
-def _collect(
-    stream: LayerStream, structure: Structure, ids: Tensor, names: _Names, source: Source
-) -> dict[str, ImatrixEntry]:
-    """Run every layer once and take down what its matrices see."""
-    if expert_parameters(source.model) and hasattr(source.model, "set_experts_implementation"):
-        # The others gather all experts into one product.
-        source.model.set_experts_implementation("eager")
-    stream.embed(ids)
-    entries: dict[str, ImatrixEntry] = {}
-    with _progress.task("imatrix", total=structure.count, unit="layer") as progress:
-        for index in range(structure.count):
-            with stream.layer(index) as layer:
-                products = _Products(layer)
-                with products:
-                    stream.advance(index)
-            for name, sums in products.sums.items():
-                entry = _entry(f"{stream.prefix(index)}{name}", sums, products.counts[name])
-                entries.update(dict.fromkeys(names.of(f"{stream.prefix(index)}{name}"), entry))
-            progress.advance()
-    return entries
-
-
 def _head_entry(stream: LayerStream) -> ImatrixEntry:
     seen: list[Tensor] = []
     tokens: list[int] = []
@@ -249,8 +289,24 @@ def _entry(name: str, sums: Tensor, counts: Tensor) -> ImatrixEntry:
     return ImatrixEntry(sums=values, counts=counts)
 
 
-def with_importance(tensors: Sequence[PlannedTensor], matrix: Imatrix) -> list[PlannedTensor]:
+def is_weighed(tensor: PlannedTensor) -> bool:
+    """Whether importance has a say in a tensor's codes: Q8_0 has a scale that follows from its weights."""
+    return tensor.type.block > 1 and tensor.type.name != "q8_0"
+
+
+def with_importance(
+    tensors: Sequence[PlannedTensor], matrix: Imatrix, *, kept: Container[str] = ()
+) -> list[PlannedTensor]:
     """Give the tensors of an export the importance of their columns; what has none is named in a warning.
+
+    Parameters
+    ----------
+    tensors : sequence of PlannedTensor
+        All that are in the file.
+    matrix : Imatrix
+        The importance.
+    kept : container of str
+        Names of those that keep codes that were chosen before.
 
     Raises
     ------
@@ -265,14 +321,20 @@ def with_importance(tensors: Sequence[PlannedTensor], matrix: Imatrix) -> list[P
             f"the importance matrix was made for another model: it has {_some(list(matrix.entries))}, the "
             f"model has {_some([tensor.name for tensor in tensors])}"
         )
-    # llama.cpp's own files have none of embeddings and heads.
-    missing = [
-        tensor.name
-        for tensor in weighted
-        if tensor.importance is None and tensor.name.startswith("blk.") and tensor.type.block > 1
-    ]
-    _warn_of("the importance matrix has no entry for", missing)
-    _warn_of("no token of the importance matrix reached", [text for t in weighted for text in _unreached(t)])
+    searched = [tensor for tensor in weighted if is_weighed(tensor) and tensor.name not in kept]
+    if all(tensor.importance is None for tensor in searched):
+        logger.warning(
+            "the importance matrix changes nothing: no tensor that it has an entry for gets codes that are "
+            "searched (16-bit types and q8_0 need no search, and codes of a quantized checkpoint are kept)"
+        )
+    else:
+        # llama.cpp's own files have none of embeddings and heads.
+        missing = [
+            tensor.name for tensor in searched if tensor.importance is None and tensor.name.startswith("blk.")
+        ]
+        _warn_of("the importance matrix has no entry for", missing)
+        dark = [text for tensor in searched for text in _unreached(tensor)]
+        _warn_of("no token of the importance matrix reached", dark)
     known = {tensor.name for tensor in tensors}
     strangers = [name for name in matrix.entries if name not in known]
     if strangers:
@@ -286,7 +348,7 @@ def with_importance(tensors: Sequence[PlannedTensor], matrix: Imatrix) -> list[P
 
 def _unreached(tensor: PlannedTensor) -> list[str]:
     """Name the matrices of a tensor whose importance is zero throughout."""
-    if tensor.importance is None or tensor.type.block == 1:
+    if tensor.importance is None:
         return []
     dark = (tensor.importance == 0).all(-1)
     if dark.dim() == 0:

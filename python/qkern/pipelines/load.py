@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qkern.calibration import meta_model
+from qkern.calibration import load_config, meta_model
 from qkern.checkpoints import QuantizedCheckpoint, read_json
 from qkern.errors import FormatError, InputError
 from qkern.gguf.checkpoint import GGUFCheckpoint
@@ -132,18 +132,13 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 def _read_config(checkpoint: QuantizedCheckpoint) -> Any:
-    from transformers import AutoConfig
-
     file = checkpoint.folder / "config.json"
     if not checkpoint.config.get("architectures"):
         raise InputError(
             f"{file} names no architectures: a causal LM has for example "
             '"architectures": ["LlamaForCausalLM"]; add it or use the original config'
         )
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except Exception as error:  # its validators raise errors of several libraries
-        raise FormatError(f"{file} is no configuration that transformers reads: {error}") from error
+    config = load_config(checkpoint.folder)
     # The model below is no transformers-quantized one; leaving the mark would make it claim so.
     if hasattr(config, "quantization_config"):
         del config.quantization_config

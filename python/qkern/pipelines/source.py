@@ -11,9 +11,19 @@ from typing import Any
 
 import torch
 
-from qkern.calibration import Weights, bind_names, load_tokenizer, meta_copy, meta_model
+from qkern.calibration import (
+    Stack,
+    Weights,
+    bind_names,
+    load_config,
+    load_tokenizer,
+    meta_copy,
+    meta_model,
+)
 from qkern.checkpoints import TensorFolder, model_folder, read_json
-from qkern.errors import FormatError, InputError
+from qkern.errors import InputError
+from qkern.gguf import ARCHITECTURES
+from qkern.pipelines.gguf_sources import parameter_sources
 from qkern.pipelines.load import COMPUTED, config_dtype, load_whole
 
 __all__ = ["Source", "open_source"]
@@ -152,8 +162,6 @@ def _with_architectures(model: Any) -> dict[str, Any]:
 
 
 def _open_folder(folder: Path) -> Source:
-    from transformers import AutoConfig
-
     raw = read_json(folder / "config.json")
     if not raw.get("architectures"):
         raise InputError(
@@ -163,12 +171,7 @@ def _open_folder(folder: Path) -> Source:
     if raw.get("quantization_config"):
         method = dict(raw["quantization_config"]).get("quant_method", "unknown method")
         raise InputError(f"{folder} is already quantized ({method}): quantize the original 16-bit model")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise FormatError(
-            f"{folder / 'config.json'} is no config that transformers reads: {error}"
-        ) from error
+    config = load_config(folder)
     tensors = TensorFolder(folder)
     dtype = config_dtype(config)
     model = meta_model(config)
@@ -177,10 +180,10 @@ def _open_folder(folder: Path) -> Source:
         config.tie_word_embeddings = raw["tie_word_embeddings"] = False
         model = meta_model(config)
     model.config.name_or_path = str(folder)
-    names, missing = bind_names(model, tensors)
+    names, missing = _bind(model, tensors)
     if not missing:
-        _warn_of_unused(model, tensors, folder)
         weights = Weights(tensors, names, str(folder))
+        _warn_of_unused(model, weights, tensors, folder)
     else:
         logger.info(
             "%s stores tensors under other names than the model (%s): loading all of it at once",
@@ -189,6 +192,17 @@ def _open_folder(folder: Path) -> Source:
         )
         weights = _load_converted(folder, config)
     return Source(name=str(folder), model=model, weights=weights, folder=folder, config=raw, dtype=dtype)
+
+
+def _bind(model: Any, tensors: TensorFolder) -> tuple[dict[str, str | Stack], list[str]]:
+    """`bind_names`, and for files that hold each expert by itself, or older names, the same by our data."""
+    names, missing = bind_names(model, tensors)
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    if not missing or architecture is None:
+        return dict(names), missing
+    sources = parameter_sources(architecture, model.config.to_dict(), tensors)
+    names, missing = bind_names(model, sources)
+    return {name: sources[own] for name, own in names.items()}, missing
 
 
 def _is_tied(model: Any) -> bool:
@@ -208,10 +222,10 @@ def _holds_own_head(model: Any, tensors: TensorFolder) -> bool:
     return any(value.dtype != stored[0].dtype or not torch.equal(value, stored[0]) for value in stored[1:])
 
 
-def _warn_of_unused(model: Any, tensors: TensorFolder, folder: Path) -> None:
+def _warn_of_unused(model: Any, weights: Weights, tensors: TensorFolder, folder: Path) -> None:
     """Name what the files hold and the model has no place for, as transformers does on loading."""
     prefix = f"{model.base_model_prefix}."
-    known = set(model.state_dict())
+    known = set(model.state_dict()) | weights.pieces()
     ignored = (*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
     unused = [
         name
