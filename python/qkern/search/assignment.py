@@ -186,8 +186,8 @@ class MixedPrecision:
                 )
         return {name: choice for name, choice in found.items() if isinstance(choice, Scheme)}
 
-    def gguf_types(self, names: Iterable[str]) -> dict[str, GGUFType]:
-        """`resolve` for GGUF: the names with a type alone.
+    def gguf_types(self, names: Iterable[str]) -> dict[str, GGUFType | None]:
+        """`resolve` for what takes GGUF types; None stays as it is.
 
         Raises
         ------
@@ -201,7 +201,7 @@ class MixedPrecision:
                     f"the assignment gives {name} the scheme {choice}, which GGUF does not hold: use it with "
                     "quantize, or give GGUF types such as q4_k"
                 )
-        return {name: choice for name, choice in found.items() if isinstance(choice, GGUFType)}
+        return {name: choice for name, choice in found.items() if not isinstance(choice, Scheme)}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
