@@ -190,7 +190,8 @@ def make_space(
     unusable = [spelling for spelling in tried if spelling not in usable]
     if unusable and reasons:
         raise UnsupportedError(
-            f"no linear can have {unusable[0]} in runtime {runtime.name}: {reasons[unusable[0]]}; leave it out"
+            f"no linear can have {unusable[0]} in runtime {runtime.name}: {reasons[unusable[0]]}; leave it "
+            "out"
         )
     return Space(tuple(genes)), kept
 
