@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from qkern.pipelines.load import load
     from qkern.pipelines.quantize import quantize
     from qkern.pipelines.save import save
+    from qkern.search import MixedPrecision
 
 # Loaded on first use, so that `import qkern` costs little beyond `import torch`.
 _LAZY = {
+    "MixedPrecision": "qkern.search",
     "QuantEmbedding": "qkern.nn",
     "QuantLinear": "qkern.nn",
     "export_gguf": "qkern.pipelines",
@@ -34,6 +36,7 @@ _LAZY = {
 __all__ = [
     "FormatError",
     "InputError",
+    "MixedPrecision",
     "NativeError",
     "QkernError",
     "QuantEmbedding",

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qkern.checkpoints import QuantizedCheckpoint
-from qkern.errors import InputError
+from qkern.errors import InputError, UnsupportedError
 from qkern.gguf import MIXTURES, GGUFFile
 from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines import export_gguf
@@ -154,3 +154,41 @@ def test_what_is_refused(arguments, code, message, shipped, tmp_path, capsys):
 def test_a_pattern_that_is_no_expression_is_refused_before_the_model_is_read(tmp_path):
     with pytest.raises(InputError, match=r"'\(ffn' is no regular expression"):
         export_gguf(tmp_path / "none", tmp_path / "m.gguf", "q8_0", tensor_types={"(ffn": "q8_0"})
+
+
+def test_an_assignment_names_types_by_the_models_own_names(shipped, exported, tmp_path):
+    assignment = {
+        "*.layers.0.mlp.*": "q3_k",
+        "model.layers.1.self_attn.v_proj": "q8_0",
+        "model.layers.2.self_attn.v_proj": "16",
+        "embed_tokens": "q4_0",
+    }
+    path = tmp_path / "model.gguf"
+    export_gguf(shipped, path, "q4_k_m", assignment=assignment, tensor_types={"ffn": "q5_0"})
+    found = types_of(path)
+    assert {found[f"blk.0.ffn_{part}.weight"] for part in ("gate", "up", "down")} == {"q3_k"}
+    assert found["blk.1.attn_v.weight"] == "q8_0"
+    assert found["blk.2.attn_v.weight"] == "bf16"
+    assert found["token_embd.weight"] == "q4_0"
+    assert found["blk.1.ffn_up.weight"] == "q5_0"
+    plain = types_of(exported("q4_k_m"))
+    assert found["blk.3.attn_q.weight"] == plain["blk.3.attn_q.weight"]
+    (tmp_path / "a.json").write_text(json.dumps(assignment))
+    arguments = ("--assignment", tmp_path / "a.json", "--tensor-type", "ffn=q5_0")
+    assert run_cli("export-gguf", shipped, "--output", tmp_path / "again.gguf", *arguments) == 0
+    assert (tmp_path / "again.gguf").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ({"lm_head": "q8_0"}, "'lm_head' names no tensor"),  # tied
+        ({"input_layernorm": "q8_0"}, "'input_layernorm' names no tensor"),
+        ({"o_proj": "w4"}, "which GGUF does not hold"),
+        ({"o_proj": "iq1_s"}, "not a scheme, a GGUF type"),
+    ],
+)
+def test_assignments_that_do_not_fit(shipped, tmp_path, assignment, message):
+    with pytest.raises((InputError, UnsupportedError), match=message):
+        export_gguf(shipped, tmp_path / "model.gguf", assignment=assignment)
+    assert not list(tmp_path.iterdir())

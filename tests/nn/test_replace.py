@@ -81,6 +81,23 @@ def test_named_modules_only():
         replace_linears(model, "w4", modules=["layers.9"])
 
 
+def test_a_scheme_for_each_name():
+    model = Model()
+    mixed = qkern.MixedPrecision({"up_proj": "w4g16", "layers.1.down_proj": "w2g16", "lm_head": "w8"})
+    replaced = replace_linears(model, mixed.schemes(named_linears(model)))
+    assert {name: str(layer.scheme) for name, layer in quant_linears(model).items()} == {
+        "layers.0.up_proj": "w4g16",
+        "layers.1.up_proj": "w4g16",
+        "layers.1.down_proj": "w2g16",
+        "lm_head": "w8",
+    }
+    assert len(replaced) == 4
+    with pytest.raises(InputError, match=r"not linear layers that can be replaced: layers\.0"):
+        replace_linears(model, {"layers.0": "w4"})
+    with pytest.raises(InputError, match="leave modules out"):
+        replace_linears(model, {"layers.0.down_proj": "w4"}, modules=["lm_head"])
+
+
 def test_quantize_arguments_arrive():
     model = Model()
     replace_linears(model, "w4g16", scale_dtype=torch.float32)

@@ -224,7 +224,7 @@ def test_scale_only_writes_the_same_function_in_16_bit(tiny, tmp_path, model_typ
     ],
 )
 def test_default_format_follows_the_scheme(scheme, wanted):
-    assert default_format(Scheme.parse(scheme))[0] == wanted
+    assert default_format({Scheme.parse(scheme)})[0] == wanted
 
 
 @pytest.mark.parametrize(

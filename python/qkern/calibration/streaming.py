@@ -145,14 +145,14 @@ class LayerStream:
             )
         return True
 
-    def _forward(self, chunk: Tensor, call: Callable[..., Any]) -> None:
+    def _forward(self, chunk: Tensor, call: Callable[..., Any]) -> Any:
         with ExitStack() as stack:
             for index, layer in enumerate(self.layers):
                 stack.enter_context(_replaced_forward(layer, partial(call, index)))
             try:
-                self.model(input_ids=chunk, use_cache=False)
+                return self.model(input_ids=chunk, use_cache=False)
             except _Stop:
-                return
+                return None
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
@@ -193,11 +193,20 @@ class LayerStream:
                 except _Stop:
                     continue
 
+    @property
+    def states(self) -> list[Tensor]:
+        """The hidden states by chunk of sequences, fp32 ``[S, T, H]`` each."""
+        return list(self._hidden)
+
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Replace the hidden states by what layer `index` makes of them, inside its `layer` block."""
-        for position, hidden in enumerate(self._hidden):
-            self._hidden[position] = self._apply(index, hidden)
+        self._hidden = self.through(index, self._hidden)
+
+    @torch.no_grad()
+    def through(self, index: int, states: Sequence[Tensor]) -> list[Tensor]:
+        """Return what layer `index` makes of `states`, inside its `layer` block."""
+        return [self._apply(index, hidden) for hidden in states]
 
     def _apply(self, index: int, hidden: Tensor) -> Tensor:
         args, kwargs = self._calls[len(hidden)][index]
@@ -220,6 +229,23 @@ class LayerStream:
             for chunk, hidden in zip(self._ids, self._hidden, strict=True):
                 self._forward(chunk, partial(self._give, hidden))
         handle.remove()
+
+    @contextmanager
+    def ending(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Give what follows the last layer, from its outputs fp32 ``[R, H]`` to logits ``[R, V]``.
+
+        R must fit the model's context. The head may be replaced meanwhile.
+        """
+        where = {"dtype": torch.float32, "device": self.device, "skip": {self.path}}
+
+        @torch.no_grad()
+        def logits(rows: Tensor) -> Tensor:
+            ids = torch.zeros(1, len(rows), dtype=torch.int64, device=self.device)
+            found: Tensor = self._forward(ids, partial(self._give, rows[None])).logits[0]
+            return found
+
+        with filled(self.model, self.weights, **where):
+            yield logits
 
     def _give(self, hidden: Tensor, index: int, *args: Any, **kwargs: Any) -> Any:
         return (hidden,) if self._returns_tuple else hidden

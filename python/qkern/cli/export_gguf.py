@@ -74,6 +74,10 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write nothing; print every tensor's type and all sizes.")
     ] = False,
+    assignment: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of the model's names and types; what it leaves out is --type's."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a model as a GGUF file that llama.cpp runs."""
@@ -83,6 +87,7 @@ def command(
         model,
         output,
         kind,
+        assignment=assignment,
         tensor_types=_tensor_types(tensor_type or []),
         token_embedding_type=token_embedding_type,
         output_tensor_type=output_tensor_type,

@@ -53,6 +53,12 @@ def command(
     scheme: Annotated[
         str | None, typer.Option(help="For example w4g128, w4g128z, w8.", show_default="w4g128, awq: w4g128z")
     ] = None,
+    assignment: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file that maps names of linears to schemes; those it leaves out stay 16-bit."
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +116,7 @@ def command(
         output=output,
         method=method.value,
         scheme=scheme,
+        assignment=assignment,
         calibration=calibration,
         format=None if format is None else format.value,
         skip=skip or (),

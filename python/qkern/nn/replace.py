@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ def expert_parameters(model: nn.Module, *, skip: Sequence[str] = ()) -> list[str
 
 def replace_linears(
     model: nn.Module,
-    scheme: Scheme | str,
+    scheme: Scheme | str | Mapping[str, Scheme | str],
     *,
     skip: Sequence[str] = ("lm_head",),
     modules: Collection[str] | None = None,
@@ -101,8 +102,9 @@ def replace_linears(
     ----------
     model : nn.Module
         Changed in place.
-    scheme : Scheme or str
-        For example ``"w4g128"``.
+    scheme : Scheme, str or mapping
+        For example ``"w4g128"``; or the scheme of each linear to replace by its full name, as
+        ``MixedPrecision.schemes`` gives it, which takes the place of `skip` and `modules`.
     skip : sequence of str
         Layers to leave as they are: exact names, name suffixes (``"down_proj"``) or globs
         (``"*.layers.0.*"``).
@@ -124,7 +126,13 @@ def replace_linears(
     UnsupportedError
         If the model stores experts as 3-D parameters that neither `skip` nor `modules` leaves out.
     """
-    scheme = as_scheme(scheme)
+    if isinstance(scheme, Mapping):
+        if modules is not None:
+            raise InputError("the mapping says which linear layers are replaced: leave modules out")
+        modules, skip = set(scheme), ()
+        schemes = {name: as_scheme(one) for name, one in scheme.items()}
+    else:
+        schemes = dict.fromkeys(named_linears(model), as_scheme(scheme))
     wanted = {
         name: module
         for name, module in named_linears(model, skip=skip).items()
@@ -155,7 +163,7 @@ def replace_linears(
             # Popped, so that the old layer goes at once: the peak is the model and one layer, not two models.
             module = wanted.pop(name)
             try:
-                made = QuantLinear.from_linear(module, scheme, **quantize)
+                made = QuantLinear.from_linear(module, schemes[name], **quantize)
             except InputError as error:
                 raise InputError(f"{name}.weight: {error}") from error
             for parent, attribute in places[id(module)]:

@@ -20,11 +20,14 @@ from qkern.quantizers import GPTQConfig
 from qkern.schemes import Scheme, as_scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
+
+    from qkern.search import MixedPrecision
 
 __all__ = [
     "METHODS",
     "Targets",
+    "assigned_schemes",
     "check_calibration",
     "check_gguf_output",
     "check_gguf_request",
@@ -71,8 +74,9 @@ def checked_settings(
     block_size: int,
     search: str | None,
     scale_only: bool,
+    assignment: MixedPrecision | None = None,
 ) -> Settings:
-    """Arguments as `Settings`.
+    """Arguments as `Settings`; of an assignment the schemes are not known yet.
 
     Raises
     ------
@@ -83,11 +87,30 @@ def checked_settings(
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: allowed are {', '.join(METHODS)}")
-    if scheme is None:
-        scheme = "w4g128z" if method == "awq" else "w4g128"
-    parsed = as_scheme(scheme)
+    if assignment is not None and scheme is not None:
+        raise InputError(
+            f"the assignment says the scheme of every linear: got scheme {str(scheme)!r} too; leave one out"
+        )
+    parsed = None
+    if assignment is None:
+        parsed = as_scheme(scheme or ("w4g128z" if method == "awq" else "w4g128"))
+        _check_scheme(parsed, method)
     if scale_only and method != "awq":
         raise InputError(f"scale_only folds AWQ's scales: got method {method!r}; use method='awq'")
+    allowed = ("minmax", "mse", "loss") if method == "gptq" else ("minmax", "mse")
+    if search is not None and search not in allowed:
+        raise InputError(f"unknown search {search!r} for {method}: allowed are {', '.join(allowed)}")
+    given = {"damp": damp, "act_order": act_order, "static_groups": static_groups, "block_size": block_size}
+    foreign = [name for name, value in given.items() if value != getattr(GPTQConfig(), name)]
+    if method != "gptq" and foreign:
+        raise InputError(f"{', '.join(foreign)} are GPTQ's: got method {method!r}; leave them out")
+    gptq = GPTQConfig(damp=damp, act_order=act_order, static_groups=static_groups, block_size=block_size)
+    if search is not None:
+        gptq = replace(gptq, search=search)  # type: ignore[arg-type]
+    return Settings(method=method, scheme=parsed, gptq=gptq, search=search or "minmax", scale_only=scale_only)
+
+
+def _check_scheme(parsed: Scheme, method: str) -> None:
     if parsed.act_bits is not None:
         raise UnsupportedError(
             f"{parsed} asks for quantized activations, which are chosen when a model runs (compute='int8'): "
@@ -100,17 +123,53 @@ def checked_settings(
         )
     if method != "rtn" and parsed.codebook is not None:
         raise UnsupportedError(f"method {method} quantizes on uniform grids: got {parsed}; use method='rtn'")
-    allowed = ("minmax", "mse", "loss") if method == "gptq" else ("minmax", "mse")
-    if search is not None and search not in allowed:
-        raise InputError(f"unknown search {search!r} for {method}: allowed are {', '.join(allowed)}")
-    given = {"damp": damp, "act_order": act_order, "static_groups": static_groups, "block_size": block_size}
-    foreign = [name for name, value in given.items() if value != getattr(GPTQConfig(), name)]
-    if method != "gptq" and foreign:
-        raise InputError(f"{', '.join(foreign)} are GPTQ's: got method {method!r}; leave them out")
-    gptq = GPTQConfig(damp=damp, act_order=act_order, static_groups=static_groups, block_size=block_size)
-    if search is not None:
-        gptq = replace(gptq, search=search)  # type: ignore[arg-type]
-    return Settings(method=method, scheme=parsed, gptq=gptq, search=search or "minmax", scale_only=scale_only)
+
+
+def assigned_schemes(
+    model: Any, structure: Structure, assignment: MixedPrecision, settings: Settings
+) -> tuple[Settings, Targets]:
+    """Schemes of an assignment, and which linears that makes targets; all others stay 16-bit.
+
+    Raises
+    ------
+    InputError
+        If the assignment names what is not there, or nothing to quantize.
+    UnsupportedError
+        If the method does not make a scheme, or on a tied head.
+    """
+    linears = list(named_linears(model))
+    schemes = assignment.schemes(linears)
+    for name, scheme in schemes.items():
+        try:
+            _check_scheme(scheme, settings.method)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{name}: {error}") from error
+    inside = f"{structure.layers}."
+    layers: list[list[str]] = [[] for _ in range(structure.count)]
+    for name in schemes:
+        if name == structure.head:
+            _refuse_tied(structure)
+        elif name.startswith(inside):
+            index, _, rest = name.removeprefix(inside).partition(".")
+            layers[int(index)].append(rest)
+        else:
+            raise UnsupportedError(
+                f"the assignment names {name}, which lies outside the decoder layers: linears of the layers "
+                f"and the head are quantized"
+            )
+    if not schemes:
+        raise InputError("the assignment leaves every linear 16-bit: there is nothing to quantize")
+    kept = {name: "16-bit by the assignment" for name in linears if name not in schemes} | _strangers(model)
+    targets = Targets(layers=layers, head=structure.head in schemes, kept=kept)
+    return replace(settings, schemes=schemes), targets
+
+
+def _refuse_tied(structure: Structure) -> None:
+    if structure.tied:
+        raise UnsupportedError(
+            f"{structure.head} is tied to the input embedding, which no checkpoint format holds quantized: "
+            "leave it 16-bit"
+        )
 
 
 def choose_targets(model: Any, structure: Structure, skip: Sequence[str], include: Sequence[str]) -> Targets:
@@ -141,12 +200,9 @@ def choose_targets(model: Any, structure: Structure, skip: Sequence[str], includ
             kept[name] = "named in skip"
         elif name == structure.head:
             head = name_matches(name, include)
-            if head and structure.tied:
-                raise UnsupportedError(
-                    f"{name} is tied to the input embedding, which no checkpoint format holds quantized: "
-                    "leave it 16-bit"
-                )
-            if not head:
+            if head:
+                _refuse_tied(structure)
+            else:
                 kept[name] = "output head"
         elif not name.startswith(inside):
             kept[name] = "outside the decoder layers"
@@ -188,12 +244,15 @@ def _names_parameter(model: nn.Module, pattern: str) -> bool:
     return any(name_matches(part, [pattern]) for name in names for part in (name, name.rpartition(".")[0]))
 
 
-def default_format(scheme: Scheme) -> tuple[str, ...]:
-    """Return the formats for a scheme in the order of preference: what most runtimes load comes first.
+def default_format(schemes: Collection[Scheme]) -> tuple[str, ...]:
+    """Return the formats for schemes in the order of preference: what most runtimes load comes first.
 
-    Asymmetric 4-bit goes to AWQ, symmetric 4 and 8-bit to GPTQ; runtimes load 2 and 3-bit weights, and
-    asymmetric 8-bit ones, from compressed-tensors only.
+    Asymmetric 4-bit goes to AWQ, symmetric 4 and 8-bit to GPTQ; runtimes load 2 and 3-bit weights,
+    asymmetric 8-bit ones and mixtures from compressed-tensors only.
     """
+    if len(schemes) > 1:
+        return ("compressed-tensors", "gptq_v2")
+    (scheme,) = schemes
     if scheme.zero_point:
         rest = ("compressed-tensors", "gptq_v2")
         return ("awq", *rest) if scheme.bits == 4 else rest
@@ -213,15 +272,16 @@ def checked_format(
     shapes = {}
     for name in target_names(structure, targets):
         N, K = column_weight(model.get_submodule(name)).shape
-        shapes[name] = (settings.scheme, N, K)
+        shapes[name] = (settings.scheme_of(name), N, K)
+    schemes = {name: scheme for name, (scheme, _, _) in shapes.items()}
     gptq = settings.gptq
     # Static groups keep each column in the group it lies in, whatever the order.
     act_order = settings.method == "gptq" and gptq.act_order == "desc_act" and not gptq.static_groups
     reasons: dict[str, str] = {}
-    for name in (wanted,) if wanted else default_format(settings.scheme):
+    for name in (wanted,) if wanted else default_format(set(schemes.values())):
         candidate = format_named(name)
         refused = refusals(candidate, shapes, act_order=act_order)
-        together = candidate.holds_together(dict.fromkeys(shapes, settings.scheme), list(targets.kept))
+        together = candidate.holds_together(schemes, list(targets.kept))
         if not refused and together is None:
             if reasons:
                 logger.info("writing %s: %s", name, "; ".join(reasons.values()))

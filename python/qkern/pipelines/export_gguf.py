@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from qkern.pipelines.gguf_methods import CalibratedLayers
 from qkern.pipelines.gguf_sources import find_sources, stored_names
 from qkern.pipelines.imatrix import ImatrixRun, is_weighed, with_importance
 from qkern.schemes import QuantizedWeight
+from qkern.search import MixedPrecision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -127,6 +129,7 @@ def export_gguf(
     output: str | Path,
     type: str = "q4_k_m",
     *,
+    assignment: MixedPrecision | Mapping[str, Any] | str | Path | None = None,
     tensor_types: Mapping[str, str] | None = None,
     token_embedding_type: str | None = None,
     output_tensor_type: str | None = None,
@@ -157,6 +160,9 @@ def export_gguf(
     type : str
         One of `qkern.gguf.MIXTURES`, such as ``q4_k_m``, ``q8_0`` or ``f16``. The quantized ones are
         llama.cpp's mixtures: the output matrix, and in most some others, get more bits.
+    assignment : MixedPrecision, mapping, str or Path, optional
+        Types of matrices by transformers' names, or the JSON file that holds them; ``"16"`` is the float type
+        that is stored. They come before everything else; what they leave out is the mixture's.
     tensor_types : mapping, optional
         From regular expression to type, such as ``{"ffn_down": "q6_k"}``: types of the tensors in whose
         name (llama.cpp's) the expression is found, in place of the mixture's. The first that matches wins.
@@ -205,6 +211,7 @@ def export_gguf(
         If the checkpoint or the importance matrix is incomplete or damaged.
     """
     mixture = mixture_for(type)
+    mixed = None if assignment is None else MixedPrecision.of(assignment)
     drawn: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "device": device}
     check_gguf_request(method, calibration, imatrix, drawn)
     overrides = partial(_overrides, tensor_types or {}, token_embedding_type, output_tensor_type)
@@ -222,7 +229,9 @@ def export_gguf(
         if architecture.is_encoder:
             config["pooling"] = pooling_of(checkpoint.folder)
         importance = calibration is not None or imatrix is not None
-        plan = _plan(checkpoint, architecture, config, mixture, overrides, pure=pure, importance=importance)
+        plan = _plan(
+            checkpoint, architecture, config, mixture, overrides, mixed, pure=pure, importance=importance
+        )
         tensors = plan.tensors
         errors: dict[str, float] = {}
         run: ImatrixRun | None = None
@@ -342,6 +351,7 @@ def _plan(
     config: dict[str, Any],
     mixture: Mixture,
     overrides: Callable[..., tuple[Override, ...]],
+    assignment: MixedPrecision | None,
     *,
     pure: bool,
     importance: bool,
@@ -368,12 +378,17 @@ def _plan(
         for name, factors in rope_tensors(config).items()
     ]
     kept = {names[name] for name, source in sources.items() if _keeps_codes(checkpoint, source, mixture)}
+    assigned: tuple[Override, ...] = ()
+    if assignment is not None:
+        assigned = _assigned(
+            checkpoint, {n: sources[n] for n, shape in shapes.items() if len(shape) > 1}, names, assignment
+        )
     types = choose_types(
         mixture,
         {names[name]: shape for name, shape in shapes.items()},
         ModelFacts.from_config(architecture.name, config, importance=importance),
         # Pure, llama.cpp takes no tied embedding for the output matrix: that an output has no tensor is told.
-        overrides=overrides(tied=f"{_HEAD}.weight" not in shapes and not pure),
+        overrides=assigned + overrides(tied=f"{_HEAD}.weight" not in shapes and not pure),
         pure=pure or kept,
     )
     for name, shape in shapes.items():
@@ -385,6 +400,27 @@ def _plan(
         quantized=[names[name] for name, source in sources.items() if source.is_quantized(checkpoint)],
         kept={name for name in kept if types[name].name == mixture.base},
     )
+
+
+def _assigned(
+    checkpoint: QuantizedCheckpoint,
+    matrices: Mapping[str, Source],
+    names: Mapping[str, str],
+    assignment: MixedPrecision,
+) -> tuple[Override, ...]:
+    """Types of an assignment by names of the file."""
+    owners = {name.removesuffix(".weight"): name for name in matrices}
+    types = {}
+    for owner, kind in assignment.gguf_types(owners).items():
+        name = owners[owner]
+        if kind is None:
+            (first, *_) = matrices[name].stored
+            dtype = torch.float16 if first in checkpoint.entries else checkpoint.tensors[first].dtype
+            kind = {torch.bfloat16: gguf_type("bf16"), torch.float16: gguf_type("f16")}.get(
+                dtype, gguf_type("f32")
+            )
+        types[rf"^{re.escape(names[name])}$"] = kind.name
+    return parse_overrides(types)
 
 
 def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:

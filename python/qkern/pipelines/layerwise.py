@@ -23,7 +23,7 @@ from qkern.quantizers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -54,8 +54,10 @@ class Settings:
     ----------
     method : str
         ``"rtn"``, ``"gptq"`` or ``"awq"``.
-    scheme : Scheme
-        Grid of the codes.
+    scheme : Scheme or None
+        Grid of the codes; None: by linear.
+    schemes : mapping
+        Where `scheme` is None: full name of every linear to quantize to its grid.
     gptq : GPTQConfig
         How GPTQ runs.
     search : str
@@ -65,10 +67,20 @@ class Settings:
     """
 
     method: str
-    scheme: Scheme
+    scheme: Scheme | None
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
     gptq: GPTQConfig = field(default_factory=GPTQConfig)
     search: str = "minmax"
     scale_only: bool = False
+
+    def scheme_of(self, name: str) -> Scheme:
+        """Grid of the linear with this full name."""
+        return self.schemes[name] if self.scheme is None else self.scheme
+
+    @property
+    def spelling(self) -> str:
+        """What a report says of the scheme."""
+        return "mixed" if self.scheme is None else str(self.scheme)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +164,8 @@ def quantize_layer(
 
         def search(linears: Sequence[str], statistics: HessianAccumulator, share: Tensor | None) -> Tensor:
             weights = [column_weight(layer.get_submodule(name)) for name in linears]
-            return search_scales(weights, statistics, settings.scheme, share=share)
+            schemes = [settings.scheme_of(prefix + name) for name in linears]
+            return search_scales(weights, statistics, schemes, share=share)
 
         fold_scales(stream, structure.architecture, index, names, stages, search)
         _store_changes(finished, stream, index, names, settings)
@@ -194,15 +207,17 @@ def _take(
     module = layer.get_submodule(name)
     weight = column_weight(module)
     notes: tuple[str, ...] = ()
+    full = prefix + name
+    scheme = settings.scheme_of(full)
     if settings.method == "gptq" and seen is not None:
-        result = quantize_gptq(weight, seen.value, settings.scheme, settings.gptq)
+        result = quantize_gptq(weight, seen.value, scheme, settings.gptq)
         quantized, error, notes = result.weight, result.error, result.notes
     else:
         clipped = weight
         if settings.method == "awq" and seen is not None and seen.tokens:
-            clipped = search_clip(weight, seen, settings.scheme)
+            clipped = search_clip(weight, seen, scheme)
         search: Any = settings.search
-        quantized = quantize_rtn(clipped, settings.scheme, search=search)
+        quantized = quantize_rtn(clipped, scheme, search=search)
         if seen is not None and seen.tokens:
             error = output_error(weight, quantized, seen.value)
         else:
@@ -213,10 +228,9 @@ def _take(
     _set(module, quantized)
     for note in notes:
         logger.warning("%s%s: %s", prefix, name, note)
-    full = prefix + name
     finished.weights[full] = quantized.to("cpu")
     finished.records[full] = LayerRecord(
-        scheme=str(settings.scheme), error=error, notes=notes, seconds=time.monotonic() - started
+        scheme=str(scheme), error=error, notes=notes, seconds=time.monotonic() - started
     )
 
 

@@ -21,15 +21,23 @@ from qkern.checkpoints import CheckpointWriter, TensorFolder, check_output, form
 from qkern.errors import FormatError, InputError, OutputError, UnsupportedError
 from qkern.models import Structure, describe, known_architectures
 from qkern.nn import QuantLinear
-from qkern.pipelines.checks import Targets, checked_format, checked_settings, choose_targets, target_names
+from qkern.pipelines.checks import (
+    Targets,
+    assigned_schemes,
+    checked_format,
+    checked_settings,
+    choose_targets,
+    target_names,
+)
 from qkern.pipelines.layerwise import Finished, LayerRecord, Settings, quantize_head, quantize_layer
 from qkern.pipelines.load import usable_device
 from qkern.pipelines.partial import Partial
 from qkern.pipelines.recipe import QuantizationReport, recipe_layers
 from qkern.pipelines.source import Source, open_source
+from qkern.search import MixedPrecision
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from qkern.calibration import Weights
     from qkern.quantizers.gptq import ActOrder
@@ -47,6 +55,7 @@ def quantize(
     *,
     method: str = "gptq",
     scheme: Scheme | str | None = None,
+    assignment: MixedPrecision | Mapping[str, Any] | str | Path | None = None,
     calibration: Any = None,
     output: str | Path | None = None,
     format: str | None = None,
@@ -76,6 +85,9 @@ def quantize(
         ``"rtn"`` needs no calibration.
     scheme : Scheme or str, optional
         Default: w4g128, for AWQ w4g128z.
+    assignment : MixedPrecision, mapping, str or Path, optional
+        Scheme of every linear instead of one for all, or the JSON file that holds it; linears that it does
+        not name stay 16-bit.
     calibration : optional
         Source of texts as in `qkern.calibration.load_texts`, or token ids int64 ``[S, T]``.
     output : str or Path, optional
@@ -130,9 +142,12 @@ def quantize(
     started = time.monotonic()
     # A lone string is a sequence of strings too, of its letters.
     skip, include = ((names,) if isinstance(names, str) else names for names in (skip, include))
+    mixed = None if assignment is None else MixedPrecision.of(assignment)
     settings = checked_settings(
-        method, scheme, damp, act_order, static_groups, block_size, search, scale_only
+        method, scheme, damp, act_order, static_groups, block_size, search, scale_only, mixed
     )
+    if mixed is not None and (skip or include):
+        raise InputError("the assignment says which linears are quantized: leave skip and include out")
     parse_size(max_shard_size)
     read_from = model if isinstance(model, (str, Path)) else getattr(model, "name_or_path", None)
     folder = None if output is None else check_output(output, source=read_from)
@@ -145,7 +160,10 @@ def quantize(
     structure = describe(source.model)
     if method == "awq" and structure.architecture is None:
         _say_no_folding(source.model.config.model_type, scale_only)
-    targets = choose_targets(source.model, structure, skip, include)
+    if mixed is None:
+        targets = choose_targets(source.model, structure, skip, include)
+    else:
+        settings, targets = assigned_schemes(source.model, structure, mixed, settings)
     if folder is not None and not scale_only:
         format = checked_format(source.model, structure, targets, settings, format)
     _refuse_nonfinite(source, set(target_names(structure, targets)))
@@ -156,7 +174,7 @@ def quantize(
         ids = calibration_ids(source, calibration, tokenizer, samples, length, seed)
     arguments: dict[str, Any] = {
         "method": method,
-        "scheme": str(settings.scheme),
+        "scheme": settings.spelling,
         "skip": list(skip),
         "include": list(include),
         "search": settings.gptq.search if method == "gptq" else settings.search,
@@ -171,6 +189,8 @@ def quantize(
         }
     if scale_only:
         arguments["scale_only"] = True
+    if mixed is not None:
+        arguments["assignment"] = dict(mixed.choices)
     facts: dict[str, Any] = {
         "source": source.name,
         "arguments": arguments,
@@ -311,7 +331,7 @@ class _Run:
         total = structure.count + self.targets.head
         if self.ids is not None and done < total:
             stream.embed(self.ids)
-        with _progress.task(f"{settings.method} {settings.scheme}", total=total, unit="layer") as progress:
+        with _progress.task(f"{settings.method} {settings.spelling}", total=total, unit="layer") as progress:
             for index in range(structure.count):
                 name = self.names()[index]
                 finished = None if partial is None else partial.load(name)
@@ -419,7 +439,7 @@ class _Summing:
         return QuantizationReport(
             output=output,
             method=self.settings.method,
-            scheme=str(self.settings.scheme),
+            scheme=self.settings.spelling,
             format=format,
             layers=self.records,
             kept=self.targets.kept,

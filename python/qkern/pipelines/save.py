@@ -106,10 +106,8 @@ def _choose_format(
     # One at a time: unpacking a packed layer makes a copy.
     act_order = any(layer.quantized().group_index is not None for layer in layers.values())
     candidates: list[str] = [name] if name else ["compressed-tensors", "gptq_v2"]
-    if name is None and len(set(schemes.values())) == 1:
-        first = next(iter(layers.values())).quantized()
-        if first.scales.dtype == torch.float16:
-            candidates = [*default_format(first.scheme), *candidates]
+    if name is None and next(iter(layers.values())).quantized().scales.dtype == torch.float16:
+        candidates = [*default_format(set(schemes.values())), *candidates]
     reasons = {}
     for candidate in candidates:
         fmt = format_named(candidate)

@@ -37,7 +37,7 @@ QUIETEST = 1e-4
 def search_scales(
     weights: Sequence[Tensor],
     inputs: Tensor | HessianAccumulator,
-    scheme: Scheme | str,
+    scheme: Scheme | str | Sequence[Scheme | str],
     *,
     ratios: int = 20,
     share: Tensor | None = None,
@@ -56,8 +56,8 @@ def search_scales(
         ``[N_i, K]`` each, floating: all linears that read the input.
     inputs : Tensor or HessianAccumulator
         Activations ``[..., K]`` or what was accumulated over them.
-    scheme : Scheme or str
-        The grid the scaled weights will be rounded to.
+    scheme : Scheme or str, or sequence of them
+        The grid the scaled weights will be rounded to; several: of each weight.
     ratios : int
         Grid points of a.
     share : Tensor or None
@@ -80,18 +80,24 @@ def search_scales(
     InputError
         On shapes that do not fit, no activations, or NaN or Inf among them.
     """
-    scheme = as_scheme(scheme)
+    given = [scheme] * len(weights) if isinstance(scheme, (Scheme, str)) else scheme
+    schemes = [as_scheme(one) for one in given]
+    if len(schemes) != len(weights):
+        raise InputError(f"schemes must be one for each of {len(weights)} weights: got {len(schemes)}")
     statistics = _statistics(weights, inputs)
     full = [weight.detach().to(torch.float32) for weight in weights]
     target = run(full) if run is not None else None
 
     def score(scales: Tensor) -> float:
-        rounded = [_rounded(weight * scales, scheme, search) / scales for weight in full]
+        rounded = [
+            _rounded(weight * scales, scheme, search) / scales
+            for weight, scheme in zip(full, schemes, strict=True)
+        ]
         if run is not None and target is not None:
             return float((run(rounded).float() - target.float()).square().mean())
         return _output_loss(full, rounded, statistics)
 
-    size = _relative_size(full, [scheme.group_length(full[0].shape[1])] * len(full))
+    size = _relative_size(full, [scheme.group_length(full[0].shape[1]) for scheme in schemes])
     return _least(score, statistics.mean_abs, size, ratios, share)
 
 

@@ -1,0 +1,217 @@
+"""KL of whole genomes, all of them one decoder layer at a time, so that a large model never is in memory."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from itertools import product
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qkern.nn import QuantLinear
+from qkern.ops import dequantize_groupwise, gguf_decode
+from qkern.search.assignment import KEPT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from qkern.calibration import LayerStream
+    from qkern.schemes import QuantizedWeight
+    from qkern.search.space import Gene, Genome, Space
+
+__all__ = ["ORIGINAL", "Candidates", "Evaluator", "candidate_key"]
+
+ORIGINAL: Final = -1
+"""Allele of a gene that is left as it is, whether or not the runtime could load that."""
+# Rows of logits that are compared at a time: bounds the scratch to a few times 256 * V * 4 bytes.
+_ROWS: Final = 256
+
+
+def candidate_key(name: str, spelling: str) -> str:
+    """Key of a tensor's candidate in `Candidates`."""
+    return f"{name}@{spelling}"
+
+
+class Candidates(Protocol):
+    """Quantized tensors, packed, by layer."""
+
+    def layer(self, index: int) -> Mapping[str, QuantizedWeight | Tensor]:
+        """Candidates of a layer by `candidate_key`; a tensor is uint8 ``[N, row bytes]`` of a GGUF type."""
+        ...
+
+
+class Evaluator:
+    """Scores genomes by KL(original || genome) over the calibration tokens.
+
+    All genomes of a call go through a layer before any goes on to the next one, and genomes that agree up
+    to a layer share their states up to it. So changing one gene costs the layers from there on alone.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Of the original model.
+    space : Space
+        The genes.
+    candidates : Candidates
+        What the alleles stand for.
+    ids : Tensor
+        int64 ``[S, T]``.
+    simulate : bool
+        Put the dequantized weights into the model's own linears, instead of running the codes on qkern's
+        kernels.
+    states : int
+        Bytes of hidden states that may be alive at once; genomes are taken in portions to fit.
+    """
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        space: Space,
+        candidates: Candidates,
+        ids: Tensor,
+        *,
+        simulate: bool = False,
+        states: int = 2 << 30,
+    ) -> None:
+        self.stream = stream
+        self.space = space
+        self.candidates = candidates
+        self.simulate = simulate
+        self._limit = states
+        stream.embed(ids)
+        self._first = stream.states
+        self.chunks = len(self._first)
+        """Chunks of sequences that `kl` can be asked for."""
+        count = len(stream.layers)
+        # Genes come in the order of the layers: where those of a layer end.
+        self._ends = [sum(gene.layer <= index for gene in space.genes) for index in range(count + 1)]
+        original = (ORIGINAL,) * len(space)
+        self._reference = self._walk([original], self._first)[original[: self._ends[-2]]]
+
+    def kl(self, genomes: Sequence[Genome], *, chunks: int | None = None) -> list[float]:
+        """KL of each genome in nats, over the first `chunks` chunks of sequences (None: all)."""
+        chunks = chunks or self.chunks
+        first = self._first[:chunks]
+        each = sum(state.nbytes for state in first)
+        portion = max(1, self._limit // (2 * each))
+        result: list[float] = []
+        for start in range(0, len(genomes), portion):
+            some = genomes[start : start + portion]
+            result += self._compare(some, self._walk(some, first))
+        return result
+
+    @torch.no_grad()
+    def _walk(self, genomes: Sequence[Genome], first: list[Tensor]) -> dict[Genome, list[Tensor]]:
+        """Return the outputs of the last layer by genome without the head's genes."""
+        states: dict[Genome, list[Tensor]] = {(): first}
+        done = 0
+        for index, end in enumerate(self._ends[:-1]):
+            with self.stream.layer(index) as layer, self._places(layer, index) as place:
+                after: dict[Genome, list[Tensor]] = {}
+                # In order, so that neighbours differ little and a state can go when its last branch has.
+                for prefix in sorted({genome[:end] for genome in genomes}):
+                    place(prefix[done:])
+                    after[prefix] = self.stream.through(index, states[prefix[:done]])
+            states, done = after, end
+        return states
+
+    @contextmanager
+    def _places(self, layer: nn.Module, index: int) -> Iterator[Callable[[Sequence[int]], None]]:
+        """Give what puts alleles of a layer's genes in their places; all is as before at the end."""
+        prefix = self.stream.prefix(index)
+        genes = self._genes(index)
+        make = self._maker(
+            index, {full: layer.get_submodule(full.removeprefix(prefix)) for full in _names(genes)}
+        )
+
+        def place(alleles: Sequence[int]) -> None:
+            for gene, allele in zip(genes, alleles, strict=True):
+                for full in gene.names:
+                    _set_submodule(layer, full.removeprefix(prefix), make(gene, full, allele))
+
+        try:
+            yield place
+        finally:
+            place([ORIGINAL] * len(genes))
+
+    def _genes(self, index: int) -> list[Gene]:
+        return [gene for gene in self.space.genes if gene.layer == index]
+
+    def _maker(self, index: int, linears: Mapping[str, nn.Module]) -> Callable[[Gene, str, int], nn.Module]:
+        """Return what makes the module of an allele, once each."""
+        packed = self.candidates.layer(index) if linears else {}
+        made: dict[str, nn.Module] = {}
+
+        def make(gene: Gene, full: str, allele: int) -> nn.Module:
+            spelling = KEPT if allele == ORIGINAL else gene.alleles[allele]
+            if spelling == KEPT:
+                return linears[full]
+            key = candidate_key(full, spelling)
+            if key not in made:
+                made[key] = self._module(linears[full], packed[key], spelling)
+            return made[key]
+
+        return make
+
+    def _module(self, linear: Any, candidate: QuantizedWeight | Tensor, spelling: str) -> nn.Module:
+        device = self.stream.device
+        if isinstance(candidate, Tensor):
+            return _Dense(linear, gguf_decode(candidate, spelling).to(device))
+        if self.simulate:
+            return _Dense(linear, dequantize_groupwise(candidate.to(device)))
+        made = QuantLinear.from_quantized(candidate.to(device), linear.bias)
+        made.compute = "int8" if candidate.scheme.act_bits else "float"
+        return made
+
+    @torch.no_grad()
+    def _compare(self, genomes: Sequence[Genome], outputs: dict[Genome, list[Tensor]]) -> list[float]:
+        """KL of genomes from the outputs of the last layer."""
+        stream, name = self.stream, str(self.stream.head)
+        count, last = len(stream.layers), self._ends[-2]
+        head, genes = stream.model.get_submodule(name), self._genes(count)
+        sums = dict.fromkeys(genomes, 0.0)
+        positions = 0
+        with stream.ending() as logits:
+            make = self._maker(count, dict.fromkeys(_names(genes), head))
+
+            def through(rows: Tensor, alleles: Sequence[int]) -> Tensor:
+                for gene, allele in zip(genes, alleles, strict=True):
+                    _set_submodule(stream.model, name, make(gene, name, allele))
+                return torch.log_softmax(logits(rows), -1)
+
+            try:
+                for chunk, expected in enumerate(self._reference[: len(next(iter(outputs.values())))]):
+                    # Rows are cut inside sequences, so that none exceeds the model's context.
+                    for sequence, start in product(range(len(expected)), range(0, expected.shape[1], _ROWS)):
+                        some = slice(start, start + _ROWS)
+                        p = through(expected[sequence, some], [ORIGINAL] * len(genes))
+                        positions += len(p)
+                        for genome in sums:
+                            q = through(outputs[genome[:last]][chunk][sequence, some], genome[last:])
+                            sums[genome] += float((p.exp() * (p - q)).sum(-1).double().sum())
+            finally:
+                _set_submodule(stream.model, name, head)
+        return [sums[genome] / positions for genome in genomes]
+
+
+def _set_submodule(module: nn.Module, name: str, child: nn.Module) -> None:
+    """Put a module in the place of another."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, child)
+
+
+def _names(genes: Sequence[Gene]) -> list[str]:
+    return [name for gene in genes for name in gene.names]
+
+
+class _Dense(nn.Module):
+    """A linear with another weight ``[N, K]`` and its own bias."""
+
+    def __init__(self, linear: Any, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)

@@ -1,0 +1,220 @@
+"""What each runtime can load: the alleles, what must be stored alike, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from qkern.checkpoints import format_named
+from qkern.errors import InputError, UnsupportedError
+from qkern.models import column_weight, is_router
+from qkern.nn import named_linears
+from qkern.ops.gguf_types import GGUFType
+from qkern.search.assignment import KEPT, parse_choice
+from qkern.search.space import Gene, Space
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qkern.models import Structure
+
+__all__ = ["RUNTIMES", "Runtime", "make_space", "runtime_named", "stored_bits"]
+
+# vLLM's kernels for packed weights take whole tiles of these sizes.
+_TILE: Final = (64, 128)
+# Where a row has no whole super-blocks of 256.
+_SMALL_TYPES: Final = ("q4_0", "q5_0", "q8_0", KEPT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """A target of a search.
+
+    Parameters
+    ----------
+    name : str
+        Name on the command line.
+    alleles : tuple of str
+        What is tried by default.
+    is_fused : bool
+        Linears that the runtime fuses (q, k, v; gate, up) share a choice.
+    """
+
+    name: str
+    alleles: tuple[str, ...]
+    is_fused: bool = False
+
+    def refusal(self, spelling: str, N: int, K: int) -> str | None:
+        """Why the runtime cannot load a matrix ``[N, K]`` stored so; None if it can."""
+        choice = parse_choice(spelling)
+        if choice is None:
+            return None
+        if isinstance(choice, GGUFType) != (self.name == "gguf"):
+            wanted = "GGUF types such as q4_k" if self.name == "gguf" else "schemes such as w4g128"
+            return f"runtime {self.name} takes {wanted}: got {spelling}"
+        if isinstance(choice, GGUFType):
+            if K % choice.block:
+                return f"blocks of {choice.block} do not divide rows of {K}"
+            return None
+        if self.name == "vllm":
+            if choice.zero_point and choice.bits not in (4, 8):
+                return f"vLLM takes zero points with 4 and 8 bits alone: got {spelling}"
+            if N % _TILE[0] or K % _TILE[1]:
+                return (
+                    f"vLLM's kernels take multiples of {_TILE[0]} rows and {_TILE[1]} columns: got {N} x {K}"
+                )
+        return format_named("compressed-tensors").holds(choice, N, K)
+
+
+RUNTIMES: Final = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime(name="torch", alleles=("w2g128", "w2g64", "w3g128", "w4g128", "w8")),
+        Runtime(name="vllm", alleles=("w2g128", "w2g64", "w3g128", "w4g128", "w8"), is_fused=True),
+        Runtime(name="gguf", alleles=("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0")),
+    )
+}
+
+
+def runtime_named(name: str) -> Runtime:
+    """Return a runtime.
+
+    Raises
+    ------
+    InputError
+        On another name.
+    """
+    if name not in RUNTIMES:
+        raise InputError(f"unknown runtime {name!r}: allowed are {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]
+
+
+def stored_bits(spelling: str, N: int, K: int, *, kept: int = 16, in_file: bool = False) -> int:
+    """Bits of a matrix ``[N, K]``.
+
+    Parameters
+    ----------
+    spelling : str
+        See `parse_choice`.
+    N, K : int
+        Rows and columns.
+    kept : int
+        Bits of a weight that stays as it is.
+    in_file : bool
+        Of its tensors in a compressed-tensors checkpoint (rows padded to words, and the stored shape)
+        instead of codes, scales and zero points alone.
+    """
+    choice = parse_choice(spelling)
+    if choice is None:
+        return N * K * kept
+    if isinstance(choice, GGUFType):
+        return 8 * N * choice.row_bytes(K)
+    rows, groups = choice.scale_shape(N, K)
+    bits = N * K * choice.bits + 16 * rows * groups + choice.bits * rows * groups * choice.zero_point
+    if in_file:
+        bits += N * (32 * choice.code_words(K) - K * choice.bits) + 128
+        bits += (32 * -(-rows * choice.bits // 32) - rows * choice.bits) * groups * choice.zero_point
+    return bits
+
+
+def make_space(
+    model: Any,
+    structure: Structure,
+    runtime: Runtime,
+    alleles: Sequence[str] | None = None,
+    *,
+    head: bool = False,
+    in_file: bool = False,
+) -> tuple[Space, dict[str, str]]:
+    """Genes of a model for a runtime, and the linears that stay as they are with the reason.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        May have no weights.
+    structure : Structure
+        `qkern.models.describe` of it.
+    runtime : Runtime
+        What will load the result.
+    alleles : sequence of str, optional
+        Spellings to try; default: the runtime's. Of each gene those are left that all of it can have.
+    head : bool
+        Search the output head too.
+    in_file : bool
+        See `stored_bits`.
+
+    Raises
+    ------
+    InputError
+        If no linear is left, or an allele is not understood.
+    UnsupportedError
+        If no linear at all can have some allele, or on a tied head.
+    """
+    tried = tuple(dict.fromkeys(alleles or runtime.alleles))
+    for spelling in tried:
+        parse_choice(spelling)
+    if head and structure.tied:
+        raise UnsupportedError(f"{structure.head} is tied to the input embedding: leave it out of the search")
+    linears = {name: column_weight(linear) for name, linear in named_linears(model).items()}
+    kept: dict[str, str] = {}
+    genes = []
+    usable: set[str] = set()
+    reasons: dict[str, str] = {}
+    for layer, names in _tied(linears, structure, runtime, head=head, kept=kept):
+        sizes: dict[str, int] = {}
+        for spelling in tried if alleles or runtime.name != "gguf" else (*tried, *_SMALL_TYPES):
+            refusals = [runtime.refusal(spelling, *linears[name].shape) for name in names]
+            first = next((f"{name}: {why}" for name, why in zip(names, refusals, strict=True) if why), None)
+            if first is not None:
+                reasons.setdefault(spelling, first)
+                continue
+            kept_bits = 8 * linears[names[0]].element_size()
+            sizes[spelling] = sum(
+                stored_bits(spelling, *linears[name].shape, kept=kept_bits, in_file=in_file) for name in names
+            )
+        usable |= set(sizes)
+        if set(sizes) <= {KEPT}:
+            kept |= dict.fromkeys(names, reasons[tried[0]])
+            continue
+        # Of two alike in size the first named stays.
+        ordered = sorted({size: spelling for spelling, size in reversed(sizes.items())}.items())
+        genes.append(
+            Gene(
+                names=names,
+                layer=layer,
+                weights=sum(linears[name].numel() for name in names),
+                alleles=tuple(spelling for _, spelling in ordered),
+                bits=tuple(size for size, _ in ordered),
+            )
+        )
+    unusable = [spelling for spelling in tried if spelling not in usable]
+    if unusable and reasons:
+        raise UnsupportedError(
+            f"no linear can have {unusable[0]} in runtime {runtime.name}: {reasons[unusable[0]]}; leave it "
+            "out"
+        )
+    return Space(tuple(genes)), kept
+
+
+def _tied(
+    linears: dict[str, Any], structure: Structure, runtime: Runtime, *, head: bool, kept: dict[str, str]
+) -> list[tuple[int, tuple[str, ...]]]:
+    """Layer and names of each gene; what is none goes into `kept`."""
+    inside = f"{structure.layers}."
+    fused = structure.architecture.fused if runtime.is_fused and structure.architecture is not None else ()
+    found: dict[tuple[int, str], list[str]] = {}
+    for name in linears:
+        if name == structure.head:
+            if head:
+                found[structure.count, name] = [name]
+            else:
+                kept[name] = "output head"
+        elif not name.startswith(inside):
+            kept[name] = "outside the decoder layers"
+        elif is_router(name):
+            kept[name] = "router"
+        else:
+            index, _, rest = name.removeprefix(inside).partition(".")
+            group = next((group[0] for group in fused if rest in group), rest)
+            found.setdefault((int(index), group), []).append(name)
+    return [(layer, tuple(names)) for (layer, _), names in sorted(found.items(), key=lambda item: item[0][0])]

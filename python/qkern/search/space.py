@@ -1,0 +1,142 @@
+"""The search space: what has to be stored alike, how each of it may be stored, and what that costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qkern.errors import InputError
+from qkern.search.assignment import KEPT, MixedPrecision
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+__all__ = ["Gene", "Genome", "Space"]
+
+Genome = tuple[int, ...]
+"""Index of the chosen allele, gene by gene."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gene:
+    """Tensors that share a choice.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Names in the model.
+    layer : int
+        Their decoder layer; what comes after the last one (the head) has the number of layers.
+    weights : int
+        Weights of all of them.
+    alleles : tuple of str
+        Spellings, see `qkern.search.parse_choice`, fewest bits first.
+    bits : tuple of int
+        Bits that all of them take, by allele; ascending.
+    """
+
+    names: tuple[str, ...]
+    layer: int
+    weights: int
+    alleles: tuple[str, ...]
+    bits: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.alleles or len(self.alleles) != len(self.bits):
+            raise InputError(f"{self.names[0]} needs one size for each of its alleles: got {self.bits}")
+        if any(one >= other for one, other in zip(self.bits, self.bits[1:], strict=False)):
+            raise InputError(
+                f"{self.names[0]}: alleles must differ in size and come in ascending order: got "
+                + ", ".join(
+                    f"{a} {b / self.weights:.3f}" for a, b in zip(self.alleles, self.bits, strict=True)
+                )
+                + " bits a weight"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """All genes of a model for one runtime.
+
+    Parameters
+    ----------
+    genes : tuple of Gene
+        In the order of the layers.
+    """
+
+    genes: tuple[Gene, ...]
+
+    def __post_init__(self) -> None:
+        if not self.genes:
+            raise InputError("there is nothing to search: the model has no linear that may be quantized")
+
+    def __len__(self) -> int:
+        return len(self.genes)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all genes."""
+        return sum(gene.weights for gene in self.genes)
+
+    @property
+    def table(self) -> NDArray[np.int64]:
+        """Bits by gene and allele, int64 ``[genes, most alleles]``; -1 where a gene has no such allele."""
+        table = np.full((len(self.genes), max(len(gene.bits) for gene in self.genes)), -1, dtype=np.int64)
+        for row, gene in zip(table, self.genes, strict=True):
+            row[: len(gene.bits)] = gene.bits
+        return table
+
+    def bits(self, genome: Sequence[int]) -> int:
+        """Bits of a genome."""
+        return sum(gene.bits[allele] for gene, allele in zip(self.genes, genome, strict=True))
+
+    def bpw(self, genome: Sequence[int]) -> float:
+        """Bits per weight of a genome."""
+        return self.bits(genome) / self.weights
+
+    def ends(self) -> tuple[Genome, Genome]:
+        """Return the smallest and the largest genome."""
+        return (0,) * len(self.genes), tuple(len(gene.bits) - 1 for gene in self.genes)
+
+    def uniform(self, spelling: str) -> Genome | None:
+        """Genome in which everything has one choice; None if some gene does not have it."""
+        if any(spelling not in gene.alleles for gene in self.genes):
+            return None
+        return tuple(gene.alleles.index(spelling) for gene in self.genes)
+
+    def assignment(self, genome: Sequence[int]) -> MixedPrecision:
+        """Return a genome as what the other verbs take, kept tensors by name too."""
+        return MixedPrecision(
+            {
+                name: gene.alleles[allele]
+                for gene, allele in zip(self.genes, genome, strict=True)
+                for name in gene.names
+            }
+        )
+
+    def genome(self, assignment: MixedPrecision) -> Genome:
+        """Return an assignment as a genome.
+
+        Raises
+        ------
+        InputError
+            If it splits a gene, or has a choice that is no allele.
+        """
+        found = assignment.resolve(name for gene in self.genes for name in gene.names)
+        genome = []
+        for gene in self.genes:
+            spelled = {
+                KEPT if (choice := found.get(name)) is None else getattr(choice, "name", None) or str(choice)
+                for name in gene.names
+            }
+            if len(spelled) != 1 or not spelled <= set(gene.alleles):
+                raise InputError(
+                    f"{', '.join(gene.names)} share one of {', '.join(gene.alleles)} in this runtime: the "
+                    f"assignment has {', '.join(sorted(spelled))}"
+                )
+            genome.append(gene.alleles.index(spelled.pop()))
+        return tuple(genome)

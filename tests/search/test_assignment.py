@@ -1,0 +1,104 @@
+"""Assignments: what is read, what is refused, and which tensor gets what."""
+
+import json
+
+import pytest
+
+from qkern.errors import InputError, UnsupportedError
+from qkern.ops.gguf_types import gguf_type
+from qkern.schemes import Scheme
+from qkern.search import MixedPrecision, parse_choice
+
+NAMES = [
+    f"model.layers.{layer}.{linear}" for layer in range(3) for linear in ("self_attn.q_proj", "mlp.down_proj")
+]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "choice"),
+    [
+        ("16", None),
+        ("w2g64", Scheme.parse("w2g64")),
+        ("w8a8", Scheme.parse("w8a8")),
+        ("Q4_K", gguf_type("q4_k")),
+    ],
+)
+def test_choices(spelling, choice):
+    assert parse_choice(spelling) == choice
+
+
+@pytest.mark.parametrize("spelling", ["w5", "", "iq1_s", "q4_k_m", "17", None])
+def test_choices_that_do_not_exist(spelling):
+    with pytest.raises(InputError, match="schemes look like"):
+        parse_choice(spelling)
+
+
+def test_names_ends_and_globs_are_resolved():
+    mixed = MixedPrecision({"*.layers.0.*": "w8", "layers.1.mlp.down_proj": "w2g64", NAMES[5]: "16"})
+    found = mixed.resolve(NAMES)
+    assert {name: str(choice) for name, choice in found.items()} == {
+        NAMES[0]: "w8",
+        NAMES[1]: "w8",
+        NAMES[3]: "w2g64",
+        NAMES[5]: "None",
+    }
+    assert list(mixed.schemes(NAMES)) == [NAMES[0], NAMES[1], NAMES[3]]
+
+
+def test_a_pattern_without_a_tensor():
+    with pytest.raises(
+        InputError, match=r"'up_proj' names no tensor of the model; there are model\.layers\.0"
+    ):
+        MixedPrecision({"up_proj": "w4"}).resolve(NAMES)
+
+
+def test_a_tensor_that_is_named_twice():
+    mixed = MixedPrecision({"*.mlp.*": "w4", "*.layers.2.*": "w8"})
+    with pytest.raises(
+        InputError, match=r"names model\.layers\.2\.mlp\.down_proj twice: by '\*\.mlp\.\*' and by"
+    ):
+        mixed.resolve(NAMES)
+
+
+def test_schemes_and_types_do_not_mix():
+    with pytest.raises(InputError, match=r"not both: got 'a': 'w4' and 'b': 'q4_k'"):
+        MixedPrecision({"a": "w4", "b": "q4_k"})
+
+
+def test_each_path_takes_its_own_kind():
+    with pytest.raises(UnsupportedError, match="use it with export-gguf"):
+        MixedPrecision({"q_proj": "q4_k"}).schemes(NAMES)
+    with pytest.raises(UnsupportedError, match="use it with quantize"):
+        MixedPrecision({"q_proj": "w4"}).gguf_types(NAMES)
+    assert MixedPrecision({"q_proj": "q4_k"}).gguf_types(NAMES)[NAMES[0]].name == "q4_k"
+
+
+def test_written_and_read_again(tmp_path):
+    mixed = MixedPrecision({"down_proj": "w2g64", "q_proj": "16"})
+    path = mixed.write(tmp_path / "assignment.json")
+    assert json.loads(path.read_text()) == {"down_proj": "w2g64", "q_proj": "16"}
+    assert (
+        MixedPrecision.of(str(path))
+        == mixed
+        == MixedPrecision.of({"down_proj": Scheme.parse("w2g64"), "q_proj": None})
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["assignment.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "cannot read"),
+        ("[1]", "is no assignment"),
+        ('{"a": 4}', "is no assignment"),
+        ('{"a": "w4", "a": "w8"}', "'a' is there twice"),
+        ("{}", "is empty"),
+        ('{"a": "w9"}', "not a scheme"),
+    ],
+)
+def test_files_that_are_no_assignments(tmp_path, text, reason):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=reason) as caught:
+        MixedPrecision.read(path)
+    assert str(path) in str(caught.value)

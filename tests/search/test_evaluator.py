@@ -1,0 +1,118 @@
+"""KL of genomes layer by layer, against whole models with the same layers."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from qkern.calibration import streaming
+from qkern.evaluation import kl_divergence
+from qkern.models import column_weight
+from qkern.nn import QuantLinear, compute_mode
+from qkern.ops import dequantize_groupwise
+from qkern.search import ORIGINAL, Evaluator, candidate_key
+
+
+@pytest.fixture(autouse=True)
+def uneven_chunks(monkeypatch):
+    # Two sequences at a time and a last chunk of one.
+    monkeypatch.setattr(streaming, "CHUNK_TOKENS", 48)
+
+
+def whole(model, space, candidates, genome):
+    """Return the model with a genome's layers on qkern's kernels."""
+    changed = copy.deepcopy(model)
+    for gene, allele in zip(space.genes, genome, strict=True):
+        if allele == ORIGINAL or gene.alleles[allele] == "16":
+            continue
+        packed = candidates.layer(gene.layer)
+        for name in gene.names:
+            parent, _, leaf = name.rpartition(".")
+            linear = changed.get_submodule(name)
+            made = QuantLinear.from_quantized(packed[candidate_key(name, gene.alleles[allele])], linear.bias)
+            setattr(changed.get_submodule(parent), leaf, made)
+    return changed
+
+
+def expected_kl(model, space, candidates, genome, ids, compute="float"):
+    changed = whole(model, space, candidates, genome)
+    found = kl_divergence(
+        model, changed, ids.flatten(), window=ids.shape[1], allow_short=True, compute=compute
+    )
+    return float(found.mean())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2", "phi3", "gpt2", "mixtral"])
+def test_kl_is_that_of_the_whole_model(tiny, problem, ids, model_type):
+    model = tiny(model_type).eval()
+    stream, space, candidates = problem(model, ("w2g16", "w4g32", "16"))
+    evaluator = Evaluator(stream, space, candidates, ids)
+    rng = np.random.default_rng(0)
+    genomes = [tuple(int(a) for a in rng.integers(-1, 3, size=len(space))) for _ in range(4)]
+    genomes += [(ORIGINAL,) * len(space), *space.ends()]
+    found = evaluator.kl(genomes)
+    for genome, kl in zip(genomes, found, strict=True):
+        assert kl == pytest.approx(expected_kl(model, space, candidates, genome, ids), rel=1e-3, abs=1e-8)
+    assert found[4] == found[6] == 0  # left as it is, and the largest allele, which is the original
+    assert all(parameter.is_meta for parameter in stream.model.parameters())
+    assert not any(isinstance(module, QuantLinear) for module in stream.model.modules())
+
+
+def test_simulated_and_real_agree(tiny, problem, ids):
+    model = tiny("llama").eval()
+    stream, space, candidates = problem(model)
+    genomes = [space.uniform("w2g16"), tuple(index % 3 for index in range(len(space)))]
+    real = Evaluator(stream, space, candidates, ids).kl(genomes)
+    simulated = Evaluator(stream, space, candidates, ids, simulate=True).kl(genomes)
+    assert simulated == pytest.approx(real, rel=1e-4)
+    dense = copy.deepcopy(model)
+    for gene in space.genes:
+        (name,) = gene.names
+        packed = candidates.layer(gene.layer)[candidate_key(name, "w2g16")]
+        column_weight(dense.get_submodule(name)).copy_(dequantize_groupwise(packed))
+    with torch.no_grad():
+        one = dense(input_ids=ids).logits
+        changed = whole(model, space, candidates, genomes[0])
+        with compute_mode(changed, "float"):
+            other = changed(input_ids=ids).logits
+    assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())
+
+
+def test_the_head_is_a_gene_too(tiny, problem, ids):
+    model = tiny("llama").eval()
+    stream, space, candidates = problem(model, head=True)
+    assert space.genes[-1].names == ("lm_head",)
+    evaluator = Evaluator(stream, space, candidates, ids)
+    genomes = [(ORIGINAL,) * (len(space) - 1) + (0,), (1,) * (len(space) - 1) + (2,), (1,) * len(space)]
+    for genome, kl in zip(genomes, evaluator.kl(genomes), strict=True):
+        assert kl == pytest.approx(expected_kl(model, space, candidates, genome, ids), rel=1e-3)
+
+
+def test_int8_activations_are_run(tiny, problem, ids):
+    model = tiny("llama").eval()
+    found = {}
+    for allele, compute in (("w4g32", "float"), ("w4g32a8", "int8")):
+        stream, space, candidates = problem(model, (allele,))
+        genome = space.uniform(allele)
+        (found[allele],) = Evaluator(stream, space, candidates, ids).kl([genome])
+        expected = expected_kl(model, space, candidates, genome, ids, compute=compute)
+        assert found[allele] == pytest.approx(expected, rel=1e-3)
+    assert found["w4g32"] != pytest.approx(found["w4g32a8"], rel=1e-3)
+
+
+def test_portions_and_first_chunks(tiny, problem, ids):
+    model = tiny("llama").eval()
+    stream, space, candidates = problem(model)
+    evaluator = Evaluator(stream, space, candidates, ids)
+    assert evaluator.chunks == 3
+    rng = np.random.default_rng(0)
+    genomes = [tuple(int(a) for a in rng.integers(0, 3, size=len(space))) for _ in range(5)]
+    at_once = evaluator.kl(genomes)
+    small = Evaluator(stream, space, candidates, ids, states=1)
+    candidates.asked.clear()
+    assert small.kl(genomes) == at_once
+    assert candidates.asked.count(0) == 5
+    assert evaluator.kl(genomes, chunks=2) == pytest.approx(
+        [expected_kl(model, space, candidates, genome, ids[:4]) for genome in genomes], rel=1e-3
+    )
