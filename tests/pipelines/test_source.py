@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import qkern
 from qkern.calibration import LayerStream
 from qkern.checkpoints import QuantizedCheckpoint
-from qkern.errors import FormatError
+from qkern.errors import FormatError, UnsupportedError
 from qkern.pipelines import source
 from qkern.pipelines.source import open_source
 
@@ -45,6 +45,21 @@ def test_stacks_are_what_transformers_has_in_memory(model_type, tied, mixture, c
     for name, entry in matrix.entries.items():
         assert torch.equal(entry.sums, whole.entries[name].sums), name
         assert torch.equal(entry.counts, whole.entries[name].counts)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dense"),
+    [("qwen2_moe", {"mlp_only_layers": [0]}), ("qwen3_moe", {"decoder_sparse_step": 2})],
+)
+def test_layers_without_experts_have_none(model_type, dense, mixture, tmp_path):
+    folder, model = mixture(model_type, num_hidden_layers=4, **dense)
+    opened = open_source(folder)
+    for name, expected in model.state_dict().items():
+        assert torch.equal(opened.weights.get(name), expected), name
+    report = qkern.quantize(folder, method="rtn", scheme="w4g16", skip=["experts"], output=tmp_path / "out")
+    assert any(name.endswith("layers.0.mlp.up_proj") for name in report.layers)
+    with pytest.raises(UnsupportedError, match="is not what llama.cpp's"):
+        qkern.imatrix(folder, calibration=IDS)
 
 
 def alive():

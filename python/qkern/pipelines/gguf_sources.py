@@ -173,21 +173,29 @@ def parameter_sources(
 ) -> dict[str, str | Stack]:
     """Map the parameters that transformers has in memory to what a 16-bit folder has of them.
 
-    Names of older files become transformers' own, and experts of their own one stack.
+    Names of older files become transformers' own, and experts of their own one stack. A layer without any
+    experts, as some models have, has none here either.
 
     Raises
     ------
     FormatError
-        If experts are missing.
+        If some experts of a layer are missing.
     """
-    known = {own: name for name in tensors if (own := architecture.own_name(name)) is not None}
+    known = {architecture.own_name(name) or name: name for name in tensors}
     fused: dict[str, list[list[str]]] = {}
     for name in architecture.names(config):  # of one parameter in the order of its parts
         parameter = architecture.fused_name(name)
         if parameter is not None and parameter not in known:
             fused.setdefault(parameter, []).append(architecture.pieces(name, expert_count(config)))
+    wanted = {
+        parameter: [piece for pieces in parts for piece in pieces] for parameter, parts in fused.items()
+    }
+    dense = {parameter for parameter, pieces in wanted.items() if known.keys().isdisjoint(pieces)}
     missing = [
-        piece for parts in fused.values() for pieces in parts for piece in pieces if piece not in known
+        piece
+        for parameter, pieces in wanted.items()
+        for piece in pieces
+        if parameter not in dense and piece not in known
     ]
     if missing:
         raise FormatError(
@@ -198,5 +206,6 @@ def parameter_sources(
             tuple(tuple(known[piece] for piece in matrix) for matrix in zip(*parts, strict=True))
         )
         for parameter, parts in fused.items()
+        if parameter not in dense
     }
     return {**known, **stacks}

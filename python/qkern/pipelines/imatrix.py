@@ -189,7 +189,9 @@ class _Names:
     def __init__(self, config: Any) -> None:
         import gguf
 
-        self.architecture = checked_architecture(config.model_type).name
+        architecture = checked_architecture(config.model_type)
+        architecture.check(config.to_dict())
+        self.architecture = architecture.name
         number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         self._table = gguf.get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
 
