@@ -58,7 +58,7 @@ def test_layers_without_experts_have_none(model_type, dense, mixture, tmp_path):
         assert torch.equal(opened.weights.get(name), expected), name
     report = qkern.quantize(folder, method="rtn", scheme="w4g16", skip=["experts"], output=tmp_path / "out")
     assert any(name.endswith("layers.0.mlp.up_proj") for name in report.layers)
-    with pytest.raises(UnsupportedError, match="is not what llama.cpp's"):
+    with pytest.raises(UnsupportedError, match=r"is not what llama\.cpp's"):
         qkern.imatrix(folder, calibration=IDS)
 
 

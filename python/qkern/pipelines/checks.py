@@ -357,8 +357,7 @@ def check_gguf_output(model: str | Path, path: Path, *, modelfile: bool, in_part
         raise InputError("Ollama reads one file: choose modelfile or max_shard_size")
     if modelfile and recipe == path:
         raise InputError(
-            f"{path} is where the Modelfile goes: name the output model.gguf, for example, or leave modelfile "
-            "out"
+            f"{path} is where the Modelfile goes: name the output model.gguf, say, or leave modelfile out"
         )
     if modelfile and recipe.exists():
         raise InputError(f"{recipe} exists: remove it or choose another --output")
