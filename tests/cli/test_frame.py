@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -112,3 +113,18 @@ def test_python_dash_m(tmp_path):
     command = [sys.executable, "-m", "qkern", "info", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(result.stdout)["qkern"] == qkern.__version__
+
+
+def test_a_terminated_export_leaves_nothing(tmp_path):
+    from qkern.demo import CALIBRATION, MODEL
+
+    options = ["--method", "gptq", "--calibration", CALIBRATION, "--output", tmp_path / "model.gguf"]
+    command = [sys.executable, "-m", "qkern", "export-gguf", MODEL, *options]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE) as process:
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 143
+    assert not list(tmp_path.iterdir())

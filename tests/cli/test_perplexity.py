@@ -103,3 +103,9 @@ def test_model_on_disk_is_not_touched():
     # The tests above share the shipped folder.
     assert {p.suffix for p in MODEL.iterdir()} <= {".json", ".md", ".safetensors", ".txt"}
     assert torch.is_grad_enabled()
+
+
+def test_llama_cpp_runs_files_alone(capsys, text):
+    code, out, err = run(capsys, MODEL, "--text", text, "--runner", "llama.cpp")
+    assert (code, out) == (1, "")
+    assert "llama.cpp runs .gguf files: got" in err

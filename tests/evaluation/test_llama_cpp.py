@@ -10,6 +10,7 @@ from qkern import FormatError, InputError, UnsupportedError
 from qkern.demo import HELDOUT, MODEL
 from qkern.evaluation import bos_if_added, perplexity, read_text, token_ids
 from qkern.evaluation.llama_cpp import LlamaCpp
+from qkern.gguf.imatrix import write_imatrix
 
 WINDOW = 64
 TEXT = read_text(HELDOUT)[:2500]
@@ -52,6 +53,18 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(FormatError, match="cannot load"):
         LlamaCpp(tmp_path / "broken.gguf")
+
+
+def test_the_reason_is_said(gguf, tmp_path):
+    (tmp_path / "short.gguf").write_bytes(gguf.read_bytes()[:1_000_000])
+    with pytest.raises(FormatError, match=r"cannot load .*truncated: tensor '.*' ends at byte"):
+        LlamaCpp(tmp_path / "short.gguf")
+    matrix = qkern.imatrix(MODEL, calibration=torch.arange(64).view(2, 32))
+    write_imatrix(tmp_path / "matrix.gguf", matrix)
+    with pytest.raises(FormatError, match=r"its general.type is 'imatrix', not 'model'"):
+        LlamaCpp(tmp_path / "matrix.gguf")
+    with pytest.raises(InputError, match=r"is no model: its general.type is 'imatrix'"):
+        qkern.load(tmp_path / "matrix.gguf")
 
 
 def test_missing_package_says_how_to_install_it(monkeypatch):

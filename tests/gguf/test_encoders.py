@@ -251,3 +251,13 @@ def test_damaged_files_of_the_pooling_are_named(file, content, error, message, e
     with pytest.raises(error, match=rf"{file}.*{message}"):
         export_gguf(folder, tmp_path / "model.gguf", "f32")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoder_has_no_perplexity(encoder_folder, tmp_path):
+    pytest.importorskip("llama_cpp")
+    from qkern.evaluation.llama_cpp import LlamaCpp
+
+    folder, _ = encoder_folder()
+    export_gguf(folder, tmp_path / "bert.gguf", "f16")
+    with pytest.raises(UnsupportedError, match=r"bert\.gguf is an encoder \(bert\): it makes embeddings"):
+        LlamaCpp(tmp_path / "bert.gguf")

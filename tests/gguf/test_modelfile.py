@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_no_half_of_it(shipped, tmp_path, monkeypatch):
 def test_it_is_written_beside_the_file(shipped, tmp_path):
     export_gguf(shipped, tmp_path / "m.gguf", "q4_0", modelfile=True)
     assert (tmp_path / "Modelfile").read_text() == ollama_modelfile(shipped, "m.gguf")
-    with pytest.raises(InputError, match="is where the Modelfile goes"):
+    with pytest.raises(InputError, match=r"Modelfile must end in \.gguf"):
         export_gguf(shipped, tmp_path / "Modelfile", "q4_0", modelfile=True)
     with pytest.raises(InputError, match="Modelfile exists"):
         export_gguf(shipped, tmp_path / "other.gguf", "q4_0", modelfile=True)

@@ -2,7 +2,8 @@
 
 A command is a function named ``command`` in ``qkern/cli/<name>.py`` (dashes become underscores) and a
 line in `COMMANDS`. Heavy packages are imported inside the function, so that ``--help`` stays quick.
-Results go to stdout; progress, logs and errors to stderr. Exit codes: 0, 1 (failed), 2 (usage), 130 (Ctrl-C).
+Results go to stdout; progress, logs and errors to stderr. Exit codes: 0, 1 (failed), 2 (usage), 130 (Ctrl-C),
+143 (SIGTERM).
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -36,6 +39,7 @@ COMMANDS: Final = (
 )
 
 _INTERRUPTED: Final = 130
+_TERMINATED: Final = 143
 
 app = typer.Typer(
     name="qkern",
@@ -109,8 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises
     ------
     SystemExit
-        Always; code 0, 1 (failed), 2 (usage) or 130 (Ctrl-C).
+        Always; code 0, 1 (failed), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM).
     """
+    in_main = threading.current_thread() is threading.main_thread()
+    # As Ctrl-C: what is half-written is removed on the way out.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED)) if in_main else None
     try:
         app(args=None if arguments is None else list(arguments), prog_name="qkern")
     except SystemExit as end:
@@ -121,6 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logging.getLogger("qkern").debug("traceback of the error below", exc_info=True)
         sys.stderr.write(f"qkern: error: {_one_line(error)}\n")
         sys.exit(1)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _one_line(error: QkernError | OSError) -> str:

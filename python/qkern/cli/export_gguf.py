@@ -68,7 +68,10 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of the calibration's draw.")] = 0,
     device: Annotated[str, typer.Option(help="Of the calibration: auto, cpu, cuda, cuda:1, mps")] = "auto",
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Cut into files of at most this size, such as 5GB; default: one file.")
+        str | None,
+        typer.Option(
+            help="Cut into files of this size, such as 5GB, larger tensors alone; default: one file."
+        ),
     ] = None,
     modelfile: Annotated[bool, typer.Option(help="Write Ollama's Modelfile beside the file.")] = False,
     dry_run: Annotated[

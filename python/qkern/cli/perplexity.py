@@ -33,7 +33,9 @@ def command(
         Compute, typer.Option(help="Keep activations, or quantize them to int8 (not in llama.cpp).")
     ] = Compute.FLOAT,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps (not in llama.cpp).")] = "auto",
-    runner: Annotated[Runner, typer.Option(help="What runs a .gguf file.")] = Runner.LLAMA_CPP,
+    runner: Annotated[
+        Runner | None, typer.Option(help="What runs a .gguf file.", show_default="llama.cpp")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity of a model on a text.
@@ -41,12 +43,16 @@ def command(
     As llama.cpp's perplexity tool: windows without overlap; the second half of each is scored, the first
     is context; a tokenizer's BOS replaces the first token of each window.
     """
+    from qkern.errors import InputError
     from qkern.evaluation import read_text, token_losses
 
+    is_gguf = model.endswith(".gguf")
+    if runner is Runner.LLAMA_CPP and not is_gguf:
+        raise InputError(f"llama.cpp runs .gguf files: got {model}; export it first, or leave --runner out")
     content = read_text(text)
     run, ids, bos, source = (
         _open_gguf(model, content, window, compute, device)
-        if model.endswith(".gguf") and runner is Runner.LLAMA_CPP
+        if is_gguf and runner is not Runner.QKERN
         else _open(model, content, device)
     )
     losses = token_losses(run, ids, window=window, bos=bos, compute=compute.value)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkern.errors import FormatError, InputError, UnsupportedError
+from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
+from qkern.gguf import ARCHITECTURES, GGUFFile
 
 __all__ = ["LlamaCpp"]
 
@@ -31,7 +32,7 @@ class LlamaCpp:
     Raises
     ------
     UnsupportedError
-        If llama-cpp-python is not installed.
+        If llama-cpp-python is not installed, or the model is an encoder.
     InputError
         If the file does not exist.
     FormatError
@@ -67,7 +68,12 @@ class LlamaCpp:
                 verbose=False,
             )
         except (ValueError, RuntimeError) as error:
-            raise FormatError(f"llama.cpp cannot load {path}: {error}; export it again") from error
+            raise FormatError(f"llama.cpp cannot load {path}: {_reason(path) or error}") from error
+        known = ARCHITECTURES.get(self.llama.metadata.get("general.architecture", ""))
+        if known is not None and known.is_encoder:
+            raise UnsupportedError(
+                f"{path} is an encoder ({known.name}): it makes embeddings and no logits; name a causal LM"
+            )
         self._context = min(context, llama_cpp.llama_model_n_ctx_train(self.llama.model))
         vocabulary = llama_cpp.llama_model_get_vocab(self.llama.model)
         self.bos: int | None = (
@@ -99,3 +105,13 @@ class LlamaCpp:
             self.llama.eval(row)
             rows.append(torch.from_numpy(self.llama.scores[: len(row)].copy()))
         return torch.stack(rows)
+
+
+def _reason(path: Path) -> str | None:
+    """Say what is wrong with a file, which llama.cpp only logs; None if nothing is to be seen."""
+    try:
+        with GGUFFile(path) as file:
+            kind = file.metadata.get("general.type", "model")
+    except QkernError as error:
+        return str(error)
+    return None if kind == "model" else f"its general.type is {kind!r:.60}, not 'model'"

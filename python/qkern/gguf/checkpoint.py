@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import torch
 from torch import Tensor
 
-from qkern.errors import FormatError, UnsupportedError
+from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.gguf.architectures import ARCHITECTURES
 from qkern.gguf.quantized import map_rows, quantized_of
 from qkern.gguf.reader import GGUFFile
@@ -79,6 +79,9 @@ class GGUFCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.file = GGUFFile(path)
         self.folder = self.file.path
+        kind = self.file.metadata.get("general.type", "model")
+        if kind != "model":
+            raise InputError(f"{self.folder} is no model: its general.type is {kind!r:.60}")
         architecture = self.file.metadata.get("general.architecture")
         if architecture not in _READ:
             raise UnsupportedError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
@@ -21,6 +20,7 @@ from qkern.schemes import Scheme, as_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+    from pathlib import Path
 
     from qkern.search import MixedPrecision
 
@@ -344,29 +344,24 @@ def check_gguf_request(method: str, calibration: Any, imatrix: Any, draw: Mappin
         )
 
 
-def check_gguf_output(model: str | Path, path: Path, *, modelfile: bool, in_parts: bool) -> None:
-    """Refuse an output of an export that cannot be, or that the model's folder would take for its own.
+def check_gguf_output(path: Path, *, modelfile: bool, in_parts: bool) -> None:
+    """Refuse an output of an export that cannot be, or that nothing would take for a GGUF.
 
     Raises
     ------
     InputError
         If so.
     """
+    if path.suffix != ".gguf":
+        raise InputError(
+            f"{path} must end in .gguf, by which a file is told from a folder, a hub id and a model's own "
+            f"files: name it {path.with_suffix('.gguf').name}"
+        )
     recipe = path.with_name("Modelfile")
     if modelfile and in_parts:
         raise InputError("Ollama reads one file: choose modelfile or max_shard_size")
-    if modelfile and recipe == path:
-        raise InputError(
-            f"{path} is where the Modelfile goes: name the output model.gguf, say, or leave modelfile out"
-        )
     if modelfile and recipe.exists():
-        raise InputError(f"{recipe} exists: remove it or choose another --output")
-    inside = Path(model).is_dir() and path.resolve().is_relative_to(Path(model).resolve())
-    if path.suffix != ".gguf" and inside:
-        raise InputError(
-            f"{path} lies in the model folder {model}, where only a .gguf is told from the model's own "
-            f"files: name it {path.with_suffix('.gguf').name}, or choose another --output"
-        )
+        raise InputError(f"{recipe} exists: remove it, or choose an --output in another folder")
     check_new_file(path)
 
 

@@ -156,7 +156,7 @@ def export_gguf(
         with zero points in ``q5_0``, any of these and symmetric 8 bits in ``q8_0``; groups a multiple of 32,
         no act-order); any other is decoded and encoded anew.
     output : str or Path
-        The file; must not exist. In the model's folder its name must end in ``.gguf``.
+        The file; must not exist and end in ``.gguf``.
     type : str
         One of `qkern.gguf.MIXTURES`, such as ``q4_k_m``, ``q8_0`` or ``f16``. The quantized ones are
         llama.cpp's mixtures: the output matrix, and in most some others, get more bits.
@@ -187,7 +187,8 @@ def export_gguf(
         The same from an importance matrix that was made before, by qkern or by llama.cpp. As in llama.cpp
         it may be given for types that have no use for it, which is said in a warning.
     max_shard_size : int or str, optional
-        Write files of at most this size of tensors each, such as ``"5GB"``; default: one file.
+        Write files of at most this size of tensors each, such as ``"5GB"``, a larger tensor in a file of its
+        own; default: one file.
     modelfile : bool
         Write Ollama's ``Modelfile`` beside the file.
     dry_run : bool
@@ -218,7 +219,7 @@ def export_gguf(
     overrides(tied=False)  # refuses what is no type before a folder is opened
     path = Path(output)
     max_shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
-    check_gguf_output(model, path, modelfile=modelfile, in_parts=max_shard_size is not None)
+    check_gguf_output(path, modelfile=modelfile, in_parts=max_shard_size is not None)
     matrix = read_imatrix(imatrix) if isinstance(imatrix, (str, Path)) else imatrix
     with QuantizedCheckpoint(model) as checkpoint:
         architecture = architecture_for(str(checkpoint.config.get("model_type")))
