@@ -6,6 +6,7 @@ import struct
 
 import pytest
 
+from qkern.calibration import load_tokenizer
 from qkern.errors import FormatError, UnsupportedError
 from qkern.evaluation import read_text
 from qkern.gguf import GGUFFile, read_tokenizer
@@ -258,6 +259,43 @@ def test_a_sentencepiece_file_need_not_say_what_is_usual(changed, shipped, model
     assert (read.eos_token, read.unk_token) == ("</s>", "<unk>")
 
 
+@pytest.mark.parametrize(
+    ("settings", "template", "with_json", "ends"),
+    [
+        ({"bos_token": None}, False, True, (False, False)),
+        ({}, False, True, (False, False)),
+        ({"add_bos_token": True}, False, True, (False, False)),
+        ({"add_bos_token": False}, True, True, (True, True)),
+        ({}, False, False, (True, False)),
+        ({"add_bos_token": False, "add_eos_token": True}, False, False, (False, True)),
+        ({"bos_token": None, "eos_token": None, "add_eos_token": True}, False, False, (False, False)),
+    ],
+)
+def test_a_sentencepiece_folder_adds_what_its_tokenizer_does(
+    settings, template, with_json, ends, shipped, model_folder, run_gguf, tmp_path
+):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer, vocabulary, merges = sentencepiece_like(read_text(shipped / "search.txt")[:30_000])
+    if template:
+        special = [("<s>", 1), ("</s>", 2)]
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    folder, _ = model_folder("mistral", vocab_size=len(vocabulary))
+    put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(vocabulary, merges))
+    usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(usual | settings))
+    text, plain = "In the beginning", tokenizer.encode("In the beginning", add_special_tokens=False).ids
+    expected = [*([1] if ends[0] else []), *plain, *([2] if ends[1] else [])]
+    if with_json:
+        assert load_tokenizer(folder)(text)["input_ids"] == expected
+    else:
+        (folder / "tokenizer.json").unlink()
+    export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    assert run_gguf(tmp_path / "model.gguf").tokenize(text).tolist() == expected
+    assert read_tokenizer(tmp_path / "model.gguf")(text)["input_ids"] == expected
+
+
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer.json"])
 def test_tokens_added_to_a_sentencepiece_model_are_kept(file, shipped, model_folder, run_gguf, tmp_path):
     from tokenizers import AddedToken
@@ -311,6 +349,7 @@ DAMAGED = [
     ("added_tokens.json", '{"a": "b"}'),
     ("added_tokens.json", '{"a": null}'),
     ("tokenizer.json", '{"model": []}'),
+    ("tokenizer.json", '{"model": {}}'),
     ("tokenizer.json", '{"added_tokens": 3}'),
     ("tokenizer.json", '{"added_tokens": [{"content": "a"}]}'),
     ("chat_template.jinja", b"\xff"),

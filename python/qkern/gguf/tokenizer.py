@@ -151,15 +151,22 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: 
     else:
         pre = pre_tokenizer or _pre_tokenizer(content)
         _add_byte_level(writer, content, vocab_size, pre)
-    first_ids = tokenizer("a")["input_ids"]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    writer.add_add_bos_token(bos is not None and first_ids[:1] == [bos])
-    writer.add_add_eos_token(eos is not None and first_ids[-1:] == [eos])
-    for kind in ("bos", "eos", "unk", "pad"):
-        number = getattr(tokenizer, f"{kind}_token_id")
-        if number is not None:
-            getattr(writer, f"add_{kind}_token_id")(number)
+    numbers = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "unk", "pad")}
+    ids = {role: number for role, number in numbers.items() if number is not None}
+    _add_ids(writer, ids)
+    _add_ends(writer, tokenizer("a")["input_ids"], ids)
     _add_template(writer, tokenizer.chat_template)
+
+
+def _add_ids(writer: Any, ids: Mapping[str, int]) -> None:
+    for role, number in ids.items():
+        getattr(writer, f"add_{role}_token_id")(number)
+
+
+def _add_ends(writer: Any, found: list[int], ids: Mapping[str, int]) -> None:
+    """Write whether texts begin with BOS and end with EOS, as one that the tokenizer read does."""
+    writer.add_add_bos_token("bos" in ids and found[:1] == [ids["bos"]])
+    writer.add_add_eos_token("eos" in ids and found[-1:] == [ids["eos"]])
 
 
 def _add_template(writer: Any, template: Any) -> None:
@@ -200,6 +207,16 @@ def _load(folder: Path) -> Any:
             f"{folder}: the tokenizer has no tokenizer.json form; save a fast one beside it"
         )
     return tokenizer
+
+
+def _read_by(file: Path, text: str) -> list[int]:
+    """Ids that a ``tokenizer.json`` makes of a text."""
+    from tokenizers import Tokenizer
+
+    try:
+        return list(Tokenizer.from_file(str(file)).encode(text).ids)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise FormatError(f"{file} is no tokenizer ({error}); fetch it again") from error
 
 
 def _pre_tokenizer(content: Mapping[str, Any]) -> str:
@@ -398,19 +415,25 @@ def _add_sentencepiece_file(writer: Any, folder: Path, vocab_size: int) -> None:
             role = TokenType.CONTROL if token.is_special else TokenType.USER_DEFINED
             pieces.tokens[number] = (token.text, role)
     _add_pieces(writer, pieces, vocab_size)
-    ids = {text: number for number, (text, _) in pieces.tokens.items()}
+    numbers = {text: number for number, (text, _) in pieces.tokens.items()}
     named = _named_tokens(folder)
-    for kind, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", None)):
-        text = named.get(f"{kind}_token", default)
+    ids = {}
+    for role, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", None)):
+        text = named.get(f"{role}_token", default)
         if text in unknown:
             continue
-        if text is not None and text not in ids:
-            raise InputError(f"{folder}: the {kind} token {text!r} is not among the tokens")
+        if text is not None and text not in numbers:
+            raise InputError(f"{folder}: the {role} token {text!r} is not among the tokens")
         if text is not None:
-            getattr(writer, f"add_{kind}_token_id")(ids[text])
+            ids[role] = numbers[text]
+    _add_ids(writer, ids)
+    fast = folder / "tokenizer.json"
+    if fast.is_file():  # transformers 5 goes by it, whatever the settings say
+        _add_ends(writer, _read_by(fast, "a"), ids)
     with reading(folder / "tokenizer_config.json") as settings:
-        writer.add_add_bos_token(bool(settings.get("add_bos_token", True)))
-        writer.add_add_eos_token(bool(settings.get("add_eos_token", False)))
+        if not fast.is_file():
+            writer.add_add_bos_token("bos" in ids and bool(settings.get("add_bos_token", True)))
+            writer.add_add_eos_token("eos" in ids and bool(settings.get("add_eos_token", False)))
         template = folder / "chat_template.jinja"
         if not template.is_file():
             _add_template(writer, settings.get("chat_template"))
