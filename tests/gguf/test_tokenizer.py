@@ -183,6 +183,43 @@ def test_an_unknown_pre_tokenizer_is_refused_unless_named(shipped, model_folder,
         assert file.metadata["tokenizer.ggml.pre"] == "qwen2"
 
 
+@pytest.mark.parametrize(
+    ("name", "words_first", "all_made", "warning"),
+    [
+        ("qwen2", False, True, "pre-tokenizer 'qwen2' is not the tokenizer's own"),
+        ("deepseek-llm", False, True, "pre-tokenizer 'deepseek-llm' is not known: known are gpt-2, phi-2"),
+        ("nonsense", False, True, "pre-tokenizer 'nonsense' is not known: .*only if it has one of that name"),
+        ("tekken", False, False, "'tekken' is not the tokenizer's own.*it has .*ignore_merges True; the "),
+        ("tekken", False, True, None),
+        ("tekken", True, False, None),
+    ],
+)
+def test_a_named_pre_tokenizer_is_warned_of_if_it_may_not_fit(
+    name, words_first, all_made, warning, shipped, model_folder, run_gguf, tmp_path, caplog
+):
+    from tokenizers import Tokenizer
+
+    (splits,) = (known.splits for known in PRE_TOKENIZERS if known.name == "tekken")
+    content = json.loads(byte_level(splits, read_text(shipped / "search.txt")[:5_000]).to_str())
+    vocabulary = content["model"]["vocab"]
+    if not all_made:
+        vocabulary["\u0120Zebulonites"] = len(vocabulary)
+    content["model"]["ignore_merges"] = words_first
+    folder, _ = model_folder("llama", vocab_size=len(vocabulary))
+    fast = put_tokenizer(folder, Tokenizer.from_str(json.dumps(content)), eos_token="</s>")
+    path, text = tmp_path / "model.gguf", f"{TEXTS[3]} and 12345 Zebulonites"
+    export_gguf(folder, path, "q8_0", pre_tokenizer=name)
+    with GGUFFile(path) as file:
+        assert file.metadata["tokenizer.ggml.pre"] == name
+    assert bool(warning) == ("pre-tokenizer" in caplog.text)
+    assert warning is None or re.search(warning, caplog.text)
+    if name == "nonsense":
+        with pytest.raises(FormatError, match=r"llama\.cpp cannot load"):
+            run_gguf(path)
+    elif name == "tekken":
+        assert (run_gguf(path).tokenize(text).tolist() == fast(text)["input_ids"]) == (warning is None)
+
+
 @pytest.mark.parametrize("step", ["a space before the text", "normalizer Lowercase"])
 def test_what_llama_cpp_does_not_do_before_a_known_split_is_refused(step, shipped, model_folder, tmp_path):
     from tokenizers import normalizers, pre_tokenizers

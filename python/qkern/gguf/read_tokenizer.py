@@ -8,15 +8,13 @@ from qkern.errors import FormatError, UnsupportedError
 from qkern.gguf.cursor import MetadataArray
 from qkern.gguf.reader import GGUFFile
 from qkern.gguf.sentencepiece import TokenType
-from qkern.gguf.tokenizer import PRE_TOKENIZERS, PreTokenizer
+from qkern.gguf.tokenizer import KNOWN_NAMES, PreTokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["read_tokenizer"]
 
-# Names that a file may have, llama.cpp's other ones for the same too.
-_KNOWN: Final = {name: known for known in PRE_TOKENIZERS for name in (known.name, *known.also)}
 # What llama.cpp takes where a SentencePiece file does not say; in other files there is none.
 _ROLES: Final = {"bos": 1, "eos": 2, "unk": 0}
 _SPACE: Final = "\u2581"
@@ -153,11 +151,11 @@ class _Content:
 
 def _pre_tokenizer(file: GGUFFile) -> PreTokenizer:
     named = file.metadata.get("tokenizer.ggml.pre")
-    known = _KNOWN.get(str(named))
+    known = KNOWN_NAMES.get(str(named))
     if known is None:
         raise UnsupportedError(
-            f"{file.path}: the pre-tokenizer {named!r:.60} is not known: known are {', '.join(_KNOWN)}; use "
-            "the original model's tokenizer"
+            f"{file.path}: the pre-tokenizer {named!r:.60} is not known: known are {', '.join(KNOWN_NAMES)}; "
+            "use the original model's tokenizer"
         )
     return known
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-__all__ = ["PRE_TOKENIZERS", "PreTokenizer", "add_tokenizer", "name_of_model"]
+__all__ = ["KNOWN_NAMES", "PRE_TOKENIZERS", "PreTokenizer", "add_tokenizer", "name_of_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,10 @@ PRE_TOKENIZERS: Final = (
 )
 
 
+# Names that a file may have, llama.cpp's other ones for the same too.
+KNOWN_NAMES: Final = {name: known for known in PRE_TOKENIZERS for name in (known.name, *known.also)}
+
+
 def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: str | None = None) -> None:
     """Write the tokenizer of a model folder into a file's metadata.
 
@@ -122,7 +126,8 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: 
     vocab_size : int
         Rows of the embedding; ids without a token become unused ones.
     pre_tokenizer : str, optional
-        llama.cpp's name of the pre-tokenizer, for one that is not recognized.
+        llama.cpp's name of the pre-tokenizer, for one that is not recognized. A warning says so if the name
+        is not known here, or stands for one that cuts text otherwise than the tokenizer does.
 
     Raises
     ------
@@ -149,8 +154,7 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: 
         pieces = _pieces_of_merges(content)
         _add_pieces(writer, pieces, vocab_size)
     else:
-        pre = pre_tokenizer or _pre_tokenizer(content)
-        _add_byte_level(writer, content, vocab_size, pre)
+        _add_byte_level(writer, content, vocab_size, _pre_tokenizer(content, pre_tokenizer))
     numbers = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "unk", "pad")}
     ids = {role: number for role, number in numbers.items() if number is not None}
     _add_ids(writer, ids)
@@ -219,21 +223,38 @@ def _read_by(file: Path, text: str) -> list[int]:
         raise FormatError(f"{file} is no tokenizer ({error}); fetch it again") from error
 
 
-def _pre_tokenizer(content: Mapping[str, Any]) -> str:
+def _pre_tokenizer(content: Mapping[str, Any], named: str | None) -> str:
+    """Find llama.cpp's name of the pre-tokenizer; one that is given is taken, with a warning if in doubt."""
     splits = (*_rewrites(content.get("normalizer") or {}), *_splits(content.get("pre_tokenizer") or {}))
     words_first = bool(content["model"].get("ignore_merges"))
-    fitting = [known for known in PRE_TOKENIZERS if known.splits == splits]
-    for known in fitting:
-        if known.words_first == words_first:
-            return known.name
-    if fitting and _merges_make_all_words(content):  # then nothing depends on what is taken first
-        return fitting[0].name
-    names = ", ".join(known.name for known in PRE_TOKENIZERS)
-    order = f", ignore_merges {words_first}" if fitting else ""
-    raise UnsupportedError(
-        f"the pre-tokenizer is not one that llama.cpp is known to have: got {splits}{order}, known are "
-        f"{names}; if you know its name in llama.cpp, pass --pre-tokenizer"
-    )
+    alike = [known for known in PRE_TOKENIZERS if known.splits == splits]
+    fitting = [known for known in alike if known.words_first == words_first]
+    if len(fitting) < len(alike) and (named or not fitting) and _merges_make_all_words(content):
+        fitting = alike  # then nothing depends on what is taken first
+    got = f"{splits}{f', ignore_merges {words_first}' if alike else ''}"
+    if named is None:
+        if fitting:
+            return fitting[0].name
+        names = ", ".join(known.name for known in PRE_TOKENIZERS)
+        raise UnsupportedError(
+            f"the pre-tokenizer is not one that llama.cpp is known to have: got {got}, known are "
+            f"{names}; if you know its name in llama.cpp, pass --pre-tokenizer"
+        )
+    if named not in KNOWN_NAMES:
+        logger.warning(
+            "the pre-tokenizer %r is not known: known are %s; llama.cpp loads the file only if it has one of "
+            "that name",
+            named,
+            ", ".join(KNOWN_NAMES),
+        )
+    elif KNOWN_NAMES[named] not in fitting:
+        its = KNOWN_NAMES[named]
+        logger.warning(
+            "llama.cpp's pre-tokenizer %r is not the tokenizer's own, text may get other tokens: it has %s, "
+            "ignore_merges %s; the tokenizer has %s, ignore_merges %s",
+            *(named, its.splits, its.words_first, splits, words_first),
+        )
+    return named
 
 
 def _merges_make_all_words(content: Mapping[str, Any]) -> bool:
