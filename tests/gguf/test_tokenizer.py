@@ -333,6 +333,37 @@ def test_a_sentencepiece_folder_adds_what_its_tokenizer_does(
     assert read_tokenizer(tmp_path / "model.gguf")(text)["input_ids"] == expected
 
 
+@pytest.mark.parametrize(
+    ("pre", "edits"),
+    [
+        ("llama-bpe", {}),
+        ("qwen2", {}),
+        ("qwen2", {"add_bos_token": True, "add_eos_token": True}),
+        ("llama-bpe", {"bos_token_id": 2**32 - 1, "eos_token_id": 5000, "add_eos_token": True}),
+    ],
+)
+def test_a_byte_level_file_need_not_say_what_is_usual(
+    pre, edits, changed, shipped, model_folder, run_gguf, tmp_path
+):
+    (known,) = (known for known in PRE_TOKENIZERS if known.name == pre)
+    tokenizer = byte_level(known.splits, read_text(shipped / "search.txt")[:30_000])
+    tokenizer.model.ignore_merges = known.words_first
+    folder, _ = model_folder("llama", vocab_size=tokenizer.get_vocab_size())
+    put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>")
+    export_gguf(folder, tmp_path / "full.gguf", "q8_0")
+    usual = dict.fromkeys(("add_bos_token", "add_eos_token", "bos_token_id", "eos_token_id"))
+    keys = {f"tokenizer.ggml.{key}": value for key, value in (usual | edits).items()}
+    path = changed(tmp_path / "full.gguf", tmp_path / "model.gguf", **keys)
+    runner, read = run_gguf(path), read_tokenizer(path)
+    assert (runner.llama.token_bos(), runner.llama.token_eos()) == (11, 11)
+    part = read.decode([11])
+    for text in [*TEXTS, f"a {part}{part} b{part}\n"]:
+        ids = read(text)["input_ids"]
+        assert (ids[0] == 11) == (pre == "llama-bpe" or "add_bos_token" in edits)
+        assert runner.tokenize(text).tolist() == ids
+    assert read.decode([11], skip_special_tokens=True) == part
+
+
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer.json"])
 def test_tokens_added_to_a_sentencepiece_model_are_kept(file, shipped, model_folder, run_gguf, tmp_path):
     from tokenizers import AddedToken
@@ -360,17 +391,30 @@ def test_tokens_added_to_a_sentencepiece_model_are_kept(file, shipped, model_fol
     assert found == fast(chat, add_special_tokens=False)["input_ids"]
 
 
-def test_an_added_token_without_a_row_is_left_out(model_folder, tmp_path, caplog):
-    folder, _ = model_folder("mistral", vocab_size=5)
-    for old in folder.glob("tokenizer*"):
-        old.unlink()
-    (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(["<unk>", "<s>", "</s>", "a"], []))
-    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 4, "<pad>": 5}))
-    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
-    export_gguf(folder, tmp_path / "model.gguf", "q8_0")
-    assert "<pad> have no row in the embedding" in caplog.text
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "tokenizer.model", "both files"])
+def test_an_added_token_without_a_row_is_left_out(kind, shipped, model_folder, tmp_path, caplog):
+    from tokenizers import AddedToken
+
+    text, files = read_text(shipped / "search.txt")[:5_000], kind in ("tokenizer.model", "both files")
+    like_llama, vocabulary, merges = sentencepiece_like(text)
+    tokenizer = byte_level(PRE_TOKENIZERS[0].splits, text) if kind == "byte-level" else like_llama
+    rows = tokenizer.get_vocab_size() + 1
+    tokenizer.add_tokens([AddedToken("<extra>", normalized=False)])
+    tokenizer.add_special_tokens(["<pad>"])
+    folder, _ = model_folder("mistral", vocab_size=rows)
+    put_tokenizer(folder, tokenizer, pad_token="<pad>", eos_token="</s>")
+    if files:
+        (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(vocabulary, merges))
+    if kind == "tokenizer.model":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+        (folder / "added_tokens.json").write_text(json.dumps({"<extra>": rows - 1, "<pad>": rows}))
+        (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    export_gguf(folder, tmp_path / "model.gguf", "f32")
+    assert ": <pad> have no row in the embedding and are left out" in caplog.text
     with GGUFFile(tmp_path / "model.gguf") as file:
-        assert file.metadata["tokenizer.ggml.tokens"] == ["<unk>", "<s>", "</s>", "a", "<extra>"]
+        tokens = file.metadata["tokenizer.ggml.tokens"]
+        assert (len(tokens), tokens[rows - 1]) == (rows, "<extra>")
         assert "tokenizer.ggml.padding_token_id" not in file.metadata
 
 
@@ -472,6 +516,18 @@ def test_white_space_after_special_tokens_is_dropped_where_the_tokenizer_does(
     assert found == fast(chat, add_special_tokens=False)["input_ids"]
 
 
+def test_a_name_does_not_promise_tokens_that_are_left_out(shipped, model_folder, run_gguf, tmp_path):
+    from tokenizers import AddedToken
+
+    tokenizer, vocabulary, _ = sentencepiece_like(read_text(shipped / "search.txt")[:5_000])
+    marks = [AddedToken(mark, rstrip=True, special=True) for mark in ("<|user|>", "<|endoftext|>")]
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *marks])
+    folder, _ = model_folder("phi3", vocab_size=len(vocabulary) + 1)
+    put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    export_gguf(folder.rename(tmp_path / "phi3"), tmp_path / "model.gguf", "q8_0")
+    assert run_gguf(tmp_path / "model.gguf").llama.metadata["general.name"] == "phi 3"
+
+
 @pytest.mark.parametrize("from_file", [False, True])
 def test_of_several_chat_templates_the_default_is_written(from_file, shipped, model_folder, tmp_path):
     tokenizer, vocabulary, merges = sentencepiece_like(read_text(shipped / "search.txt")[:5_000])
@@ -506,7 +562,7 @@ def test_damaged_sentencepiece_files_are_refused(tmp_path):
 
 def test_more_tokens_than_rows_are_refused(model_folder, tmp_path):
     folder, _ = model_folder("qwen2", vocab_size=2000)
-    with pytest.raises(FormatError, match="ids up to 2047, but the embedding has 2000 rows"):
+    with pytest.raises(FormatError, match="ids up to 2044, but the embedding has 2000 rows"):
         export_gguf(folder, tmp_path / "model.gguf", "q8_0")
 
 

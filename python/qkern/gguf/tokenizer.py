@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _PHI3: Final = re.compile("(phi)-?3", re.IGNORECASE)
 _PHI3_TOKENS: Final = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 _NAMED: Final = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_ROLES: Final = ("bos", "eos", "unk", "pad")
 _CONTRACTION: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -132,7 +133,8 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: 
     Raises
     ------
     FormatError
-        If the folder has no tokenizer that can be read, or one with more tokens than the embedding.
+        If the folder has no tokenizer that can be read, or one whose vocabulary, leaving aside tokens that
+        were added to it, is larger than the embedding.
     UnsupportedError
         If llama.cpp has no such tokenizer.
     """
@@ -141,23 +143,27 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: 
         return
     tokenizer = _load(folder)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
+    every = {token["id"]: _Added.of(token) for token in content.get("added_tokens", ())}
+    added = _with_rows(folder, every, vocab_size)
+    numbers = {role: getattr(tokenizer, f"{role}_token_id") for role in (*_ROLES, "cls", "sep", "mask")}
+    ids = {role: number for role, number in numbers.items() if number is not None and number < vocab_size}
     model = content["model"]
     if model["type"] not in ("BPE", "WordPiece"):
         raise UnsupportedError(
             f"a {model['type']} tokenizer is not exported to GGUF: allowed are BPE and WordPiece"
         )
+    without = every.keys() - added.keys()  # of some kinds transformers puts added tokens into the vocabulary
+    model["vocab"] = {text: number for text, number in model["vocab"].items() if number not in without}
     if model["type"] == "WordPiece":
-        _add_word_pieces(writer, content, vocab_size)
-        _add_word_specials(writer, tokenizer)
+        _add_word_pieces(writer, content, added, vocab_size)
+        _add_word_specials(writer, tokenizer("a")["input_ids"], ids)
         return
     if model.get("byte_fallback"):
-        pieces = _pieces_of_merges(content)
+        pieces = _pieces_of_merges(content, added)
         _add_pieces(writer, pieces, vocab_size)
     else:
-        _add_byte_level(writer, content, vocab_size, _pre_tokenizer(content, pre_tokenizer))
-    numbers = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "unk", "pad")}
-    ids = {role: number for role, number in numbers.items() if number is not None}
-    _add_ids(writer, ids)
+        _add_byte_level(writer, content, added, vocab_size, _pre_tokenizer(content, pre_tokenizer))
+    _add_ids(writer, {role: ids[role] for role in _ROLES if role in ids})
     _add_ends(writer, tokenizer("a")["input_ids"], ids)
     _add_template(writer, tokenizer.chat_template)
 
@@ -183,13 +189,13 @@ def _add_template(writer: Any, template: Any) -> None:
         writer.add_chat_template(template)
 
 
-def name_of_model(name: str, folder: Path) -> str:
+def name_of_model(name: str, folder: Path, vocab_size: int) -> str:
     """Return the name that a file gives the model, which llama.cpp takes for a fact about its tokenizer.
 
     In a model that is called phi3 llama.cpp drops the white space after special tokens, as Phi-3's tokenizer
     does, and it demands certain tokens. The name is made to say so if, and only if, it is true.
     """
-    added = _added_beside(folder).values()
+    added = [token for number, token in _added_beside(folder).items() if number < vocab_size]
     strips = any(token.is_special and token.strips_right for token in added)
     strips = strips and {token.text for token in added} >= _PHI3_TOKENS
     if strips:
@@ -262,7 +268,7 @@ def _merges_make_all_words(content: Mapping[str, Any]) -> bool:
 
     words = content["model"]["vocab"]
     merges = models.BPE(words, [(left, right) for left, right in _merges(content)])
-    added = {text for text, _ in _added(content).values()}
+    added = {token["content"] for token in content.get("added_tokens", ())}
     return all(len(merges.tokenize(word)) == 1 for word in words if word not in added)
 
 
@@ -293,10 +299,18 @@ def _splits(pre_tokenizer: Mapping[str, Any]) -> list[str]:
     return [] if kind is None else [str(kind)]
 
 
-def _added(content: Mapping[str, Any]) -> dict[int, tuple[str, TokenType]]:
+def _with_rows(folder: Path, added: Mapping[int, _Added], vocab_size: int) -> dict[int, _Added]:
+    """Leave out added tokens without a row: folders are about with one for padding that no model had."""
+    without = sorted(token.text for number, token in added.items() if number >= vocab_size)
+    if without:
+        logger.warning("%s: %s have no row in the embedding and are left out", folder, ", ".join(without))
+    return {number: token for number, token in added.items() if number < vocab_size}
+
+
+def _typed(added: Mapping[int, _Added]) -> dict[int, tuple[str, TokenType]]:
     return {
-        token["id"]: (token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
-        for token in content.get("added_tokens", ())
+        number: (token.text, TokenType.CONTROL if token.is_special else TokenType.USER_DEFINED)
+        for number, token in added.items()
     }
 
 
@@ -311,9 +325,11 @@ def _fill(tokens: dict[int, tuple[str, TokenType]], vocab_size: int) -> tuple[li
     return [text for text, _ in filled], [int(kind) for _, kind in filled]
 
 
-def _add_byte_level(writer: Any, content: Mapping[str, Any], vocab_size: int, pre: str) -> None:
+def _add_byte_level(
+    writer: Any, content: Mapping[str, Any], added: Mapping[int, _Added], vocab_size: int, pre: str
+) -> None:
     tokens = {number: (text, TokenType.NORMAL) for text, number in content["model"]["vocab"].items()}
-    tokens.update(_added(content))
+    tokens.update(_typed(added))
     texts, kinds = _fill(tokens, vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -326,7 +342,7 @@ def _merges(content: Mapping[str, Any]) -> list[list[str]]:
     return [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
 
 
-def _pieces_of_merges(content: Mapping[str, Any]) -> Pieces:
+def _pieces_of_merges(content: Mapping[str, Any], added: Mapping[int, _Added]) -> Pieces:
     """SentencePiece pieces of a BPE with byte fallback: an earlier merge has a higher score."""
     scores: dict[str, float] = {}
     for rank, pair in enumerate(_merges(content)):
@@ -336,7 +352,7 @@ def _pieces_of_merges(content: Mapping[str, Any]) -> Pieces:
         is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         tokens[number] = (text, TokenType.BYTE if is_byte else TokenType.NORMAL)
     unknown = content["model"].get("unk_token")
-    tokens.update(_added(content))
+    tokens.update(_typed(added))
     for number, (text, _) in tokens.items():
         if text == unknown:
             tokens[number] = (text, TokenType.UNKNOWN)
@@ -377,7 +393,9 @@ def _add_pieces(writer: Any, pieces: Pieces, vocab_size: int) -> None:
     writer.add_add_space_prefix(pieces.adds_space_prefix)
 
 
-def _add_word_pieces(writer: Any, content: Mapping[str, Any], vocab_size: int) -> None:
+def _add_word_pieces(
+    writer: Any, content: Mapping[str, Any], added: Mapping[int, _Added], vocab_size: int
+) -> None:
     """Write a WordPiece vocabulary; llama.cpp marks the beginning of a word where BERT marks what goes on."""
     model, normalizer = content["model"], content.get("normalizer") or {}
     steps = (normalizer.get("type"), (content.get("pre_tokenizer") or {}).get("type"))
@@ -390,12 +408,11 @@ def _add_word_pieces(writer: Any, content: Mapping[str, Any], vocab_size: int) -
     off = [key for key in ("clean_text", "handle_chinese_chars") if not normalizer.get(key, True)]
     if off:
         raise UnsupportedError(f"llama.cpp's WordPiece always has {', '.join(off)}; the tokenizer has not")
-    added = _added(content)
     tokens = {}
     for text, number in model["vocab"].items():
         piece = text.removeprefix("##") if text.startswith("##") else f"\u2581{text}"
         tokens[number] = (piece, TokenType.NORMAL)
-    texts, kinds = _fill({**tokens, **added}, vocab_size)
+    texts, kinds = _fill(tokens | _typed(added), vocab_size)
     lowercase, strips = bool(normalizer.get("lowercase")), normalizer.get("strip_accents")
     writer.add_tokenizer_model("bert")
     writer.add_tokenizer_pre("default")
@@ -405,48 +422,34 @@ def _add_word_pieces(writer: Any, content: Mapping[str, Any], vocab_size: int) -
     writer.add_bool("tokenizer.ggml.normalizer.strip_accents", lowercase if strips is None else bool(strips))
 
 
-def _add_word_specials(writer: Any, tokenizer: Any) -> None:
+def _add_word_specials(writer: Any, found: list[int], ids: Mapping[str, int]) -> None:
     """Write the special tokens of an encoder: llama.cpp begins a text with BOS and ends it with SEP."""
-    first, *_, last = tokenizer("a")["input_ids"]
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    writer.add_add_bos_token(cls is not None and first == cls)
-    writer.add_add_sep_token(sep is not None and last == sep)
+    writer.add_add_bos_token("cls" in ids and found[0] == ids["cls"])
+    writer.add_add_sep_token("sep" in ids and found[-1] == ids["sep"])
     writer.add_add_eos_token(False)
-    ids = {"bos": cls, "eos": sep, "sep": sep, "mask": tokenizer.mask_token_id}
-    for kind, number in {**ids, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}.items():
-        if number is not None:
-            getattr(writer, f"add_{kind}_token_id")(number)
+    places = {"bos": "cls", "eos": "sep", "sep": "sep", "mask": "mask", "unk": "unk", "pad": "pad"}
+    _add_ids(writer, {place: ids[role] for place, role in places.items() if role in ids})
 
 
 def _add_sentencepiece_file(writer: Any, folder: Path, vocab_size: int) -> None:
     pieces = read_sentencepiece(folder / "tokenizer.model")
-    added = _added_beside(folder)
-    # Folders are about with a token for padding that the model never had.
-    unknown = {token.text for number, token in added.items() if number >= vocab_size}
-    if unknown:
-        logger.warning(
-            "%s: %s have no row in the embedding and are left out", folder, ", ".join(sorted(unknown))
-        )
-    for number, token in added.items():
-        if number >= vocab_size:
-            continue
+    beside = _added_beside(folder)
+    added = _with_rows(folder, beside, vocab_size)
+    for number, token in _typed(added).items():
         known = pieces.tokens.get(number)
         # The marks of Gemma's turns are user-defined in the file and special in the settings, which hold.
         if known is None or known[1] in (TokenType.NORMAL, TokenType.USER_DEFINED):
-            role = TokenType.CONTROL if token.is_special else TokenType.USER_DEFINED
-            pieces.tokens[number] = (token.text, role)
+            pieces.tokens[number] = token
     _add_pieces(writer, pieces, vocab_size)
     numbers = {text: number for number, (text, _) in pieces.tokens.items()}
     named = _named_tokens(folder)
     ids = {}
-    for role, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", None)):
+    for role, default in zip(_ROLES, ("<s>", "</s>", "<unk>", None), strict=True):
         text = named.get(f"{role}_token", default)
-        if text in unknown:
-            continue
-        if text is not None and text not in numbers:
-            raise InputError(f"{folder}: the {role} token {text!r} is not among the tokens")
-        if text is not None:
+        if text in numbers:
             ids[role] = numbers[text]
+        elif text is not None and text not in {token.text for token in beside.values()}:
+            raise InputError(f"{folder}: the {role} token {text!r} is not among the tokens")
     _add_ids(writer, ids)
     fast = folder / "tokenizer.json"
     if fast.is_file():  # transformers 5 goes by it, whatever the settings say
