@@ -182,6 +182,22 @@ def test_activations_of_an_encoder_are_not_collected(encoder_folder, tmp_path, m
     export_gguf(folder, tmp_path / "model.gguf", "q4_0", imatrix=matrix)
 
 
+def test_an_added_token_without_a_row_is_left_out(encoder_folder, tmp_path, caplog):
+    tokenizer = word_pieces()
+    rows = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<extra>"])
+    folder, _, fast = encoder_folder(tokenizer=tokenizer, vocab_size=rows)
+    fast.mask_token = "<extra>"
+    fast.save_pretrained(folder)
+    export_gguf(folder, tmp_path / "model.gguf", "f32")
+    assert ": <extra> have no row in the embedding and are left out" in caplog.text
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        assert len(file.metadata["tokenizer.ggml.tokens"]) == rows
+        assert "tokenizer.ggml.mask_token_id" not in file.metadata
+        assert file.metadata["tokenizer.ggml.seperator_token_id"] == 3
+        assert file.metadata["tokenizer.ggml.add_bos_token"] is True
+
+
 def test_a_pre_tokenizer_of_an_encoder_is_refused(encoder_folder, tmp_path):
     folder, _, _ = encoder_folder()
     with pytest.raises(InputError, match=r"'gpt-2' is for byte-level tokenizers, .*kind 'bert'"):

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 
+from qkern.calibration import load_tokenizer
 from qkern.errors import FormatError, UnsupportedError
 from qkern.evaluation import read_text
 from qkern.gguf import GGUFFile, read_tokenizer
@@ -182,6 +183,43 @@ def test_an_unknown_pre_tokenizer_is_refused_unless_named(shipped, model_folder,
         assert file.metadata["tokenizer.ggml.pre"] == "qwen2"
 
 
+@pytest.mark.parametrize(
+    ("name", "words_first", "all_made", "warning"),
+    [
+        ("qwen2", False, True, "pre-tokenizer 'qwen2' is not the tokenizer's own"),
+        ("deepseek-llm", False, True, "pre-tokenizer 'deepseek-llm' is not known: known are gpt-2, phi-2"),
+        ("nonsense", False, True, "pre-tokenizer 'nonsense' is not known: .*only if it has one of that name"),
+        ("tekken", False, False, "'tekken' is not the tokenizer's own.*it has .*ignore_merges True; the "),
+        ("tekken", False, True, None),
+        ("tekken", True, False, None),
+    ],
+)
+def test_a_named_pre_tokenizer_is_warned_of_if_it_may_not_fit(
+    name, words_first, all_made, warning, shipped, model_folder, run_gguf, tmp_path, caplog
+):
+    from tokenizers import Tokenizer
+
+    (splits,) = (known.splits for known in PRE_TOKENIZERS if known.name == "tekken")
+    content = json.loads(byte_level(splits, read_text(shipped / "search.txt")[:5_000]).to_str())
+    vocabulary = content["model"]["vocab"]
+    if not all_made:
+        vocabulary["\u0120Zebulonites"] = len(vocabulary)
+    content["model"]["ignore_merges"] = words_first
+    folder, _ = model_folder("llama", vocab_size=len(vocabulary))
+    fast = put_tokenizer(folder, Tokenizer.from_str(json.dumps(content)), eos_token="</s>")
+    path, text = tmp_path / "model.gguf", f"{TEXTS[3]} and 12345 Zebulonites"
+    export_gguf(folder, path, "q8_0", pre_tokenizer=name)
+    with GGUFFile(path) as file:
+        assert file.metadata["tokenizer.ggml.pre"] == name
+    assert bool(warning) == ("pre-tokenizer" in caplog.text)
+    assert warning is None or re.search(warning, caplog.text)
+    if name == "nonsense":
+        with pytest.raises(FormatError, match=r"llama\.cpp cannot load"):
+            run_gguf(path)
+    elif name == "tekken":
+        assert (run_gguf(path).tokenize(text).tolist() == fast(text)["input_ids"]) == (warning is None)
+
+
 @pytest.mark.parametrize("step", ["a space before the text", "normalizer Lowercase"])
 def test_what_llama_cpp_does_not_do_before_a_known_split_is_refused(step, shipped, model_folder, tmp_path):
     from tokenizers import normalizers, pre_tokenizers
@@ -258,6 +296,74 @@ def test_a_sentencepiece_file_need_not_say_what_is_usual(changed, shipped, model
     assert (read.eos_token, read.unk_token) == ("</s>", "<unk>")
 
 
+@pytest.mark.parametrize(
+    ("settings", "template", "with_json", "ends"),
+    [
+        ({"bos_token": None}, False, True, (False, False)),
+        ({}, False, True, (False, False)),
+        ({"add_bos_token": True}, False, True, (False, False)),
+        ({"add_bos_token": False}, True, True, (True, True)),
+        ({}, False, False, (True, False)),
+        ({"add_bos_token": False, "add_eos_token": True}, False, False, (False, True)),
+        ({"bos_token": None, "eos_token": None, "add_eos_token": True}, False, False, (False, False)),
+    ],
+)
+def test_a_sentencepiece_folder_adds_what_its_tokenizer_does(
+    settings, template, with_json, ends, shipped, model_folder, run_gguf, tmp_path
+):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer, vocabulary, merges = sentencepiece_like(read_text(shipped / "search.txt")[:30_000])
+    if template:
+        special = [("<s>", 1), ("</s>", 2)]
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    folder, _ = model_folder("mistral", vocab_size=len(vocabulary))
+    put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(vocabulary, merges))
+    usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(usual | settings))
+    text, plain = "In the beginning", tokenizer.encode("In the beginning", add_special_tokens=False).ids
+    expected = [*([1] if ends[0] else []), *plain, *([2] if ends[1] else [])]
+    if with_json:
+        assert load_tokenizer(folder)(text)["input_ids"] == expected
+    else:
+        (folder / "tokenizer.json").unlink()
+    export_gguf(folder, tmp_path / "model.gguf", "q8_0")
+    assert run_gguf(tmp_path / "model.gguf").tokenize(text).tolist() == expected
+    assert read_tokenizer(tmp_path / "model.gguf")(text)["input_ids"] == expected
+
+
+@pytest.mark.parametrize(
+    ("pre", "edits"),
+    [
+        ("llama-bpe", {}),
+        ("qwen2", {}),
+        ("qwen2", {"add_bos_token": True, "add_eos_token": True}),
+        ("llama-bpe", {"bos_token_id": 2**32 - 1, "eos_token_id": 5000, "add_eos_token": True}),
+    ],
+)
+def test_a_byte_level_file_need_not_say_what_is_usual(
+    pre, edits, changed, shipped, model_folder, run_gguf, tmp_path
+):
+    (known,) = (known for known in PRE_TOKENIZERS if known.name == pre)
+    tokenizer = byte_level(known.splits, read_text(shipped / "search.txt")[:30_000])
+    tokenizer.model.ignore_merges = known.words_first
+    folder, _ = model_folder("llama", vocab_size=tokenizer.get_vocab_size())
+    put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>")
+    export_gguf(folder, tmp_path / "full.gguf", "q8_0")
+    usual = dict.fromkeys(("add_bos_token", "add_eos_token", "bos_token_id", "eos_token_id"))
+    keys = {f"tokenizer.ggml.{key}": value for key, value in (usual | edits).items()}
+    path = changed(tmp_path / "full.gguf", tmp_path / "model.gguf", **keys)
+    runner, read = run_gguf(path), read_tokenizer(path)
+    assert (runner.llama.token_bos(), runner.llama.token_eos()) == (11, 11)
+    part = read.decode([11])
+    for text in [*TEXTS, f"a {part}{part} b{part}\n"]:
+        ids = read(text)["input_ids"]
+        assert (ids[0] == 11) == (pre == "llama-bpe" or "add_bos_token" in edits)
+        assert runner.tokenize(text).tolist() == ids
+    assert read.decode([11], skip_special_tokens=True) == part
+
+
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer.json"])
 def test_tokens_added_to_a_sentencepiece_model_are_kept(file, shipped, model_folder, run_gguf, tmp_path):
     from tokenizers import AddedToken
@@ -285,17 +391,30 @@ def test_tokens_added_to_a_sentencepiece_model_are_kept(file, shipped, model_fol
     assert found == fast(chat, add_special_tokens=False)["input_ids"]
 
 
-def test_an_added_token_without_a_row_is_left_out(model_folder, tmp_path, caplog):
-    folder, _ = model_folder("mistral", vocab_size=5)
-    for old in folder.glob("tokenizer*"):
-        old.unlink()
-    (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(["<unk>", "<s>", "</s>", "a"], []))
-    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 4, "<pad>": 5}))
-    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
-    export_gguf(folder, tmp_path / "model.gguf", "q8_0")
-    assert "<pad> have no row in the embedding" in caplog.text
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "tokenizer.model", "both files"])
+def test_an_added_token_without_a_row_is_left_out(kind, shipped, model_folder, tmp_path, caplog):
+    from tokenizers import AddedToken
+
+    text, files = read_text(shipped / "search.txt")[:5_000], kind in ("tokenizer.model", "both files")
+    like_llama, vocabulary, merges = sentencepiece_like(text)
+    tokenizer = byte_level(PRE_TOKENIZERS[0].splits, text) if kind == "byte-level" else like_llama
+    rows = tokenizer.get_vocab_size() + 1
+    tokenizer.add_tokens([AddedToken("<extra>", normalized=False)])
+    tokenizer.add_special_tokens(["<pad>"])
+    folder, _ = model_folder("mistral", vocab_size=rows)
+    put_tokenizer(folder, tokenizer, pad_token="<pad>", eos_token="</s>")
+    if files:
+        (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(vocabulary, merges))
+    if kind == "tokenizer.model":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+        (folder / "added_tokens.json").write_text(json.dumps({"<extra>": rows - 1, "<pad>": rows}))
+        (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    export_gguf(folder, tmp_path / "model.gguf", "f32")
+    assert ": <pad> have no row in the embedding and are left out" in caplog.text
     with GGUFFile(tmp_path / "model.gguf") as file:
-        assert file.metadata["tokenizer.ggml.tokens"] == ["<unk>", "<s>", "</s>", "a", "<extra>"]
+        tokens = file.metadata["tokenizer.ggml.tokens"]
+        assert (len(tokens), tokens[rows - 1]) == (rows, "<extra>")
         assert "tokenizer.ggml.padding_token_id" not in file.metadata
 
 
@@ -311,6 +430,7 @@ DAMAGED = [
     ("added_tokens.json", '{"a": "b"}'),
     ("added_tokens.json", '{"a": null}'),
     ("tokenizer.json", '{"model": []}'),
+    ("tokenizer.json", '{"model": {}}'),
     ("tokenizer.json", '{"added_tokens": 3}'),
     ("tokenizer.json", '{"added_tokens": [{"content": "a"}]}'),
     ("chat_template.jinja", b"\xff"),
@@ -396,6 +516,18 @@ def test_white_space_after_special_tokens_is_dropped_where_the_tokenizer_does(
     assert found == fast(chat, add_special_tokens=False)["input_ids"]
 
 
+def test_a_name_does_not_promise_tokens_that_are_left_out(shipped, model_folder, run_gguf, tmp_path):
+    from tokenizers import AddedToken
+
+    tokenizer, vocabulary, _ = sentencepiece_like(read_text(shipped / "search.txt")[:5_000])
+    marks = [AddedToken(mark, rstrip=True, special=True) for mark in ("<|user|>", "<|endoftext|>")]
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *marks])
+    folder, _ = model_folder("phi3", vocab_size=len(vocabulary) + 1)
+    put_tokenizer(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    export_gguf(folder.rename(tmp_path / "phi3"), tmp_path / "model.gguf", "q8_0")
+    assert run_gguf(tmp_path / "model.gguf").llama.metadata["general.name"] == "phi 3"
+
+
 @pytest.mark.parametrize("from_file", [False, True])
 def test_of_several_chat_templates_the_default_is_written(from_file, shipped, model_folder, tmp_path):
     tokenizer, vocabulary, merges = sentencepiece_like(read_text(shipped / "search.txt")[:5_000])
@@ -430,7 +562,7 @@ def test_damaged_sentencepiece_files_are_refused(tmp_path):
 
 def test_more_tokens_than_rows_are_refused(model_folder, tmp_path):
     folder, _ = model_folder("qwen2", vocab_size=2000)
-    with pytest.raises(FormatError, match="ids up to 2047, but the embedding has 2000 rows"):
+    with pytest.raises(FormatError, match="ids up to 2044, but the embedding has 2000 rows"):
         export_gguf(folder, tmp_path / "model.gguf", "q8_0")
 
 

@@ -8,17 +8,15 @@ from qkern.errors import FormatError, UnsupportedError
 from qkern.gguf.cursor import MetadataArray
 from qkern.gguf.reader import GGUFFile
 from qkern.gguf.sentencepiece import TokenType
-from qkern.gguf.tokenizer import PRE_TOKENIZERS, PreTokenizer
+from qkern.gguf.tokenizer import KNOWN_NAMES, PreTokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["read_tokenizer"]
 
-# Names that a file may have, llama.cpp's other ones for the same too.
-_KNOWN: Final = {name: known for known in PRE_TOKENIZERS for name in (known.name, *known.also)}
-# What llama.cpp takes where a SentencePiece file does not say; in other files there is none.
-_ROLES: Final = {"bos": 1, "eos": 2, "unk": 0}
+# What llama.cpp takes where a file of the kind does not say, or names a token that it has not.
+_ROLES: Final = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {"bos": 11, "eos": 11}}
 _SPACE: Final = "\u2581"
 # Longer ones are no pieces of text; splitting them everywhere would take quadratic time.
 _LONGEST_PIECE: Final = 512
@@ -89,8 +87,14 @@ class _Content:
                 f"{file.path}: tokens must be different texts, each with a type: got {len(self.texts)} "
                 f"tokens, {len(self.vocabulary)} texts, {len(self.kinds)} types; fetch it again"
             )
-        roles = {f"{role}_token": self._role(role) for role in ("bos", "eos", "unk", "pad")}
-        self.roles = {role: text for role, text in roles.items() if text is not None}
+        ids = {role: self._id(role) for role in ("bos", "eos", "unk", "pad")}
+        self.ids = {role: number for role, number in ids.items() if number is not None}
+        # Tokens with a part are special in transformers; a part of text must not become so.
+        self.roles = {
+            f"{role}_token": self.texts[number]
+            for role, number in self.ids.items()
+            if self.kinds[number] != TokenType.NORMAL
+        }
 
     def _array(self, key: str, kind: type) -> list[Any]:
         name = f"tokenizer.ggml.{key}"
@@ -100,13 +104,13 @@ class _Content:
             raise FormatError(f"{self.file.path}: {name} must be an array of {kind.__name__}; fetch it again")
         return items
 
-    def _role(self, role: str) -> str | None:
+    def _id(self, role: str) -> int | None:
         key = {"unk": "unknown", "pad": "padding"}.get(role, role)
-        default = _ROLES.get(role) if self.file.metadata["tokenizer.ggml.model"] == "llama" else None
-        number = self.file.metadata.get(f"tokenizer.ggml.{key}_token_id", default)
-        if not isinstance(number, int) or not 0 <= number < len(self.texts):
-            return None
-        return str(self.texts[number])
+        default = _ROLES[self.file.metadata["tokenizer.ggml.model"]].get(role)
+        for number in (self.file.metadata.get(f"tokenizer.ggml.{key}_token_id"), default):
+            if isinstance(number, int) and 0 <= number < len(self.texts):
+                return number
+        return None
 
     def of(self, kind: TokenType) -> list[str]:
         """Texts of the tokens of a kind."""
@@ -136,28 +140,28 @@ class _Content:
         for kind, is_special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
             added = [AddedToken(text, normalized=False, special=is_special) for text in self.of(kind)]
             (backend.add_special_tokens if is_special else backend.add_tokens)(added)
-        ends = {
-            role: self.roles[f"{role}_token"]
+        ends = [
+            role
             for role, default in (("bos", adds_bos), ("eos", False))
-            if self.flag(f"add_{role}_token", default) and f"{role}_token" in self.roles
-        }
+            if self.flag(f"add_{role}_token", default) and role in self.ids
+        ]
         if ends:
-            numbers = [(text, self.vocabulary[text]) for text in ends.values()]
-            template = [
-                *([ends["bos"]] if "bos" in ends else []),
-                "$A",
-                *([ends["eos"]] if "eos" in ends else []),
-            ]
-            backend.post_processor = TemplateProcessing(single=template, special_tokens=numbers)
+            backend.post_processor = TemplateProcessing(
+                single=[part for part in ("bos", "$A", "eos") if part == "$A" or part in ends],
+                special_tokens=[
+                    {"id": role, "ids": [self.ids[role]], "tokens": [self.texts[self.ids[role]]]}
+                    for role in ends
+                ],
+            )
 
 
 def _pre_tokenizer(file: GGUFFile) -> PreTokenizer:
     named = file.metadata.get("tokenizer.ggml.pre")
-    known = _KNOWN.get(str(named))
+    known = KNOWN_NAMES.get(str(named))
     if known is None:
         raise UnsupportedError(
-            f"{file.path}: the pre-tokenizer {named!r:.60} is not known: known are {', '.join(_KNOWN)}; use "
-            "the original model's tokenizer"
+            f"{file.path}: the pre-tokenizer {named!r:.60} is not known: known are {', '.join(KNOWN_NAMES)}; "
+            "use the original model's tokenizer"
         )
     return known
 

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-__all__ = ["PRE_TOKENIZERS", "PreTokenizer", "add_tokenizer", "name_of_model"]
+__all__ = ["KNOWN_NAMES", "PRE_TOKENIZERS", "PreTokenizer", "add_tokenizer", "name_of_model"]
 
 logger = logging.getLogger(__name__)
 
 _PHI3: Final = re.compile("(phi)-?3", re.IGNORECASE)
 _PHI3_TOKENS: Final = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 _NAMED: Final = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_ROLES: Final = ("bos", "eos", "unk", "pad")
 _CONTRACTION: Final = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -110,6 +111,10 @@ PRE_TOKENIZERS: Final = (
 )
 
 
+# Names that a file may have, llama.cpp's other ones for the same too.
+KNOWN_NAMES: Final = {name: known for known in PRE_TOKENIZERS for name in (known.name, *known.also)}
+
+
 def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: str | None = None) -> None:
     """Write the tokenizer of a model folder into a file's metadata.
 
@@ -122,12 +127,14 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: 
     vocab_size : int
         Rows of the embedding; ids without a token become unused ones.
     pre_tokenizer : str, optional
-        llama.cpp's name of the pre-tokenizer, for one that is not recognized.
+        llama.cpp's name of the pre-tokenizer, for one that is not recognized. A warning says so if the name
+        is not known here, or stands for one that cuts text otherwise than the tokenizer does.
 
     Raises
     ------
     FormatError
-        If the folder has no tokenizer that can be read, or one with more tokens than the embedding.
+        If the folder has no tokenizer that can be read, or one whose vocabulary, leaving aside tokens that
+        were added to it, is larger than the embedding.
     UnsupportedError
         If llama.cpp has no such tokenizer.
     """
@@ -136,30 +143,40 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, *, pre_tokenizer: 
         return
     tokenizer = _load(folder)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
+    every = {token["id"]: _Added.of(token) for token in content.get("added_tokens", ())}
+    added = _with_rows(folder, every, vocab_size)
+    numbers = {role: getattr(tokenizer, f"{role}_token_id") for role in (*_ROLES, "cls", "sep", "mask")}
+    ids = {role: number for role, number in numbers.items() if number is not None and number < vocab_size}
     model = content["model"]
     if model["type"] not in ("BPE", "WordPiece"):
         raise UnsupportedError(
             f"a {model['type']} tokenizer is not exported to GGUF: allowed are BPE and WordPiece"
         )
+    without = every.keys() - added.keys()  # of some kinds transformers puts added tokens into the vocabulary
+    model["vocab"] = {text: number for text, number in model["vocab"].items() if number not in without}
     if model["type"] == "WordPiece":
-        _add_word_pieces(writer, content, vocab_size)
-        _add_word_specials(writer, tokenizer)
+        _add_word_pieces(writer, content, added, vocab_size)
+        _add_word_specials(writer, tokenizer("a")["input_ids"], ids)
         return
     if model.get("byte_fallback"):
-        pieces = _pieces_of_merges(content)
+        pieces = _pieces_of_merges(content, added)
         _add_pieces(writer, pieces, vocab_size)
     else:
-        pre = pre_tokenizer or _pre_tokenizer(content)
-        _add_byte_level(writer, content, vocab_size, pre)
-    first_ids = tokenizer("a")["input_ids"]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    writer.add_add_bos_token(bos is not None and first_ids[:1] == [bos])
-    writer.add_add_eos_token(eos is not None and first_ids[-1:] == [eos])
-    for kind in ("bos", "eos", "unk", "pad"):
-        number = getattr(tokenizer, f"{kind}_token_id")
-        if number is not None:
-            getattr(writer, f"add_{kind}_token_id")(number)
+        _add_byte_level(writer, content, added, vocab_size, _pre_tokenizer(content, pre_tokenizer))
+    _add_ids(writer, {role: ids[role] for role in _ROLES if role in ids})
+    _add_ends(writer, tokenizer("a")["input_ids"], ids)
     _add_template(writer, tokenizer.chat_template)
+
+
+def _add_ids(writer: Any, ids: Mapping[str, int]) -> None:
+    for role, number in ids.items():
+        getattr(writer, f"add_{role}_token_id")(number)
+
+
+def _add_ends(writer: Any, found: list[int], ids: Mapping[str, int]) -> None:
+    """Write whether texts begin with BOS and end with EOS, as one that the tokenizer read does."""
+    writer.add_add_bos_token("bos" in ids and found[:1] == [ids["bos"]])
+    writer.add_add_eos_token("eos" in ids and found[-1:] == [ids["eos"]])
 
 
 def _add_template(writer: Any, template: Any) -> None:
@@ -172,13 +189,13 @@ def _add_template(writer: Any, template: Any) -> None:
         writer.add_chat_template(template)
 
 
-def name_of_model(name: str, folder: Path) -> str:
+def name_of_model(name: str, folder: Path, vocab_size: int) -> str:
     """Return the name that a file gives the model, which llama.cpp takes for a fact about its tokenizer.
 
     In a model that is called phi3 llama.cpp drops the white space after special tokens, as Phi-3's tokenizer
     does, and it demands certain tokens. The name is made to say so if, and only if, it is true.
     """
-    added = _added_beside(folder).values()
+    added = [token for number, token in _added_beside(folder).items() if number < vocab_size]
     strips = any(token.is_special and token.strips_right for token in added)
     strips = strips and {token.text for token in added} >= _PHI3_TOKENS
     if strips:
@@ -202,21 +219,48 @@ def _load(folder: Path) -> Any:
     return tokenizer
 
 
-def _pre_tokenizer(content: Mapping[str, Any]) -> str:
+def _read_by(file: Path, text: str) -> list[int]:
+    """Ids that a ``tokenizer.json`` makes of a text."""
+    from tokenizers import Tokenizer
+
+    try:
+        return list(Tokenizer.from_file(str(file)).encode(text).ids)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise FormatError(f"{file} is no tokenizer ({error}); fetch it again") from error
+
+
+def _pre_tokenizer(content: Mapping[str, Any], named: str | None) -> str:
+    """Find llama.cpp's name of the pre-tokenizer; one that is given is taken, with a warning if in doubt."""
     splits = (*_rewrites(content.get("normalizer") or {}), *_splits(content.get("pre_tokenizer") or {}))
     words_first = bool(content["model"].get("ignore_merges"))
-    fitting = [known for known in PRE_TOKENIZERS if known.splits == splits]
-    for known in fitting:
-        if known.words_first == words_first:
-            return known.name
-    if fitting and _merges_make_all_words(content):  # then nothing depends on what is taken first
-        return fitting[0].name
-    names = ", ".join(known.name for known in PRE_TOKENIZERS)
-    order = f", ignore_merges {words_first}" if fitting else ""
-    raise UnsupportedError(
-        f"the pre-tokenizer is not one that llama.cpp is known to have: got {splits}{order}, known are "
-        f"{names}; if you know its name in llama.cpp, pass --pre-tokenizer"
-    )
+    alike = [known for known in PRE_TOKENIZERS if known.splits == splits]
+    fitting = [known for known in alike if known.words_first == words_first]
+    if len(fitting) < len(alike) and (named or not fitting) and _merges_make_all_words(content):
+        fitting = alike  # then nothing depends on what is taken first
+    got = f"{splits}{f', ignore_merges {words_first}' if alike else ''}"
+    if named is None:
+        if fitting:
+            return fitting[0].name
+        names = ", ".join(known.name for known in PRE_TOKENIZERS)
+        raise UnsupportedError(
+            f"the pre-tokenizer is not one that llama.cpp is known to have: got {got}, known are "
+            f"{names}; if you know its name in llama.cpp, pass --pre-tokenizer"
+        )
+    if named not in KNOWN_NAMES:
+        logger.warning(
+            "the pre-tokenizer %r is not known: known are %s; llama.cpp loads the file only if it has one of "
+            "that name",
+            named,
+            ", ".join(KNOWN_NAMES),
+        )
+    elif KNOWN_NAMES[named] not in fitting:
+        its = KNOWN_NAMES[named]
+        logger.warning(
+            "llama.cpp's pre-tokenizer %r is not the tokenizer's own, text may get other tokens: it has %s, "
+            "ignore_merges %s; the tokenizer has %s, ignore_merges %s",
+            *(named, its.splits, its.words_first, splits, words_first),
+        )
+    return named
 
 
 def _merges_make_all_words(content: Mapping[str, Any]) -> bool:
@@ -224,7 +268,7 @@ def _merges_make_all_words(content: Mapping[str, Any]) -> bool:
 
     words = content["model"]["vocab"]
     merges = models.BPE(words, [(left, right) for left, right in _merges(content)])
-    added = {text for text, _ in _added(content).values()}
+    added = {token["content"] for token in content.get("added_tokens", ())}
     return all(len(merges.tokenize(word)) == 1 for word in words if word not in added)
 
 
@@ -255,10 +299,18 @@ def _splits(pre_tokenizer: Mapping[str, Any]) -> list[str]:
     return [] if kind is None else [str(kind)]
 
 
-def _added(content: Mapping[str, Any]) -> dict[int, tuple[str, TokenType]]:
+def _with_rows(folder: Path, added: Mapping[int, _Added], vocab_size: int) -> dict[int, _Added]:
+    """Leave out added tokens without a row: folders are about with one for padding that no model had."""
+    without = sorted(token.text for number, token in added.items() if number >= vocab_size)
+    if without:
+        logger.warning("%s: %s have no row in the embedding and are left out", folder, ", ".join(without))
+    return {number: token for number, token in added.items() if number < vocab_size}
+
+
+def _typed(added: Mapping[int, _Added]) -> dict[int, tuple[str, TokenType]]:
     return {
-        token["id"]: (token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
-        for token in content.get("added_tokens", ())
+        number: (token.text, TokenType.CONTROL if token.is_special else TokenType.USER_DEFINED)
+        for number, token in added.items()
     }
 
 
@@ -273,9 +325,11 @@ def _fill(tokens: dict[int, tuple[str, TokenType]], vocab_size: int) -> tuple[li
     return [text for text, _ in filled], [int(kind) for _, kind in filled]
 
 
-def _add_byte_level(writer: Any, content: Mapping[str, Any], vocab_size: int, pre: str) -> None:
+def _add_byte_level(
+    writer: Any, content: Mapping[str, Any], added: Mapping[int, _Added], vocab_size: int, pre: str
+) -> None:
     tokens = {number: (text, TokenType.NORMAL) for text, number in content["model"]["vocab"].items()}
-    tokens.update(_added(content))
+    tokens.update(_typed(added))
     texts, kinds = _fill(tokens, vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -288,7 +342,7 @@ def _merges(content: Mapping[str, Any]) -> list[list[str]]:
     return [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
 
 
-def _pieces_of_merges(content: Mapping[str, Any]) -> Pieces:
+def _pieces_of_merges(content: Mapping[str, Any], added: Mapping[int, _Added]) -> Pieces:
     """SentencePiece pieces of a BPE with byte fallback: an earlier merge has a higher score."""
     scores: dict[str, float] = {}
     for rank, pair in enumerate(_merges(content)):
@@ -298,7 +352,7 @@ def _pieces_of_merges(content: Mapping[str, Any]) -> Pieces:
         is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         tokens[number] = (text, TokenType.BYTE if is_byte else TokenType.NORMAL)
     unknown = content["model"].get("unk_token")
-    tokens.update(_added(content))
+    tokens.update(_typed(added))
     for number, (text, _) in tokens.items():
         if text == unknown:
             tokens[number] = (text, TokenType.UNKNOWN)
@@ -339,7 +393,9 @@ def _add_pieces(writer: Any, pieces: Pieces, vocab_size: int) -> None:
     writer.add_add_space_prefix(pieces.adds_space_prefix)
 
 
-def _add_word_pieces(writer: Any, content: Mapping[str, Any], vocab_size: int) -> None:
+def _add_word_pieces(
+    writer: Any, content: Mapping[str, Any], added: Mapping[int, _Added], vocab_size: int
+) -> None:
     """Write a WordPiece vocabulary; llama.cpp marks the beginning of a word where BERT marks what goes on."""
     model, normalizer = content["model"], content.get("normalizer") or {}
     steps = (normalizer.get("type"), (content.get("pre_tokenizer") or {}).get("type"))
@@ -352,12 +408,11 @@ def _add_word_pieces(writer: Any, content: Mapping[str, Any], vocab_size: int) -
     off = [key for key in ("clean_text", "handle_chinese_chars") if not normalizer.get(key, True)]
     if off:
         raise UnsupportedError(f"llama.cpp's WordPiece always has {', '.join(off)}; the tokenizer has not")
-    added = _added(content)
     tokens = {}
     for text, number in model["vocab"].items():
         piece = text.removeprefix("##") if text.startswith("##") else f"\u2581{text}"
         tokens[number] = (piece, TokenType.NORMAL)
-    texts, kinds = _fill({**tokens, **added}, vocab_size)
+    texts, kinds = _fill(tokens | _typed(added), vocab_size)
     lowercase, strips = bool(normalizer.get("lowercase")), normalizer.get("strip_accents")
     writer.add_tokenizer_model("bert")
     writer.add_tokenizer_pre("default")
@@ -367,50 +422,42 @@ def _add_word_pieces(writer: Any, content: Mapping[str, Any], vocab_size: int) -
     writer.add_bool("tokenizer.ggml.normalizer.strip_accents", lowercase if strips is None else bool(strips))
 
 
-def _add_word_specials(writer: Any, tokenizer: Any) -> None:
+def _add_word_specials(writer: Any, found: list[int], ids: Mapping[str, int]) -> None:
     """Write the special tokens of an encoder: llama.cpp begins a text with BOS and ends it with SEP."""
-    first, *_, last = tokenizer("a")["input_ids"]
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    writer.add_add_bos_token(cls is not None and first == cls)
-    writer.add_add_sep_token(sep is not None and last == sep)
+    writer.add_add_bos_token("cls" in ids and found[0] == ids["cls"])
+    writer.add_add_sep_token("sep" in ids and found[-1] == ids["sep"])
     writer.add_add_eos_token(False)
-    ids = {"bos": cls, "eos": sep, "sep": sep, "mask": tokenizer.mask_token_id}
-    for kind, number in {**ids, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}.items():
-        if number is not None:
-            getattr(writer, f"add_{kind}_token_id")(number)
+    places = {"bos": "cls", "eos": "sep", "sep": "sep", "mask": "mask", "unk": "unk", "pad": "pad"}
+    _add_ids(writer, {place: ids[role] for place, role in places.items() if role in ids})
 
 
 def _add_sentencepiece_file(writer: Any, folder: Path, vocab_size: int) -> None:
     pieces = read_sentencepiece(folder / "tokenizer.model")
-    added = _added_beside(folder)
-    # Folders are about with a token for padding that the model never had.
-    unknown = {token.text for number, token in added.items() if number >= vocab_size}
-    if unknown:
-        logger.warning(
-            "%s: %s have no row in the embedding and are left out", folder, ", ".join(sorted(unknown))
-        )
-    for number, token in added.items():
-        if number >= vocab_size:
-            continue
+    beside = _added_beside(folder)
+    added = _with_rows(folder, beside, vocab_size)
+    for number, token in _typed(added).items():
         known = pieces.tokens.get(number)
         # The marks of Gemma's turns are user-defined in the file and special in the settings, which hold.
         if known is None or known[1] in (TokenType.NORMAL, TokenType.USER_DEFINED):
-            role = TokenType.CONTROL if token.is_special else TokenType.USER_DEFINED
-            pieces.tokens[number] = (token.text, role)
+            pieces.tokens[number] = token
     _add_pieces(writer, pieces, vocab_size)
-    ids = {text: number for number, (text, _) in pieces.tokens.items()}
+    numbers = {text: number for number, (text, _) in pieces.tokens.items()}
     named = _named_tokens(folder)
-    for kind, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", None)):
-        text = named.get(f"{kind}_token", default)
-        if text in unknown:
-            continue
-        if text is not None and text not in ids:
-            raise InputError(f"{folder}: the {kind} token {text!r} is not among the tokens")
-        if text is not None:
-            getattr(writer, f"add_{kind}_token_id")(ids[text])
+    ids = {}
+    for role, default in zip(_ROLES, ("<s>", "</s>", "<unk>", None), strict=True):
+        text = named.get(f"{role}_token", default)
+        if text in numbers:
+            ids[role] = numbers[text]
+        elif text is not None and text not in {token.text for token in beside.values()}:
+            raise InputError(f"{folder}: the {role} token {text!r} is not among the tokens")
+    _add_ids(writer, ids)
+    fast = folder / "tokenizer.json"
+    if fast.is_file():  # transformers 5 goes by it, whatever the settings say
+        _add_ends(writer, _read_by(fast, "a"), ids)
     with reading(folder / "tokenizer_config.json") as settings:
-        writer.add_add_bos_token(bool(settings.get("add_bos_token", True)))
-        writer.add_add_eos_token(bool(settings.get("add_eos_token", False)))
+        if not fast.is_file():
+            writer.add_add_bos_token("bos" in ids and bool(settings.get("add_bos_token", True)))
+            writer.add_add_eos_token("eos" in ids and bool(settings.get("add_eos_token", False)))
         template = folder / "chat_template.jinja"
         if not template.is_file():
             _add_template(writer, settings.get("chat_template"))

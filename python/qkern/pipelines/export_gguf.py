@@ -298,7 +298,7 @@ def _metadata(
     made = gguf.GGUFWriter(None, architecture.name)
     # Of a path or hub id the last part: where a folder lies is nobody else's business.
     name = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
-    made.add_name(name_of_model(name, checkpoint.folder))
+    made.add_name(name_of_model(name, checkpoint.folder, config["vocab_size"]))
     made.add_file_type(mixture.file_type)
     made.add_quantization_version(2)
     made.add_quantized_by(f"qkern {__version__}")
