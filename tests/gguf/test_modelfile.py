@@ -124,6 +124,22 @@ def test_parameters_are_those_of_the_generation_config(chat_folder):
         ollama_modelfile(folder, "m.gguf")
 
 
+def test_stops_are_text_as_it_is_written(chat_folder):
+    folder, tokenizer = chat_folder(CHATML)
+    newline = tokenizer.convert_tokens_to_ids("Ċ")
+    (word,) = (number for token, number in tokenizer.get_vocab().items() if token == "Ġthe")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [newline, word]}))
+    _, lines = parts_of(ollama_modelfile(folder, "m.gguf"))
+    assert lines == ['PARAMETER stop "\\n"', 'PARAMETER stop " the"']
+
+
+@pytest.mark.parametrize("stop", [999999, -1, 2**40, True, "a", [0]])
+def test_a_stop_that_is_no_token_is_refused(stop, chat_folder):
+    folder, _ = chat_folder(CHATML, {"eos_token_id": [0, stop]})
+    with pytest.raises(FormatError, match=r"generation_config\.json"):
+        ollama_modelfile(folder, "m.gguf")
+
+
 def test_a_full_disk_leaves_no_half_of_it(shipped, tmp_path, monkeypatch):
     def full(self, content):
         raise OSError(28, "No space left on device")

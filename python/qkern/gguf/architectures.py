@@ -9,56 +9,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.errors import UnsupportedError
-from qkern.gguf.rope import add_rope, head_dim
+from qkern.gguf.changes import PLUS_ONE, ROW_TO_VECTOR, UNCHANGED, Change, Config, rotary
+from qkern.gguf.rope import add_rope, check_rope, head_dim
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ARCHITECTURES", "Change", "FusedExperts", "GGUFArchitecture", "Weight", "architecture_for"]
+__all__ = ["ARCHITECTURES", "FusedExperts", "GGUFArchitecture", "Weight", "architecture_for"]
 
 logger = logging.getLogger(__name__)
 
-Config = Mapping[str, Any]
-"""A transformers configuration as a dictionary, defaults filled in."""
-
 _HEAD: Final = "lm_head"
 _EXPERT: Final = "*"
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What is done to a tensor on its way into the file.
-
-    Parameters
-    ----------
-    to_file : callable
-        From tensor and configuration to the tensor of the file.
-    from_file : callable
-        Undoes it.
-    """
-
-    to_file: Callable[[Tensor, Config], Tensor]
-    from_file: Callable[[Tensor, Config], Tensor]
-
-
-def _rotary(heads: str) -> Change:
-    """Reorder rows: llama.cpp's llama rotates pairs of neighbours, transformers the two halves of a head."""
-
-    def to_file(tensor: Tensor, config: Config) -> Tensor:
-        halves = tensor.reshape(config[heads], 2, -1, *tensor.shape[1:])
-        return halves.transpose(1, 2).reshape(tensor.shape)
-
-    def from_file(tensor: Tensor, config: Config) -> Tensor:
-        pairs = tensor.reshape(config[heads], -1, 2, *tensor.shape[1:])
-        return pairs.transpose(1, 2).reshape(tensor.shape)
-
-    return Change(to_file, from_file)
-
-
-_NONE: Final = Change(lambda tensor, _: tensor, lambda tensor, _: tensor)
-# transformers adds the one when it multiplies.
-_PLUS_ONE: Final = Change(lambda tensor, _: tensor.float() + 1, lambda tensor, _: tensor - 1)
-_ROW_TO_VECTOR: Final = Change(lambda tensor, _: tensor.squeeze(0), lambda tensor, _: tensor.unsqueeze(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +65,7 @@ class Weight:
     file: str
     shape: tuple[str, ...]
     bias: str | bool = False
-    change: Change = _NONE
+    change: Change = UNCHANGED
     fused: FusedExperts | None = None
 
     def has_bias(self, config: Config) -> bool:
@@ -161,6 +123,8 @@ class GGUFArchitecture:
         What transformers' names of a layer begin with, before its number.
     rope : tuple of str
         Kinds of rotary scaling that llama.cpp has for it; none: no rotary positions.
+    partial_rope : bool
+        Whether llama.cpp rotates a part of a head where the model does.
     renames : tuple of (str, str)
         Regular expressions and replacements from names of older or other checkpoints to transformers' own.
     ignored : tuple of str
@@ -180,6 +144,7 @@ class GGUFArchitecture:
     demands: Callable[[Config], Demands]
     layers: str = "model.layers."
     rope: tuple[str, ...] = ("default", "linear", "yarn")
+    partial_rope: bool = False
     # Files of a bare decoder leave the prefix out.
     renames: tuple[tuple[str, str], ...] = ((rf"^(?!model\.|{_HEAD}\.)", "model."),)
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$", r"self_attn\.masked_bias$")
@@ -274,6 +239,8 @@ class GGUFArchitecture:
         ------
         UnsupportedError
             Naming the key of the configuration.
+        FormatError
+            If a rotary parameter is missing or no number in its range.
         """
         for key, allowed in self.demands(config).items():
             if config.get(key) not in allowed:
@@ -281,19 +248,15 @@ class GGUFArchitecture:
                     f"{key} {config.get(key)!r} is not what llama.cpp's {self.name} computes: allowed is "
                     f"{' or '.join(map(repr, allowed))}"
                 )
+        if self.rope:
+            check_rope(config, self.name, self.rope, partial=self.partial_rope)
 
     def add_metadata(self, writer: Any, config: Config) -> None:
-        """Write the hyperparameters.
-
-        Raises
-        ------
-        UnsupportedError
-            If llama.cpp does not have the model's rotary scaling.
-        """
+        """Write the hyperparameters of a configuration that `check` let pass."""
         for write in self.metadata:
             write(writer, config)
         if self.rope:
-            add_rope(writer, config, self.rope)
+            add_rope(writer, config)
 
 
 def _add_sizes(writer: Any, config: Config) -> None:
@@ -416,14 +379,18 @@ _SHARED_EXPERT: Final = (
     Weight("mlp.shared_expert.gate_proj", "ffn_gate_shexp", ("shared inner", "hidden")),
     Weight("mlp.shared_expert.up_proj", "ffn_up_shexp", ("shared inner", "hidden")),
     Weight("mlp.shared_expert.down_proj", "ffn_down_shexp", ("hidden", "shared inner")),
-    Weight("mlp.shared_expert_gate", "ffn_gate_inp_shexp", ("hidden",), change=_ROW_TO_VECTOR),
+    Weight("mlp.shared_expert_gate", "ffn_gate_inp_shexp", ("hidden",), change=ROW_TO_VECTOR),
 )
 
 
 def _attention(
     *, bias: str | bool = False, output_bias: str | bool = False, interleaved: bool = False
 ) -> tuple[Weight, ...]:
-    q, k = (_rotary("num_attention_heads"), _rotary("num_key_value_heads")) if interleaved else (_NONE, _NONE)
+    q, k = (
+        (rotary("num_attention_heads"), rotary("num_key_value_heads"))
+        if interleaved
+        else (UNCHANGED, UNCHANGED)
+    )
     return (
         Weight("self_attn.q_proj", "attn_q", ("queries", "hidden"), bias, q),
         Weight("self_attn.k_proj", "attn_k", ("keys", "hidden"), bias, k),
@@ -454,7 +421,7 @@ def _decoder(model_type: str, name: str, *layer: Weight, **settings: Any) -> GGU
 
 
 def _norm_plus_one(module: str, file: str) -> Weight:
-    return Weight(module, file, ("hidden",), change=_PLUS_ONE)
+    return Weight(module, file, ("hidden",), change=PLUS_ONE)
 
 
 _LLAMA_ROPE: Final = ("default", "linear", "yarn", "llama3")
@@ -546,6 +513,7 @@ _ALL: Final = (
         Weight("mlp.down_proj", "ffn_down", ("hidden", "inner")),
         _FFN_NORM,
         rope=("default", "longrope"),
+        partial_rope=True,
     ),
     GGUFArchitecture(
         model_type="bert",

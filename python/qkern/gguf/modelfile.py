@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.calibration import load_tokenizer
+from qkern.errors import FormatError
 from qkern.gguf.json_files import reading
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def ollama_modelfile(folder: Path, file: str) -> str:
     Raises
     ------
     FormatError
-        If a file of the folder is damaged.
+        If a file of the folder is damaged, or a token that ends a reply is none of the tokenizer's.
     """
     tokenizer = load_tokenizer(folder)
     lines = [f"FROM ./{file}"]
@@ -111,8 +112,8 @@ def ollama_modelfile(folder: Path, file: str) -> str:
     with reading(folder / "generation_config.json") as settings:
         stops = settings.get("eos_token_id", tokenizer.eos_token_id)
         stops = [number for number in (stops if isinstance(stops, list) else [stops]) if number is not None]
-        texts = [json.dumps(text, ensure_ascii=False) for text in tokenizer.convert_ids_to_tokens(stops)]
-        lines += [f"PARAMETER stop {text}" for text in texts]
+        texts = [_stop(tokenizer, number, folder) for number in stops]
+        lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in texts]
         # transformers leaves the other parameters alone where it does not sample.
         if settings.get("do_sample"):
             lines += [
@@ -121,6 +122,18 @@ def ollama_modelfile(folder: Path, file: str) -> str:
                 if settings.get(ours) is not None
             ]
     return "\n".join(lines) + "\n"
+
+
+def _stop(tokenizer: Any, number: Any, folder: Path) -> str:
+    """Return the text of a token that ends a reply."""
+    is_number = isinstance(number, int) and not isinstance(number, bool)
+    text = tokenizer.decode([number], clean_up_tokenization_spaces=False) if is_number else ""
+    if not text or "\ufffd" in text:
+        raise FormatError(
+            f"{folder / 'generation_config.json'}: eos_token_id must name tokens of the "
+            f"tokenizer that are text: got {number!r:.60}; fetch it again"
+        )
+    return str(text)
 
 
 def _template(tokenizer: Any) -> str | None:
