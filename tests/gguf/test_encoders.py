@@ -273,7 +273,7 @@ def test_an_encoder_has_no_perplexity(encoder_folder, tmp_path):
     pytest.importorskip("llama_cpp")
     from qkern.evaluation.llama_cpp import LlamaCpp
 
-    folder, _ = encoder_folder()
+    folder = encoder_folder()[0]
     export_gguf(folder, tmp_path / "bert.gguf", "f16")
     with pytest.raises(UnsupportedError, match=r"bert\.gguf is an encoder \(bert\): it makes embeddings"):
         LlamaCpp(tmp_path / "bert.gguf")
