@@ -92,8 +92,8 @@ def check_rope(config: Mapping[str, Any], name: str, kinds: Sequence[str], *, pa
         )
     if kind == "yarn" and rope["factor"] < 1:
         raise UnsupportedError(
-            f"rotary scaling 'yarn' with factor {rope['factor']:g} is not what llama.cpp computes: allowed is "
-            "at least 1"
+            f"rotary scaling 'yarn' with factor {rope['factor']:g} is not what llama.cpp computes: allowed "
+            "is at least 1"
         )
 
 
