@@ -45,13 +45,13 @@ def read_tokenizer(path: str | Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     with GGUFFile(path) as file:
-        content = _Content(file)
         kind = file.metadata.get("tokenizer.ggml.model")
         if kind not in ("gpt2", "llama"):
             raise UnsupportedError(
                 f"{file.path}: tokenizers read from a GGUF are gpt2 (byte-level BPE) and llama "
                 f"(SentencePiece BPE): got {kind!r:.60}; use the original model's tokenizer"
             )
+        content = _Content(file)
         try:
             if kind == "gpt2":
                 known = _pre_tokenizer(file)
