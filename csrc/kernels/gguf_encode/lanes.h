@@ -4,6 +4,9 @@
 // namespace: a tier's object file shares no inline code with another's.
 #pragma once
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "qkern/scalar_float.h"
 
@@ -75,6 +78,42 @@ inline Lanes load(const float* data) {
     memcpy(&lanes, data, sizeof(lanes));
     return lanes;
 }
+
+// Sixteen rows of sixteen values turned: lane c of column i is value i of row c.
+#if defined(__AVX512F__)
+inline void transpose(const float* rows, int64_t stride, Lanes* columns) {
+    __m512 v[16], t[16];
+    for (int c = 0; c < 16; ++c) v[c] = _mm512_loadu_ps(rows + c * stride);
+    for (int c = 0; c < 16; c += 2) {
+        t[c] = _mm512_unpacklo_ps(v[c], v[c + 1]);
+        t[c + 1] = _mm512_unpackhi_ps(v[c], v[c + 1]);
+    }
+    // Value i of rows c to c + 3 in v[c + i % 4], a quarter for each i / 4.
+    for (int c = 0; c < 16; c += 4) {
+        v[c] = _mm512_shuffle_ps(t[c], t[c + 2], 0x44);
+        v[c + 1] = _mm512_shuffle_ps(t[c], t[c + 2], 0xee);
+        v[c + 2] = _mm512_shuffle_ps(t[c + 1], t[c + 3], 0x44);
+        v[c + 3] = _mm512_shuffle_ps(t[c + 1], t[c + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512 low = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+        const __m512 high = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
+        const __m512 low2 = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+        const __m512 high2 = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
+        columns[i] = reinterpret_cast<Lanes>(_mm512_shuffle_f32x4(low, low2, 0x88));
+        columns[i + 8] = reinterpret_cast<Lanes>(_mm512_shuffle_f32x4(low, low2, 0xdd));
+        columns[i + 4] = reinterpret_cast<Lanes>(_mm512_shuffle_f32x4(high, high2, 0x88));
+        columns[i + 12] = reinterpret_cast<Lanes>(_mm512_shuffle_f32x4(high, high2, 0xdd));
+    }
+}
+#else
+inline void transpose(const float* rows, int64_t stride, Lanes* columns) {
+    float* lane = reinterpret_cast<float*>(columns);
+    for (int c = 0; c < kLanes; ++c) {
+        for (int i = 0; i < kLanes; ++i) lane[i * kLanes + c] = rows[c * stride + i];
+    }
+}
+#endif
 
 // Below this every fp16 scale is zero, and above it no reciprocal of the searches overflows.
 constexpr float kTiny = 1.0f / (1 << 26);

@@ -47,6 +47,11 @@ template <int length, int group> struct Tile {
   private:
     // Lanes beyond `count` repeat the last block.
     static void gather(Lanes* to, const float* from, int64_t first, int64_t period, int count) {
+        if (count == kLanes && first % period + kLanes <= period) {
+            const float* blocks = from + first % period * length;
+            for (int i = 0; i < length; i += kLanes) transpose(blocks + i, length, to + i);
+            return;
+        }
         for (int c = 0; c < kLanes; ++c) {
             const float* block = from + (first + (c < count ? c : count - 1)) % period * length;
             float* lane = reinterpret_cast<float*>(to) + c;
