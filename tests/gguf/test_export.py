@@ -177,7 +177,7 @@ def test_in_the_model_folder_only_a_gguf_is_written(shipped, tmp_path):
     for file in shipped.iterdir():
         (folder / file.name).symlink_to(file)
     for name in ("model-extra.safetensors", "deeper/x.bin"):
-        with pytest.raises(InputError, match=r"only a \.gguf is told from the model's own files: name it"):
+        with pytest.raises(InputError, match=r"must end in \.gguf, by which .* a model's own files: name it"):
             export_gguf(folder, folder / name, "q8_0")
     export_gguf(folder, folder / "model.gguf", "q8_0")
     assert {file.name for file in folder.iterdir()} == {file.name for file in shipped.iterdir()} | {

@@ -93,7 +93,9 @@ def checked_settings(
         )
     parsed = None
     if assignment is None:
-        parsed = as_scheme(scheme or ("w4g128z" if method == "awq" else "w4g128"))
+        if scheme is None:
+            scheme = "w4g128z" if method == "awq" else "w4g128"
+        parsed = as_scheme(scheme)
         _check_scheme(parsed, method)
     if scale_only and method != "awq":
         raise InputError(f"scale_only folds AWQ's scales: got method {method!r}; use method='awq'")
@@ -352,7 +354,7 @@ def check_gguf_output(path: Path, *, modelfile: bool, in_parts: bool) -> None:
     InputError
         If so.
     """
-    if path.suffix != ".gguf":
+    if path.suffix != ".gguf" and not path.is_dir():
         raise InputError(
             f"{path} must end in .gguf, by which a file is told from a folder, a hub id and a model's own "
             f"files: name it {path.with_suffix('.gguf').name}"

@@ -189,9 +189,8 @@ class _Names:
     def __init__(self, config: Any) -> None:
         import gguf
 
-        architecture = checked_architecture(config.model_type)
-        architecture.check(config.to_dict())
-        self.architecture = architecture.name
+        self._data, self._config = checked_architecture(config.model_type), config
+        self.architecture = self._data.name
         number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         self._table = gguf.get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
 
@@ -203,6 +202,7 @@ class _Names:
         modules = [f"{owner}.{part}" for part in ("gate_proj", "up_proj")] if split else [module]
         names = [self._table.get_name(name) for name in modules]
         if None in names:
+            self._data.check(self._config.to_dict())  # may know what is unusual about the model
             raise UnsupportedError(
                 f"the gguf package has no name for {parameter} of {self.architecture}: upgrade gguf, or "
                 "export without calibration"
