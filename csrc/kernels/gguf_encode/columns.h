@@ -24,14 +24,6 @@ struct Columns {
     Lanes inverse_w1;
 };
 
-inline void turn(const float* rows, Lanes* columns) {
-    float turned[kSuper];
-    for (int i = 0; i < kRun; ++i) {
-        for (int j = 0; j < kRun; ++j) turned[kRun * i + j] = rows[kRun * j + i];
-    }
-    memcpy(columns, turned, sizeof(turned));
-}
-
 // Written as instructions where the compiler makes two of a selection; of two zeros, or of a NaN, b.
 #if defined(__AVX512F__)
 inline Lanes least(const Lanes& a, const Lanes& b) {

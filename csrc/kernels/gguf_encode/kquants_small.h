@@ -222,8 +222,8 @@ QK_RARE void fit_coarse(const Columns& t, const Lanes& inverse, const Start2& fi
 
 template <bool kEven> inline void encode_q2(const float* x, const float* w, BlockQ2_K* block) {
     Columns t;
-    turn(x, t.x);
-    if (!kEven) turn(w, t.w);
+    transpose(x, kRun, t.x);
+    if (!kEven) transpose(w, kRun, t.w);
     t.low = Lanes{};
     Lanes high = t.x[0];
     for (int i = 0; i < kRun; ++i) {
@@ -446,8 +446,8 @@ QK_RARE void fit_coarse(const Columns& t, const Lanes& fit, const Lanes& farthes
 
 template <bool kEven> inline void encode_q3(const float* x, const float* w, BlockQ3_K* block) {
     Columns t;
-    turn(x, t.x);
-    if (!kEven) turn(w, t.w);
+    transpose(x, kRun, t.x);
+    if (!kEven) transpose(w, kRun, t.w);
     add_up<kEven>(&t);
     constexpr int kReachScale = kEven ? 1 : 3, kRounds = kEven ? 1 : 2;
     Lanes low = t.x[0], high = t.x[0];
