@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qkern.pipelines.load import load
     from qkern.pipelines.quantize import quantize
     from qkern.pipelines.save import save
+    from qkern.pipelines.search import search_assignment, sensitivity
     from qkern.search import MixedPrecision
 
 # Loaded on first use, so that `import qkern` costs little beyond `import torch`.
@@ -31,6 +32,8 @@ _LAZY = {
     "quantize": "qkern.pipelines",
     "replace_linears": "qkern.nn",
     "save": "qkern.pipelines",
+    "search_assignment": "qkern.pipelines",
+    "sensitivity": "qkern.pipelines",
 }
 
 __all__ = [
@@ -52,6 +55,8 @@ __all__ = [
     "quantize",
     "replace_linears",
     "save",
+    "search_assignment",
+    "sensitivity",
 ]
 
 

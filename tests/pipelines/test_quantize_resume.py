@@ -128,7 +128,7 @@ def test_another_run_does_not_use_the_layers(folder, tiny, tmp_path, stop_after,
         with pytest.raises(InputError, match=r"holds layers of another run.*resume=False"):
             quantize(folder, output=output, **{**OPTIONS, **change})
     other = tiny("llama", dtype=torch.bfloat16, num_hidden_layers=3, seed=1)
-    with pytest.raises(InputError, match=r"another run \(weights was"):
+    with pytest.raises(InputError, match=r"another run \(of a model with other weights"):
         quantize(other, output=output, **OPTIONS)
     # Another format is another way to write the same layers.
     layers_done.clear()
@@ -181,7 +181,7 @@ def test_a_folder_that_a_run_took_with_it_is_not_held(tmp_path, monkeypatch):
 
     monkeypatch.setattr(partial.fcntl, "flock", late)
     with pytest.raises(InputError, match="another run"):
-        partial.Partial(tmp_path / "out", {})
+        partial.Partial(tmp_path / "out.partial", {})
 
 
 def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, caplog):
@@ -189,7 +189,7 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, caplog):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(partial.fcntl, "flock", unsupported)
-    with partial.Partial(tmp_path / "out", {"method": "rtn"}):
+    with partial.Partial(tmp_path / "out.partial", {"method": "rtn"}):
         pass
     assert "out.partial cannot be locked (Operation not supported)" in caplog.text
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from qkern.calibration import streaming
 from qkern.evaluation import kl_divergence
 from qkern.models import column_weight
 from qkern.nn import QuantLinear, compute_mode
@@ -17,7 +16,7 @@ from qkern.search import ORIGINAL, Evaluator, candidate_key
 @pytest.fixture(autouse=True)
 def uneven_chunks(monkeypatch):
     # Two sequences at a time and a last chunk of one.
-    monkeypatch.setattr(streaming, "CHUNK_TOKENS", 48)
+    monkeypatch.setattr("qkern.search.evaluator._CHUNK_TOKENS", 48)
 
 
 def whole(model, space, candidates, genome):
@@ -105,7 +104,7 @@ def test_portions_and_first_chunks(tiny, problem, ids):
     model = tiny("llama").eval()
     stream, space, candidates = problem(model)
     evaluator = Evaluator(stream, space, candidates, ids)
-    assert evaluator.chunks == 3
+    assert evaluator.chunks == [48, 48, 24]
     rng = np.random.default_rng(0)
     genomes = [tuple(int(a) for a in rng.integers(0, 3, size=len(space))) for _ in range(5)]
     at_once = evaluator.kl(genomes)
@@ -113,6 +112,28 @@ def test_portions_and_first_chunks(tiny, problem, ids):
     candidates.asked.clear()
     assert small.kl(genomes) == at_once
     assert candidates.asked.count(0) == 5
-    assert evaluator.kl(genomes, chunks=2) == pytest.approx(
+    first = evaluator.kl(genomes, slice(2))
+    rest = evaluator.kl(genomes, slice(2, None))
+    assert first == pytest.approx(
         [expected_kl(model, space, candidates, genome, ids[:4]) for genome in genomes], rel=1e-3
     )
+    assert [(96 * one + 24 * other) / 120 for one, other in zip(first, rest, strict=True)] == pytest.approx(
+        at_once, rel=1e-6
+    )
+
+
+def test_the_likeliest_tokens_alone(tiny, problem, ids):
+    model = tiny("llama").eval()
+    stream, space, candidates = problem(model)
+    genome = space.uniform("w2g16")
+    (full,) = Evaluator(stream, space, candidates, ids).kl([genome])
+    found = {k: Evaluator(stream, space, candidates, ids, top_k=k).kl([genome])[0] for k in (1, 8, 96, 500)}
+    # Merging outcomes loses information and never adds any.
+    assert 0 < found[1] < found[8] < full
+    assert found[96] == pytest.approx(full, rel=1e-3) == found[500]
+    changed = whole(model, space, candidates, genome)
+    with torch.no_grad(), compute_mode(changed, "float"):
+        p, q = (m(input_ids=ids).logits.double().softmax(-1).flatten(0, 1) for m in (model, changed))
+    top = p.topk(8).indices
+    p, q = (torch.cat([d.gather(-1, top), 1 - d.gather(-1, top).sum(-1, keepdim=True)], -1) for d in (p, q))
+    assert found[8] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)

@@ -1,10 +1,21 @@
 """The genetic search on losses that can be computed by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from qkern.errors import InputError
-from qkern.search import Gene, Space, evolve, is_full, lagrangian, random_genome
+from qkern.search import (
+    Gene,
+    Space,
+    evolve,
+    is_full,
+    lagrangian,
+    pareto_front,
+    random_genome,
+    random_search,
+)
 
 
 def coupled(seed, genes=24):
@@ -86,3 +97,72 @@ def test_bad_arguments():
         evolve(space, int(2.5 * space.weights), losses, lambda some: [], population=1)
     with pytest.raises(InputError, match="at least 2"):
         evolve(space, 1, losses, lambda some: [])
+
+
+def staged(loss, asked, noise=0.05):
+    """Make losses whose first chunk is a noisy idea of the rest."""
+
+    def evaluate(genomes, stop=None):
+        asked.append((list(genomes), stop))
+        rng = np.random.default_rng(abs(hash(tuple(genomes))) % 2**32)
+        factors = 1 + noise * rng.standard_normal(len(genomes)) if stop else np.ones(len(genomes))
+        return [loss(genome) * float(f) for genome, f in zip(genomes, factors, strict=True)]
+
+    return evaluate
+
+
+@pytest.mark.parametrize("search", ["evolve", "random"])
+def test_only_the_better_half_goes_on(search):
+    space, losses, loss = coupled(1)
+    budget, asked, told = int(2.5 * space.weights), [], []
+    evaluate = staged(loss, asked)
+    if search == "evolve":
+        best = evolve(space, budget, losses, evaluate, stages=(1, 2), generations=4, see=told.append)
+    else:
+        best = random_search(space, budget, evaluate, stages=(1, 2), generations=4)
+    assert [(len(g), stop) for g, stop in asked] == [(20, None), *[(20, 1), (10, 2), (5, None)] * 3]
+    for (children, stop), (better, _) in itertools.pairwise(asked[1:]):
+        assert stop is None or set(better) <= set(children)
+    whole = [genome for genomes, stop in asked if stop is None for genome in genomes]
+    assert loss(best) == min(map(loss, whole))
+    assert all(is_full(space, genome, budget) for genomes, _ in asked for genome in genomes)
+    # The mean is that of genomes that went through everything.
+    assert all(generation.loss <= generation.mean < 1e3 for generation in told)
+
+
+def test_random_search_is_given_by_its_seed():
+    space, _, loss = coupled(2)
+    budget = int(2.5 * space.weights)
+    found = [random_search(space, budget, staged(loss, []), seed=seed, stages=(1, 2)) for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_front_has_every_size():
+    space, losses, loss = coupled(3)
+    counted, seen = [], []
+
+    def evaluate(genomes, stop=None):
+        assert stop is None
+        counted.extend(genomes)
+        return [loss(genome) for genome in genomes]
+
+    front = pareto_front(space, losses, evaluate, see=lambda *told: seen.append(told))
+    again = pareto_front(space, losses, evaluate)
+    assert front == again
+    assert len(counted) == len(set(counted)) * 2 <= 480
+    sizes = [space.bits(genome) for genome, _ in front]
+    kls = [kl for _, kl in front]
+    assert sizes == sorted(sizes)
+    assert kls == sorted(kls, reverse=True)
+    assert [sizes[0], sizes[-1]] == [space.bits(end) for end in space.ends()]
+    for genome in counted:
+        assert any(space.bits(other) <= space.bits(genome) and kl <= loss(genome) for other, kl in front)
+    assert [number for number, _ in seen] == list(range(1, 13))
+    assert seen[-1][1] == len(front)
+    # Random genomes of the same sizes are no match for it.
+    rng = np.random.default_rng(0)
+    assert all(
+        loss(random_genome(space, size, rng)) >= kl
+        for size, kl in zip(sizes, kls, strict=True)
+        if size < sizes[-1]
+    )

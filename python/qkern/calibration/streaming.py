@@ -86,20 +86,22 @@ class LayerStream:
             yield layer
 
     @torch.no_grad()
-    def embed(self, ids: Tensor) -> None:
+    def embed(self, ids: Tensor, *, tokens: int | None = None) -> None:
         """Compute what the first layer receives and record what every layer is called with.
 
         Parameters
         ----------
         ids : Tensor
             int64 ``[S, T]``.
+        tokens : int, optional
+            Tokens of a chunk: what goes through a layer at once. Default: `CHUNK_TOKENS`.
 
         Raises
         ------
         UnsupportedError
             If the layers are not a plain chain of calls, each taking the hidden states first.
         """
-        batch = max(1, CHUNK_TOKENS // ids.shape[1])
+        batch = max(1, (tokens or CHUNK_TOKENS) // ids.shape[1])
         self._ids = list(torch.split(ids.to(self.device), batch))
         with self._surroundings():
             for returns_tuple in (False, True):

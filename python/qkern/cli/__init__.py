@@ -31,6 +31,8 @@ COMMANDS: Final = (
     "info",
     "demo",
     "quantize",
+    "sensitivity",
+    "search",
     "imatrix",
     "export-gguf",
     "perplexity",

@@ -6,5 +6,18 @@ from qkern.pipelines.load import load
 from qkern.pipelines.quantize import quantize
 from qkern.pipelines.recipe import QuantizationReport
 from qkern.pipelines.save import save
+from qkern.pipelines.search import SearchReport, SensitivityReport, search_assignment, sensitivity
 
-__all__ = ["GGUFReport", "QuantizationReport", "export_gguf", "imatrix", "load", "quantize", "save"]
+__all__ = [
+    "GGUFReport",
+    "QuantizationReport",
+    "SearchReport",
+    "SensitivityReport",
+    "export_gguf",
+    "imatrix",
+    "load",
+    "quantize",
+    "save",
+    "search_assignment",
+    "sensitivity",
+]

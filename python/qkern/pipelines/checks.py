@@ -36,6 +36,7 @@ __all__ = [
     "checked_settings",
     "choose_targets",
     "default_format",
+    "strangers",
     "target_names",
 ]
 
@@ -161,7 +162,7 @@ def assigned_schemes(
             )
     if not schemes:
         raise InputError("the assignment leaves every linear 16-bit: there is nothing to quantize")
-    kept = {name: "16-bit by the assignment" for name in linears if name not in schemes} | _strangers(model)
+    kept = {name: "16-bit by the assignment" for name in linears if name not in schemes} | strangers(model)
     targets = Targets(layers=layers, head=structure.head in schemes, kept=kept)
     return replace(settings, schemes=schemes), targets
 
@@ -213,7 +214,7 @@ def choose_targets(model: Any, structure: Structure, skip: Sequence[str], includ
         else:
             index, _, rest = name.removeprefix(inside).partition(".")
             layers[int(index)].append(rest)
-    kept |= _strangers(model)
+    kept |= strangers(model)
     unused = [
         pattern
         for pattern in (*skip, *include)
@@ -229,7 +230,7 @@ def choose_targets(model: Any, structure: Structure, skip: Sequence[str], includ
     return Targets(layers=layers, head=head, kept=kept)
 
 
-def _strangers(model: nn.Module) -> dict[str, str]:
+def strangers(model: nn.Module) -> dict[str, str]:
     """Modules with a matrix of weights that are no plain linear and no embedding."""
     plain = {id(module) for module in named_linears(model).values()}
     return {

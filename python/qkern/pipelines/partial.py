@@ -22,25 +22,36 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["Partial"]
+__all__ = ["Partial", "partial_folder"]
 
 logger = logging.getLogger(__name__)
 
 _KEY_FILE: Final = "run.json"
 _LOCK_FILE: Final = ".lock"
+# Hashes say nothing to a reader.
+_HASHES: Final = {
+    "weights": "of a model with other weights",
+    "config": "of a model with another config.json",
+    "sha256": "with other calibration tokens",
+}
 _PARTS: Final = ("codes", "scales", "zeros", "offsets", "group_index")
 
 
+def partial_folder(output: Path) -> Path:
+    """Where the finished layers of a run with this output are: ``<output>.partial``."""
+    return output.with_name(f"{output.name}.partial")
+
+
 class Partial:
-    """The folder ``<output>.partial`` with one file for each finished layer; a context manager.
+    """A folder with one file for each finished layer; a context manager.
 
     Inside the block no other run can use the folder: a lock is held that the system takes back when the
     process ends, however it ends.
 
     Parameters
     ----------
-    output : Path
-        Output folder of the run.
+    folder : Path
+        The folder, which need not be there.
     key : mapping
         Everything that the layers depend on; layers of a run with another key are not used.
     resume : bool
@@ -53,8 +64,8 @@ class Partial:
         knows.
     """
 
-    def __init__(self, output: Path, key: Mapping[str, Any], *, resume: bool = True) -> None:
-        self.folder = output.with_name(f"{output.name}.partial")
+    def __init__(self, folder: Path, key: Mapping[str, Any], *, resume: bool = True) -> None:
+        self.folder = folder
         self._refuse_strangers()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -138,14 +149,14 @@ class Partial:
         temporary = self.folder / f".{name}.tmp"
         try:
             save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
-            temporary.replace(self._path(name))
+            temporary.replace(self.path(name))
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise self._cannot_write(error) from error
 
     def load(self, name: str) -> Finished | None:
         """Read a finished layer; None if it was not finished."""
-        path = self._path(name)
+        path = self.path(name)
         if not path.is_file():
             return None
         try:
@@ -191,7 +202,8 @@ class Partial:
             f"(no {_KEY_FILE}): move it away or choose another output"
         )
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """File of a finished layer."""
         return self.folder / f"{name}.safetensors"
 
     def _replace(self, name: str, text: str) -> None:
@@ -217,6 +229,8 @@ class Partial:
 
 def _change(name: str, before: Any, now: Any) -> str:
     """Name what differs between two runs, as narrowly as possible."""
+    if name in _HASHES:
+        return _HASHES[name]
     if isinstance(before, dict) and isinstance(now, dict):
         for part in now:
             if before.get(part) != now[part]:

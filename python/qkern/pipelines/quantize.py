@@ -31,7 +31,7 @@ from qkern.pipelines.checks import (
 )
 from qkern.pipelines.layerwise import Finished, LayerRecord, Settings, quantize_head, quantize_layer
 from qkern.pipelines.load import usable_device
-from qkern.pipelines.partial import Partial
+from qkern.pipelines.partial import Partial, partial_folder
 from qkern.pipelines.recipe import QuantizationReport, recipe_layers
 from qkern.pipelines.source import Source, open_source
 from qkern.search import MixedPrecision
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from qkern.quantizers.gptq import ActOrder
     from qkern.schemes import Scheme
 
-__all__ = ["calibration_ids", "quantize"]
+__all__ = ["calibration_ids", "quantize", "run_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def quantize(
         result = _assemble(source, layers)
         result.qkern_report = summing.report()
         return result
-    with Partial(folder, _key(source, facts), resume=resume) as partial:
+    with Partial(partial_folder(folder), run_key(source, facts), resume=resume) as partial:
         with _keeping(partial):
             for _ in run.layers(partial):
                 pass
@@ -289,7 +289,7 @@ def calibration_ids(
     return make_batches(tokenizer, load_texts(calibration, tokenizer=tokenizer), **limits)
 
 
-def _key(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
+def run_key(source: Source, facts: dict[str, Any]) -> dict[str, Any]:
     """Everything that the layers depend on."""
     config = json.dumps(source.config, sort_keys=True, default=str)
     return {

@@ -2,35 +2,45 @@
 
 from qkern.search.assignment import KEPT, Choice, MixedPrecision, parse_choice
 from qkern.search.budget import check_budget, fill, greedy, is_full, lagrangian, random_genome, repair
+from qkern.search.cache import CachedLosses, Evaluates
 from qkern.search.evaluator import ORIGINAL, Candidates, Evaluator, candidate_key
-from qkern.search.genetic import Generation, evolve
+from qkern.search.genetic import Generation, Losses, check_population, evolve, pareto_front, random_search
 from qkern.search.runtimes import RUNTIMES, Runtime, make_space, runtime_named, stored_bits
+from qkern.search.sensitivity import sensitivities, single_changes
 from qkern.search.space import Gene, Genome, Space
 
 __all__ = [
     "KEPT",
     "ORIGINAL",
     "RUNTIMES",
+    "CachedLosses",
     "Candidates",
     "Choice",
+    "Evaluates",
     "Evaluator",
     "Gene",
     "Generation",
     "Genome",
+    "Losses",
     "MixedPrecision",
     "Runtime",
     "Space",
     "candidate_key",
     "check_budget",
+    "check_population",
     "evolve",
     "fill",
     "greedy",
     "is_full",
     "lagrangian",
     "make_space",
+    "pareto_front",
     "parse_choice",
     "random_genome",
+    "random_search",
     "repair",
     "runtime_named",
+    "sensitivities",
+    "single_changes",
     "stored_bits",
 ]

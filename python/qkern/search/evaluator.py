@@ -26,6 +26,8 @@ ORIGINAL: Final = -1
 """Allele of a gene that is left as it is, whether or not the runtime could load that."""
 # Rows of logits that are compared at a time: bounds the scratch to a few times 256 * V * 4 bytes.
 _ROWS: Final = 256
+# Tokens of a chunk: what a stage of a search can be made of, and still enough for the kernels.
+_CHUNK_TOKENS: Final = 1024
 
 
 def candidate_key(name: str, spelling: str) -> str:
@@ -57,6 +59,8 @@ class Evaluator:
         What the alleles stand for.
     ids : Tensor
         int64 ``[S, T]``.
+    top_k : int, optional
+        Compare the probabilities of the original's likeliest tokens, and all others as one; default: of all.
     simulate : bool
         Put the dequantized weights into the model's own linears, instead of running the codes on qkern's
         kernels.
@@ -71,34 +75,35 @@ class Evaluator:
         candidates: Candidates,
         ids: Tensor,
         *,
+        top_k: int | None = None,
         simulate: bool = False,
         states: int = 2 << 30,
     ) -> None:
         self.stream = stream
+        self.top_k = top_k
         self.space = space
         self.candidates = candidates
         self.simulate = simulate
         self._limit = states
-        stream.embed(ids)
+        stream.embed(ids, tokens=_CHUNK_TOKENS)
         self._first = stream.states
-        self.chunks = len(self._first)
-        """Chunks of sequences that `kl` can be asked for."""
+        self.chunks = [len(state) * ids.shape[1] for state in self._first]
+        """Tokens of each chunk of sequences that `kl` can be asked for."""
         count = len(stream.layers)
         # Genes come in the order of the layers: where those of a layer end.
         self._ends = [sum(gene.layer <= index for gene in space.genes) for index in range(count + 1)]
         original = (ORIGINAL,) * len(space)
         self._reference = self._walk([original], self._first)[original[: self._ends[-2]]]
 
-    def kl(self, genomes: Sequence[Genome], *, chunks: int | None = None) -> list[float]:
-        """KL of each genome in nats, over the first `chunks` chunks of sequences (None: all)."""
-        chunks = chunks or self.chunks
-        first = self._first[:chunks]
+    def kl(self, genomes: Sequence[Genome], chunks: slice = slice(None)) -> list[float]:
+        """KL of each genome in nats, over some chunks of sequences."""
+        first, expected = self._first[chunks], self._reference[chunks]
         each = sum(state.nbytes for state in first)
         portion = max(1, self._limit // (2 * each))
         result: list[float] = []
         for start in range(0, len(genomes), portion):
             some = genomes[start : start + portion]
-            result += self._compare(some, self._walk(some, first))
+            result += self._compare(some, self._walk(some, first), expected)
         return result
 
     @torch.no_grad()
@@ -165,8 +170,10 @@ class Evaluator:
         return made
 
     @torch.no_grad()
-    def _compare(self, genomes: Sequence[Genome], outputs: dict[Genome, list[Tensor]]) -> list[float]:
-        """KL of genomes from the outputs of the last layer."""
+    def _compare(
+        self, genomes: Sequence[Genome], outputs: dict[Genome, list[Tensor]], expected: list[Tensor]
+    ) -> list[float]:
+        """KL of genomes from the outputs of the last layer and those of the original's."""
         stream, name = self.stream, str(self.stream.head)
         count, last = len(stream.layers), self._ends[-2]
         head, genes = stream.model.get_submodule(name), self._genes(count)
@@ -181,18 +188,31 @@ class Evaluator:
                 return torch.log_softmax(logits(rows), -1)
 
             try:
-                for chunk, expected in enumerate(self._reference[: len(next(iter(outputs.values())))]):
+                for chunk, original in enumerate(expected):
                     # Rows are cut inside sequences, so that none exceeds the model's context.
-                    for sequence, start in product(range(len(expected)), range(0, expected.shape[1], _ROWS)):
+                    for sequence, start in product(range(len(original)), range(0, original.shape[1], _ROWS)):
                         some = slice(start, start + _ROWS)
-                        p = through(expected[sequence, some], [ORIGINAL] * len(genes))
+                        p = through(original[sequence, some], [ORIGINAL] * len(genes))
+                        top = None if self.top_k is None else p.topk(min(self.top_k, p.shape[-1])).indices
+                        p = _merged(p, top)
                         positions += len(p)
                         for genome in sums:
                             q = through(outputs[genome[:last]][chunk][sequence, some], genome[last:])
-                            sums[genome] += float((p.exp() * (p - q)).sum(-1).double().sum())
+                            q = _merged(q, top)
+                            # Rounding may leave a hair below zero.
+                            sums[genome] += float((p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum())
             finally:
                 _set_submodule(stream.model, name, head)
         return [sums[genome] / positions for genome in genomes]
+
+
+def _merged(logs: Tensor, top: Tensor | None) -> Tensor:
+    """Keep the log-probabilities at some indices, and that of all others together; None: all of them."""
+    if top is None:
+        return logs
+    kept = logs.gather(-1, top)
+    rest = (1 - kept.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(logs.dtype).eps).log()
+    return torch.cat([kept, rest], dim=-1)
 
 
 def _set_submodule(module: nn.Module, name: str, child: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
@@ -11,16 +11,26 @@ from qkern.errors import InputError
 from qkern.search.budget import check_budget, greedy, lagrangian, random_genome, repair
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from qkern.search.space import Genome, Space
 
-__all__ = ["Generation", "evolve"]
+__all__ = ["Generation", "Losses", "check_population", "evolve", "pareto_front", "random_search"]
 
 # How far the first generation and the mutations stray from what the sensitivities say, in powers of e.
 _SPREAD: Final = 0.5
+# Added to the loss of what the first chunks rule out; far above any divergence in nats.
+_DROPPED: Final = 1e6
+
+
+class Losses(Protocol):
+    """Losses of genomes over the first `stop` chunks of the text, or over all of it."""
+
+    def __call__(self, genomes: Sequence[Genome], stop: int | None = None, /) -> Sequence[float]:
+        """Return them in the order of the genomes."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +59,12 @@ def evolve(
     space: Space,
     budget: int,
     losses: Sequence[Sequence[float]],
-    evaluate: Callable[[Sequence[Genome]], Sequence[float]],
+    evaluate: Losses,
     *,
     population: int = 20,
     generations: int = 12,
     seed: int = 0,
+    stages: Sequence[int] = (),
     seeds: Sequence[Genome] = (),
     see: Callable[[Generation], None] | None = None,
 ) -> Genome:
@@ -77,6 +88,10 @@ def evolve(
         Genomes in a generation; generations, the first one included.
     seed : int
         The same seed and losses give the same search.
+    stages : sequence of int
+        Numbers of chunks of the text, ascending. Children are evaluated on so many; the better half of them
+        goes on to the next stage, and at last through all of the text. Default: all of them go through all
+        of it, as the first generation always does.
     seeds : sequence of Genome
         More members of the first generation; repaired where they do not fit.
     see : callable, optional
@@ -92,42 +107,153 @@ def evolve(
     InputError
         On a population or number of generations below 2 or 1, or a budget that no genome fits.
     """
+    check_population(population, generations)
+    check_budget(space, budget)
+    from pymoo.algorithms.soo.nonconvex.ga import GA
+
+    # pymoo draws numbers of its own for the tournament; neither stream disturbs the other.
+    seen: set[Genome] = set()
+    moves = _moves(space, losses, np.random.default_rng(seed), seen, budget)
+    members = _first(space, budget, losses, population, seeds, np.random.default_rng([seed, 1]))
+    algorithm = GA(pop_size=population, sampling=np.array(members), **moves)
+    best: tuple[float, Genome] | None = None
+    for number, genomes, tell in _generations(space, algorithm, generations, seed, objectives=1):
+        seen.update(genomes)
+        found = _staged(evaluate, genomes, () if number == 1 else stages)
+        tell([[loss] for loss in found])
+        best = min([*zip(found, genomes, strict=True), *([best] if best else [])])
+        if see is not None:
+            mean = float(algorithm.pop.get("F").mean())
+            see(Generation(number=number, best=best[1], loss=best[0], mean=mean))
+    assert best is not None
+    return best[1]
+
+
+def random_search(
+    space: Space,
+    budget: int,
+    evaluate: Losses,
+    *,
+    population: int = 20,
+    generations: int = 12,
+    seed: int = 0,
+    stages: Sequence[int] = (),
+) -> Genome:
+    """Return the best of as many random genomes as `evolve` evaluates, in the same stages."""
+    check_population(population, generations)
+    check_budget(space, budget)
+    rng = np.random.default_rng([seed, 2])
+    best: tuple[float, Genome] | None = None
+    for number in range(generations):
+        genomes = [random_genome(space, budget, rng) for _ in range(population)]
+        found = _staged(evaluate, genomes, stages if number else ())
+        best = min([*zip(found, genomes, strict=True), *([best] if best else [])])
+    assert best is not None
+    return best[1]
+
+
+def pareto_front(
+    space: Space,
+    losses: Sequence[Sequence[float]],
+    evaluate: Losses,
+    *,
+    population: int = 20,
+    generations: int = 12,
+    seed: int = 0,
+    see: Callable[[int, int], None] | None = None,
+) -> list[tuple[Genome, float]]:
+    """Search the genomes that no other beats in both size and loss (NSGA-II).
+
+    Parameters
+    ----------
+    space, losses, evaluate, population, generations, seed
+        As in `evolve`; the first generation are Lagrangian optima of budgets that lie evenly between the
+        smallest and the largest genome.
+    see : callable, optional
+        Is told the number of each generation and the length of the front.
+
+    Returns
+    -------
+    list of tuple
+        Genome and loss, smallest genome first.
+    """
+    check_population(population, generations)
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+
+    seen: set[Genome] = set()
+    low, high = (space.bits(genome) for genome in space.ends())
+    budgets = np.linspace(low, high, population).astype(np.int64)
+    members = list(dict.fromkeys(lagrangian(space, losses, int(budget)) for budget in budgets))
+    moves = _moves(space, losses, np.random.default_rng(seed), seen)
+    algorithm = NSGA2(pop_size=population, sampling=np.array(members), **moves)
+    known: dict[Genome, float] = {}
+    for number, genomes, tell in _generations(space, algorithm, generations, seed, objectives=2):
+        seen.update(genomes)
+        found = list(evaluate(genomes))
+        known.update(zip(genomes, found, strict=True))
+        tell([[space.bits(genome), loss] for genome, loss in zip(genomes, found, strict=True)])
+        if see is not None:
+            see(number, len(_undominated(space, known)))
+    return _undominated(space, known)
+
+
+def _undominated(space: Space, known: dict[Genome, float]) -> list[tuple[Genome, float]]:
+    front: list[tuple[Genome, float]] = []
+    for genome in sorted(known, key=lambda genome: (space.bits(genome), known[genome])):
+        if not front or known[genome] < front[-1][1]:
+            front.append((genome, known[genome]))
+    return front
+
+
+def check_population(population: int, generations: int) -> None:
+    """Refuse a search of no size.
+
+    Raises
+    ------
+    InputError
+        If so.
+    """
     if population < 2 or generations < 1:
         raise InputError(
             f"a search needs a population of 2 and 1 generation at least: got {population} and {generations}"
         )
-    check_budget(space, budget)
-    from pymoo.algorithms.soo.nonconvex.ga import GA
+
+
+def _generations(
+    space: Space, algorithm: Any, generations: int, seed: int, *, objectives: int
+) -> Iterator[tuple[int, list[Genome], Callable[[Sequence[Sequence[float]]], None]]]:
+    """Yield the number of each generation, its new genomes, and what takes their objectives."""
     from pymoo.core.problem import Problem
 
-    # pymoo draws numbers of its own for the tournament; neither stream disturbs the other.
-    seen: set[Genome] = set()
-    moves = _moves(space, budget, losses, np.random.default_rng(seed), seen)
-    algorithm = GA(
-        pop_size=population,
-        sampling=np.array(_first(space, budget, losses, population, seeds, np.random.default_rng([seed, 1]))),
-        **moves,
-    )
     upper = np.array(space.ends()[1])
-    problem = Problem(n_var=len(space), n_obj=1, xl=np.zeros_like(upper), xu=upper, vtype=int)
+    problem = Problem(n_var=len(space), n_obj=objectives, xl=np.zeros_like(upper), xu=upper, vtype=int)
     algorithm.setup(problem, termination=("n_gen", generations), seed=seed, verbose=False)
-    best: tuple[float, Genome] | None = None
+    number = 0
     while algorithm.has_next():
         asked = algorithm.ask()
         if asked is None or len(asked) == 0:
-            break  # every child was there before: the space is exhausted
-        genomes = _genomes(asked)
-        seen.update(genomes)
-        found = [float(loss) for loss in evaluate(genomes)]
-        asked.set("F", np.array(found)[:, None])
-        algorithm.evaluator.n_eval += len(asked)
-        algorithm.tell(infills=asked)
-        best = min([*zip(found, genomes, strict=True), *([best] if best else [])])
-        if see is not None:
-            mean = float(algorithm.pop.get("F").mean())
-            see(Generation(number=algorithm.n_iter - 1, best=best[1], loss=best[0], mean=mean))
-    assert best is not None
-    return best[1]
+            return  # every child was there before: the space is exhausted
+
+        def tell(found: Sequence[Sequence[float]], asked: Any = asked) -> None:
+            asked.set("F", np.array(found, dtype=np.float64))
+            algorithm.evaluator.n_eval += len(asked)
+            algorithm.tell(infills=asked)
+
+        number += 1
+        yield number, _genomes(asked), tell
+
+
+def _staged(evaluate: Losses, genomes: Sequence[Genome], stages: Sequence[int]) -> list[float]:
+    """Losses of genomes; of those that a stage rules out so high that none of them survives."""
+    found = [0.0] * len(genomes)
+    running = list(range(len(genomes)))
+    for left, stop in zip(range(len(stages), -1, -1), (*stages, None), strict=True):
+        some = [genomes[index] for index in running]
+        losses = evaluate(some) if stop is None else evaluate(some, stop)
+        for index, loss in zip(running, losses, strict=True):
+            found[index] = left * _DROPPED + float(loss)
+        running = sorted(running, key=lambda index: (found[index], index))[: -(-len(running) // 2)]
+    return found
 
 
 def _first(
@@ -159,12 +285,12 @@ def _genomes(population: Any) -> list[Genome]:
 
 def _moves(
     space: Space,
-    budget: int,
     losses: Sequence[Sequence[float]],
     rng: np.random.Generator,
     seen: set[Genome],
+    budget: int | None = None,
 ) -> dict[str, Any]:
-    """Crossover, mutation, repair, and what counts as new, in pymoo's form."""
+    """Crossover, mutation, repair to a budget, and what counts as new, in pymoo's form."""
     from pymoo.core.crossover import Crossover
     from pymoo.core.duplicate import DuplicateElimination
     from pymoo.core.mutation import Mutation
@@ -187,6 +313,7 @@ def _moves(
 
     class Fit(Repair):  # type: ignore[misc]
         def _do(self, problem: Any, X: NDArray[Any], **kwargs: Any) -> NDArray[Any]:
+            assert budget is not None
             fitted = [repair(space, row.tolist(), budget, rng, losses, spread=_SPREAD) for row in X]
             return np.array(fitted).reshape(X.shape)
 
@@ -198,5 +325,7 @@ def _moves(
             first = {genome: index for index, genome in reversed(list(enumerate(_genomes(pop))))}
             return pop[sorted(index for genome, index in first.items() if genome not in known)]
 
-    moves = {"crossover": Uniform(n_parents=2, n_offsprings=2), "mutation": Step(), "repair": Fit()}
+    moves: dict[str, Any] = {"crossover": Uniform(n_parents=2, n_offsprings=2), "mutation": Step()}
+    if budget is not None:
+        moves["repair"] = Fit()
     return {**moves, "eliminate_duplicates": Unseen()}

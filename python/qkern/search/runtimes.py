@@ -14,7 +14,7 @@ from qkern.search.assignment import KEPT, parse_choice
 from qkern.search.space import Gene, Space
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from qkern.models import Structure
 
@@ -101,14 +101,15 @@ def stored_bits(spelling: str, N: int, K: int, *, kept: int = 16, in_file: bool 
     kept : int
         Bits of a weight that stays as it is.
     in_file : bool
-        Of its tensors in a compressed-tensors checkpoint (rows padded to words, and the stored shape)
-        instead of codes, scales and zero points alone.
+        Of its tensors in a compressed-tensors checkpoint (rows padded to words, and the stored shape), or in
+        a GGUF (tensors padded to 32 bytes), instead of codes, scales and zero points alone.
     """
     choice = parse_choice(spelling)
     if choice is None:
         return N * K * kept
     if isinstance(choice, GGUFType):
-        return 8 * N * choice.row_bytes(K)
+        size = N * choice.row_bytes(K)
+        return 8 * (-(-size // 32) * 32 if in_file else size)
     rows, groups = choice.scale_shape(N, K)
     bits = N * K * choice.bits + 16 * rows * groups + choice.bits * rows * groups * choice.zero_point
     if in_file:
@@ -123,6 +124,7 @@ def make_space(
     runtime: Runtime,
     alleles: Sequence[str] | None = None,
     *,
+    stored: Mapping[str, int] | None = None,
     head: bool = False,
     in_file: bool = False,
 ) -> tuple[Space, dict[str, str]]:
@@ -138,6 +140,8 @@ def make_space(
         What will load the result.
     alleles : sequence of str, optional
         Spellings to try; default: the runtime's. Of each gene those are left that all of it can have.
+    stored : mapping, optional
+        Bytes of each linear's weight as it is stored now; default: as `model` holds it.
     head : bool
         Search the output head too.
     in_file : bool
@@ -156,6 +160,7 @@ def make_space(
     if head and structure.tied:
         raise UnsupportedError(f"{structure.head} is tied to the input embedding: leave it out of the search")
     linears = {name: column_weight(linear) for name, linear in named_linears(model).items()}
+    now = {name: weight.nbytes for name, weight in linears.items()} if stored is None else stored
     kept: dict[str, str] = {}
     genes = []
     usable: set[str] = set()
@@ -168,9 +173,11 @@ def make_space(
             if first is not None:
                 reasons.setdefault(spelling, first)
                 continue
-            kept_bits = 8 * linears[names[0]].element_size()
             sizes[spelling] = sum(
-                stored_bits(spelling, *linears[name].shape, kept=kept_bits, in_file=in_file) for name in names
+                8 * now[name]
+                if spelling == KEPT
+                else stored_bits(spelling, *linears[name].shape, in_file=in_file)
+                for name in names
             )
         usable |= set(sizes)
         if set(sizes) <= {KEPT}:

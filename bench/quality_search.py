@@ -1,0 +1,198 @@
+"""Searches for mixed precision against each other and uniform schemes at the same size: one Markdown table.
+
+    python bench/quality_search.py MODEL HELDOUT [--calibration FILE] [--text FILE] [--targets 2.25 2.75]
+
+For the model and for its injected form (`bench/quality.py`) each target (bits of the linears over their
+weights) is searched with every seed: candidates by GPTQ on the calibration text, scored on the search text.
+What a search found is then quantized as a user would, ``qkern quantize --assignment``, and measured as
+KL(original || quantized) on HELDOUT, which neither saw. `against` is the difference of the KL (the mean over
+the seeds) to the row named, with the paired bootstrap's 95 % interval: below zero throughout means better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import qkern
+from qkern.calibration import load_texts, make_batches
+from qkern.evaluation import kl_divergence, paired_bootstrap, read_text, token_ids, window_logits
+from qkern.evaluation.bits import bpw_linear
+from qkern.pipelines import quantize, search_assignment
+from quality import load, note, number
+from quality_gguf import injected_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from qkern.search import MixedPrecision
+
+# What each search has to beat at the same size.
+AGAINST = {"genetic": "lagrangian", "lagrangian": "random"}
+UNIFORM = {2.25: "uniform w2g64", 3.125: "uniform w3g128", 4.125: "uniform w4g128"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A search (or uniform scheme) at one target, over all seeds."""
+
+    form: str
+    target: float
+    found_by: str
+    bits: float
+    kls: tuple[float, ...]
+    against: tuple[tuple[str, float, float, float], ...]
+
+
+class Judge:
+    """Quantizes by an assignment and measures; each assignment once."""
+
+    def __init__(self, source: str | Path, ids: torch.Tensor, held_out: torch.Tensor) -> None:
+        self.model = load(str(source))
+        self.ids = ids
+        self.held_out = held_out
+        self.reference = window_logits(self.model, held_out)
+        self.known: dict[str, tuple[NDArray[np.float64], float]] = {}
+
+    def __call__(self, assignment: MixedPrecision) -> tuple[NDArray[np.float64], float]:
+        """KL by position, and bits a weight."""
+        key = json.dumps(dict(assignment.choices))
+        if key not in self.known:
+            made = quantize(self.model, method="gptq", assignment=assignment, calibration=self.ids)
+            self.known[key] = kl_divergence(self.reference, made, self.held_out), bpw_linear(made)
+        return self.known[key]
+
+
+def searched(source: str | Path, form: str, arguments: argparse.Namespace, work: Path) -> Iterator[Row]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    original = load(str(source))
+    length = min(arguments.length, original.config.max_position_embeddings)
+    held_out = token_ids(tokenizer, read_text(arguments.heldout))[: arguments.windows * 512]
+    ids, scored = (
+        make_batches(tokenizer, load_texts(path, tokenizer=tokenizer), samples=samples, length=length)
+        for path, samples in (
+            (arguments.calibration, arguments.samples),
+            (arguments.text, arguments.tokens // length),
+        )
+    )
+    note(f"{form}: calibration {tuple(ids.shape)}, search {tuple(scored.shape)}, held out {len(held_out)}")
+    judge = Judge(source, ids, held_out)
+    for target in arguments.targets:
+        found: dict[str, dict[int, MixedPrecision]] = {}
+        for seed in range(arguments.seeds):
+            started = time.monotonic()
+            report = search_assignment(
+                source,
+                calibration=ids,
+                text=scored,
+                target_bpw_linear=target,
+                alleles=arguments.alleles,
+                population=arguments.population,
+                generations=arguments.generations,
+                tokens=arguments.tokens,
+                seed=seed,
+                store=work / f"store-{form}",
+            )
+            assert report.best is not None
+            for one in (report.best, *report.others):
+                found.setdefault(one.found_by, {})[seed] = one.assignment
+            note(f"{form} {target} seed {seed}: {time.monotonic() - started:.0f} s")
+        values = {
+            name: [judge(assignment) for assignment in by_seed.values()] for name, by_seed in found.items()
+        }
+        means = {name: np.mean([kl for kl, _ in measured], axis=0) for name, measured in values.items()}
+        for name, measured in values.items():
+            rivals = [AGAINST[name]] if name in AGAINST else []
+            rivals += [UNIFORM[target]] if target in UNIFORM and name in ("genetic", "lagrangian") else []
+            gaps = [(rival, paired_bootstrap(means[name], means[rival])) for rival in rivals]
+            kls = [float(kl.mean()) for kl, _ in measured]
+            row = Row(
+                form=form,
+                target=target,
+                found_by=name,
+                bits=max(bits for _, bits in measured),
+                kls=tuple(kls if name in ("genetic", "random") else kls[:1]),
+                against=tuple((rival, gap.mean, gap.low, gap.high) for rival, gap in gaps),
+            )
+            note(line(row))
+            yield row
+
+
+def line(row: Row) -> str:
+    kls = np.array(row.kls)
+    spread = f" ({kls.min():.5f} to {kls.max():.5f})" if len(kls) > 1 else ""
+    against = "; ".join(
+        f"{rival} {mean:+.5f} ({low:+.5f} to {high:+.5f})" for rival, mean, low, high in row.against
+    )
+    cells = (
+        row.form,
+        f"{row.target:g}",
+        row.found_by,
+        number(row.bits, 4),
+        f"{kls.mean():.5f}{spread}",
+        against,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def table(rows: list[Row]) -> str:
+    heading = [
+        "| model | target | found by | bpw_linear | KL, nats: mean (seeds) | against (95 % interval) |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*heading, *map(line, rows)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="model folder or hub id")
+    parser.add_argument("heldout", type=Path, help="held-out text")
+    parser.add_argument("--calibration", type=Path, help="default: calibration.txt beside the held-out text")
+    parser.add_argument("--text", type=Path, help="default: search.txt beside the held-out text")
+    parser.add_argument("--targets", type=float, nargs="+", default=[2.25, 2.75, 3.125, 4.25])
+    parser.add_argument("--alleles", nargs="+", help="default: those of the runtime torch")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--population", type=int, default=20)
+    parser.add_argument("--generations", type=int, default=12)
+    parser.add_argument("--forms", nargs="+", choices=("plain", "injected"), default=["plain", "injected"])
+    parser.add_argument("--samples", type=int, default=128, help="calibration sequences")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the search text")
+    parser.add_argument(
+        "--length", type=int, default=2048, help="tokens of each sequence, at most the model's context"
+    )
+    parser.add_argument("--windows", type=int, default=30, help="held-out windows of 512 tokens")
+    parser.add_argument("--work", type=Path, help="folder that keeps what is known, to go on from")
+    arguments = parser.parse_args(argv)
+    for name in ("calibration", "search"):
+        option = "text" if name == "search" else name
+        if getattr(arguments, option) is None:
+            setattr(arguments, option, arguments.heldout.with_name(f"{name}.txt"))
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        for form in arguments.forms:
+            source: Any = arguments.model
+            if form == "injected":
+                source = work / "injected"
+                if not source.is_dir():
+                    injected_folder(arguments.model, source)
+            rows += searched(source, form, arguments, work)
+    print(table(rows))
+    print(f"\nqkern {qkern.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()

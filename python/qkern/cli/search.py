@@ -1,0 +1,149 @@
+"""``qkern search``: the best bits for each linear within a size."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkern.cli.sensitivity import (
+    Alleles,
+    AsJSON,
+    Calibration,
+    CandidateMethod,
+    Device,
+    Head,
+    Length,
+    MethodOption,
+    Model,
+    Resume,
+    RuntimeName,
+    RuntimeOption,
+    Samples,
+    Seed,
+    Simulate,
+    Store,
+    Text,
+    Tokens,
+    TopK,
+    split,
+)
+
+if TYPE_CHECKING:
+    from qkern.pipelines import SearchReport
+
+
+def command(
+    model: Model,
+    calibration: Calibration,
+    output: Annotated[
+        Path, typer.Option(help="Assignment to write, JSON; with --pareto a folder. Must not exist.")
+    ],
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Bits of all tensors (GGUF: of the file) over all weights.")
+    ] = None,
+    target_bpw_linear: Annotated[float | None, typer.Option(help="Bits of the linears over theirs.")] = None,
+    target_compression: Annotated[
+        float | None, typer.Option(help="Bytes of all tensors over the original's.")
+    ] = None,
+    target_bytes: Annotated[
+        int | None, typer.Option(help="Bytes of all tensors (GGUF: of the file).")
+    ] = None,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Every size in one run (NSGA-II).")] = False,
+    population: Annotated[int, typer.Option(min=2, help="Assignments in a generation.")] = 20,
+    generations: Annotated[int, typer.Option(min=1, help="Generations, the first included.")] = 12,
+    seed: Seed = 0,
+    runtime: RuntimeOption = RuntimeName.TORCH,
+    alleles: Alleles = None,
+    head: Head = False,
+    type: Annotated[
+        str, typer.Option("--type", help="GGUF: mixture for what is not searched, as in export-gguf.")
+    ] = "q4_k_m",
+    method: MethodOption = CandidateMethod.GPTQ,
+    text: Text = None,
+    samples: Samples = 128,
+    length: Length = 2048,
+    tokens: Tokens = 6144,
+    top_k: TopK = None,
+    simulate: Simulate = False,
+    device: Device = "auto",
+    store: Store = None,
+    resume: Resume = True,
+    as_json: AsJSON = False,
+) -> None:
+    """Search which linear gets how many bits, by a genetic algorithm on real quantized weights.
+
+    Give one target. Lagrangian, greedy and random search are reported beside the result. A killed run goes on
+    where it stopped when the same command is given again.
+    """
+    from qkern.pipelines import search_assignment
+
+    report = search_assignment(
+        model,
+        calibration=calibration,
+        target_bpw=target_bpw,
+        target_bpw_linear=target_bpw_linear,
+        target_compression=target_compression,
+        target_bytes=target_bytes,
+        pareto=pareto,
+        population=population,
+        generations=generations,
+        seed=seed,
+        text=text,
+        runtime=runtime.value,
+        alleles=split(alleles),
+        head=head,
+        type=type,
+        method=method.value,
+        samples=samples,
+        length=length,
+        tokens=tokens,
+        top_k=top_k,
+        simulate=simulate,
+        device=device,
+        store=store,
+        resume=resume,
+        output=output,
+    )
+    if as_json:
+        typer.echo(json.dumps(report.as_dict()))
+        return
+    _print(report)
+    typer.echo(f"written to {output}")
+    if not pareto:
+        common = [model, "--assignment", str(output), "--method", method.value, "--calibration", calibration]
+        if method is CandidateMethod.RTN:
+            common = common[:-2]
+        verb = ["export-gguf", "--type", type] if runtime is RuntimeName.GGUF else ["quantize"]
+        rest = ["--output", "OUTPUT.gguf"] if runtime is RuntimeName.GGUF else [
+            "--format", "compressed-tensors", "--output", "OUTPUT",
+        ]  # fmt: skip
+        typer.echo("next: " + shlex.join(["qkern", verb[0], *common, *verb[1:], *rest]))
+
+
+def _print(report: SearchReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report.target}; KL on {report.tokens:,} tokens that the search saw")
+    for heading in ("found by", "KL", "MB", "bpw_file", "bpw_linear", "linears"):
+        table.add_column(heading, justify="left" if heading in ("found by", "linears") else "right")
+    for row in (*((report.best,) if report.best else ()), *report.others):
+        counts = Counter(row.assignment.choices.values())
+        table.add_row(
+            row.found_by,
+            f"{row.kl:.5f}",
+            f"{row.bytes / 1e6:.3f}",
+            f"{row.bpw_file:.4f}",
+            f"{row.bpw_linear:.4f}",
+            ", ".join(f"{count} {spelling}" for spelling, count in sorted(counts.items())),
+        )
+    Console(markup=False, highlight=False).print(table)
+    typer.echo(
+        f"{report.evaluations} assignments evaluated, seed {report.seed}, {report.seconds:.0f} s; more text "
+        "tells how much of a difference is left: qkern compare"
+    )

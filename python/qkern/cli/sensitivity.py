@@ -1,0 +1,193 @@
+"""``qkern sensitivity``: what each choice for each linear costs while all others stay as they are."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkern.errors import InputError
+
+if TYPE_CHECKING:
+    from qkern.pipelines import SensitivityReport
+
+
+class RuntimeName(StrEnum):
+    """What will load the result."""
+
+    TORCH = "torch"
+    VLLM = "vllm"
+    GGUF = "gguf"
+
+
+class CandidateMethod(StrEnum):
+    """How the codes of candidates are chosen."""
+
+    GPTQ = "gptq"
+    RTN = "rtn"
+
+
+Model = Annotated[str, typer.Argument(help="Model folder or hub id, 16-bit safetensors.")]
+Calibration = Annotated[
+    str,
+    typer.Option(help="Text file, .jsonl of 'text' or 'messages', or the name of a Hugging Face dataset."),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(help="Text that KL is measured on.", show_default="sequences of the calibration, set aside"),
+]
+RuntimeOption = Annotated[
+    RuntimeName, typer.Option(help="What will load the result: legal choices, and what must share one.")
+]
+Alleles = Annotated[
+    str | None,
+    typer.Option(
+        help="Choices, separated by commas: schemes (w3g128, w3g128a8), GGUF types (q4_k), or 16.",
+        show_default="by runtime",
+    ),
+]
+Head = Annotated[bool, typer.Option("--head", help="The output head too.")]
+MethodOption = Annotated[CandidateMethod, typer.Option(help="How codes are chosen.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of a sequence, at most the model's.")]
+Tokens = Annotated[int, typer.Option(min=2, help="Tokens that KL is measured on.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
+TopK = Annotated[
+    int | None,
+    typer.Option(min=1, help="KL over the original's likeliest tokens alone.", show_default="all tokens"),
+]
+Simulate = Annotated[
+    bool, typer.Option("--simulate", help="Dequantized weights in plain linears instead of real kernels.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+Store = Annotated[
+    Path | None,
+    typer.Option(help="Folder that keeps candidates and losses for later runs.", show_default="none is kept"),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume/--no-resume", help="Go on from the store or <output>.partial, or empty it.")
+]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def split(alleles: str | None) -> list[str] | None:
+    """Choices of a command line."""
+    return None if alleles is None else [part.strip() for part in alleles.split(",") if part.strip()]
+
+
+def command(
+    model: Model,
+    calibration: Calibration,
+    text: Text = None,
+    runtime: RuntimeOption = RuntimeName.TORCH,
+    alleles: Alleles = None,
+    head: Head = False,
+    method: MethodOption = CandidateMethod.GPTQ,
+    samples: Samples = 128,
+    length: Length = 2048,
+    tokens: Tokens = 6144,
+    seed: Seed = 0,
+    top_k: TopK = None,
+    simulate: Simulate = False,
+    device: Device = "auto",
+    store: Store = None,
+    resume: Resume = True,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write; must not exist.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture to write: heat maps, layer by kind (needs qkern[plot]).")
+    ] = None,
+    allele: Annotated[
+        str | None, typer.Option(help="Choice to print the table of.", show_default="that of fewest bits")
+    ] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Measure the KL that each choice costs, one linear (or group that shares a choice) at a time.
+
+    A killed run goes on where it stopped when the same command is given again, if it has --output or --store.
+    """
+    from qkern.pipelines import sensitivity
+
+    if plot is not None:
+        from qkern.plotting import check_picture
+
+        check_picture(plot)
+    report = sensitivity(
+        model,
+        calibration=calibration,
+        text=text,
+        runtime=runtime.value,
+        alleles=split(alleles),
+        head=head,
+        method=method.value,
+        samples=samples,
+        length=length,
+        tokens=tokens,
+        seed=seed,
+        top_k=top_k,
+        simulate=simulate,
+        device=device,
+        store=store,
+        resume=resume,
+        output=output,
+    )
+    if plot is not None:
+        _plot(report, plot)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict()))
+    else:
+        _print(report, allele)
+    for path in (output, plot):
+        if path is not None and not as_json:
+            typer.echo(f"written to {path}")
+
+
+def _plot(report: SensitivityReport, path: Path) -> None:
+    from qkern.plotting import plot_heat
+
+    maps: dict[str, dict[str, dict[str, float]]] = {}
+    for gene in report.genes:
+        for spelling, kl in gene.kl.items():
+            maps.setdefault(spelling, {}).setdefault(str(gene.layer), {})[gene.kind] = kl
+    plot_heat(maps, path, label="KL, nats", rows="layer")
+
+
+def _print(report: SensitivityReport, allele: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    known = list(dict.fromkeys(spelling for gene in report.genes for spelling in gene.kl))
+    if allele is not None and allele not in known:
+        raise InputError(f"no linear had the choice {allele!r}: there are {', '.join(known)}")
+    kinds = list(dict.fromkeys(gene.kind for gene in report.genes))
+    cells: dict[int, dict[str, str]] = {}
+    for gene in report.genes:
+        shown = next(iter(gene.kl)) if allele is None else allele
+        cells.setdefault(gene.layer, {})[gene.kind] = f"{gene.kl[shown]:.2e}" if shown in gene.kl else ""
+    table = Table(
+        title=f"KL in nats with one of them in {allele or 'its smallest choice'}, the others 16-bit"
+    )
+    table.add_column("layer", justify="right")
+    for kind in kinds:
+        table.add_column(kind.replace(".", "\n", 1), justify="right")
+    for layer, row in cells.items():
+        table.add_row(str(layer), *(row.get(kind, "") for kind in kinds))
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    totals = Table(title="all of them: sum of the KL, mean error of their outputs")
+    for heading in ("choice", "bits a weight", "KL", "error"):
+        totals.add_column(heading, justify="left" if heading == "choice" else "right")
+    for spelling in known:
+        genes = [gene for gene in report.genes if spelling in gene.kl]
+        errors = [gene.error[spelling] for gene in genes if spelling in gene.error]
+        weights = sum(gene.weights for gene in genes)
+        totals.add_row(
+            spelling + ("" if len(genes) == len(report.genes) else f" ({len(genes)} of {len(report.genes)})"),
+            f"{sum(gene.bits[spelling] * gene.weights for gene in genes) / weights:.3f}",
+            f"{sum(gene.kl[spelling] for gene in genes):.5f}",
+            f"{sum(errors) / len(errors):.2e}" if errors else "",
+        )
+    console.print(totals)
+    typer.echo(f"{report.tokens:,} tokens, candidates by {report.method}, {report.seconds:.0f} s")

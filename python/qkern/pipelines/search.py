@@ -1,0 +1,755 @@
+"""The verbs `sensitivity` and `search_assignment`: candidates first, then losses of whole assignments."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from qkern import _progress
+from qkern.calibration import LayerStream, bounded_length, calibration_hash
+from qkern.errors import InputError
+from qkern.gguf.writer import check_new_file, write_whole
+from qkern.models import describe
+from qkern.pipelines.candidates import METHODS, CandidateStore, make_candidates
+from qkern.pipelines.load import usable_device
+from qkern.pipelines.partial import Partial, partial_folder
+from qkern.pipelines.quantize import calibration_ids, run_key
+from qkern.pipelines.sizes import Sizes, Target
+from qkern.pipelines.source import Source, open_source
+from qkern.search import (
+    CachedLosses,
+    Evaluator,
+    Generation,
+    MixedPrecision,
+    Space,
+    check_population,
+    evolve,
+    greedy,
+    lagrangian,
+    pareto_front,
+    random_search,
+    runtime_named,
+    sensitivities,
+    single_changes,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from qkern.models import Structure
+    from qkern.search import Genome
+
+__all__ = ["Assigned", "SearchReport", "Sensitivity", "SensitivityReport", "search_assignment", "sensitivity"]
+
+logger = logging.getLogger(__name__)
+
+# Parts of the text after which the worse half of a generation's children is dropped.
+_STAGES: Final = (1 / 6, 1 / 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """What quantizing some linears alone does.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Linears that share a choice.
+    layer : int
+        Their decoder layer.
+    kind : str
+        Their names inside it.
+    weights : int
+        Their weights.
+    bits : dict
+        By allele, bits per weight with scales and zero points.
+    kl : dict
+        By allele, KL(original || model with these linears in this allele) in nats.
+    error : dict
+        By allele, squared error of the linears' outputs over the calibration, relative; the mean over them.
+    """
+
+    names: tuple[str, ...]
+    layer: int
+    kind: str
+    weights: int
+    bits: dict[str, float]
+    kl: dict[str, float]
+    error: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensitivityReport:
+    """How much each allele of each linear costs.
+
+    Parameters
+    ----------
+    runtime, method : str
+        What would load the result, and how codes were chosen.
+    tokens : int
+        Tokens that KL was measured on; none of them was used for choosing codes, unless by `text`.
+    genes : tuple of Sensitivity
+        In the order of the layers.
+    kept : dict
+        Linears that were left alone, and why.
+    seconds : float
+        Time of the whole run.
+    """
+
+    runtime: str
+    method: str
+    tokens: int
+    genes: tuple[Sensitivity, ...]
+    kept: dict[str, str]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "runtime": self.runtime,
+            "method": self.method,
+            "tokens": self.tokens,
+            "genes": [
+                {
+                    "names": list(gene.names),
+                    "layer": gene.layer,
+                    "kind": gene.kind,
+                    "weights": gene.weights,
+                    "bits": gene.bits,
+                    "kl": gene.kl,
+                    "error": gene.error,
+                }
+                for gene in self.genes
+            ],
+            "kept": self.kept,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assigned:
+    """One assignment and what is known of it.
+
+    Parameters
+    ----------
+    found_by : str
+        ``"genetic"``, ``"lagrangian"``, ``"greedy"``, ``"random"``, ``"pareto"``, or ``"uniform w3g128"``.
+    kl : float
+        Over the search's own text: more text tells how much of a difference is left.
+    bytes : int
+        All tensors of the written model; of a GGUF the whole file.
+    bpw_file, bpw_linear : float
+        Bits per weight of everything, and of the linears without the head.
+    assignment : MixedPrecision
+        The assignment.
+    """
+
+    found_by: str
+    kl: float
+    bytes: int
+    bpw_file: float
+    bpw_linear: float
+    assignment: MixedPrecision
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "found_by": self.found_by,
+            "kl": self.kl,
+            "bytes": self.bytes,
+            "bpw_file": self.bpw_file,
+            "bpw_linear": self.bpw_linear,
+            "assignment": dict(self.assignment.choices),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchReport:
+    """What a search found.
+
+    Parameters
+    ----------
+    best : Assigned or None
+        The result; None of a whole front.
+    others : tuple of Assigned
+        What simpler searches found within the same size; everything on the front.
+    target : str
+        What was asked for.
+    runtime, method : str
+        What loads the result, and how codes were chosen.
+    tokens, evaluations, seed : int
+        Tokens that assignments were scored on, assignments that were scored, seed.
+    history : tuple of Generation
+        Best and mean loss by generation.
+    kept : dict
+        Linears that were left alone, and why.
+    seconds : float
+        Time of the whole run.
+    output : Path or None
+        What was written.
+    """
+
+    best: Assigned | None
+    others: tuple[Assigned, ...]
+    target: str
+    runtime: str
+    method: str
+    tokens: int
+    evaluations: int
+    seed: int
+    history: tuple[Generation, ...] = ()
+    kept: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    output: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "best": None if self.best is None else self.best.as_dict(),
+            "others": [other.as_dict() for other in self.others],
+            "target": self.target,
+            "runtime": self.runtime,
+            "method": self.method,
+            "tokens": self.tokens,
+            "evaluations": self.evaluations,
+            "seed": self.seed,
+            "history": [{"number": g.number, "kl": g.loss, "mean": g.mean} for g in self.history],
+            "kept": self.kept,
+            "seconds": self.seconds,
+            "output": None if self.output is None else str(self.output),
+        }
+
+
+def sensitivity(
+    model: Any,
+    *,
+    calibration: Any,
+    text: Any = None,
+    runtime: str = "torch",
+    alleles: Sequence[str] | None = None,
+    head: bool = False,
+    method: str = "gptq",
+    samples: int = 128,
+    length: int = 2048,
+    tokens: int = 6144,
+    seed: int = 0,
+    top_k: int | None = None,
+    simulate: bool = False,
+    tokenizer: Any = None,
+    device: str = "auto",
+    store: str | Path | None = None,
+    resume: bool = True,
+    output: str | Path | None = None,
+) -> SensitivityReport:
+    """Measure what each allele of each linear costs while all others stay as they are.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        16-bit folder, hub id, or a model in memory, which is not modified.
+    calibration
+        Source of texts as in `qkern.calibration.load_texts`, or token ids int64 ``[S, T]``.
+    text : optional
+        Texts that KL is measured on; default: sequences of the calibration that are set aside.
+    runtime : {"torch", "vllm", "gguf"}
+        What will load the result: which alleles are legal, and what must share one.
+    alleles : sequence of str, optional
+        Schemes such as ``"w3g128"`` (``"w3g128a8"``: with int8 activations), GGUF types such as ``"q4_k"``
+        or ``"16"``; default: the runtime's.
+    head : bool
+        The output head too.
+    method : {"gptq", "rtn"}
+        How codes are chosen.
+    samples, length, seed : int
+        Calibration sequences, tokens in each (at most what the model takes), seed of the draw.
+    tokens : int
+        Tokens that KL is measured on.
+    top_k : int, optional
+        KL over the original's likeliest tokens, all others as one; default: over the vocabulary.
+    simulate : bool
+        Dequantized weights in the model's own linears, instead of codes on qkern's kernels.
+    tokenizer : optional
+        For texts, when `model` is in memory.
+    device : str
+        Where layers are computed: ``"auto"`` (CUDA if there is one, else CPU) or a torch device.
+    store : str or Path, optional
+        Folder that keeps candidates and losses for later runs of the same model and calibration. Without one
+        they are in ``<output>.partial`` until the run is done.
+    resume : bool
+        Use what is in that folder; False removes it first.
+    output : str or Path, optional
+        JSON file to write, which must not exist.
+
+    Raises
+    ------
+    InputError
+        On arguments, texts or weights that cannot be used, or a store of another model.
+    UnsupportedError
+        If the runtime cannot load an allele, or the model computes in a way that is not followed.
+    OutputError
+        If the disk is full; what is done is kept.
+    """
+    started = time.monotonic()
+    path = _new_file(output)
+    plan = _plan(model, runtime, alleles, method, head=head, device=device)
+    texts = _Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens, seed)
+    with _opened(plan, texts, path, store, resume=resume, top_k=top_k, simulate=simulate) as problem:
+        report = problem.sensitivity_report(started)
+        if path is not None:
+            write_whole(path, (json.dumps(report.as_dict(), indent=2) + "\n").encode())
+    return report
+
+
+def search_assignment(
+    model: Any,
+    *,
+    calibration: Any,
+    target_bpw: float | None = None,
+    target_bpw_linear: float | None = None,
+    target_compression: float | None = None,
+    target_bytes: int | None = None,
+    pareto: bool = False,
+    population: int = 20,
+    generations: int = 12,
+    seed: int = 0,
+    text: Any = None,
+    runtime: str = "torch",
+    alleles: Sequence[str] | None = None,
+    head: bool = False,
+    type: str = "q4_k_m",
+    method: str = "gptq",
+    samples: int = 128,
+    length: int = 2048,
+    tokens: int = 6144,
+    top_k: int | None = None,
+    simulate: bool = False,
+    tokenizer: Any = None,
+    device: str = "auto",
+    store: str | Path | None = None,
+    resume: bool = True,
+    output: str | Path | None = None,
+) -> SearchReport:
+    """Search the assignment of least KL within a size, by a genetic algorithm on real quantized weights.
+
+    Parameters
+    ----------
+    model, calibration, text, runtime, alleles, head, method, samples, length, tokens, top_k, simulate
+        As in `sensitivity`.
+    target_bpw : float, optional
+        Bits of all tensors (of a GGUF: of the whole file) over all weights, at most. One target is given.
+    target_bpw_linear : float, optional
+        Bits of the linears over their weights, without the head unless it is searched.
+    target_compression : float, optional
+        Bytes of all tensors over those of the original.
+    target_bytes : int, optional
+        Bytes of all tensors; of a GGUF: of the file.
+    pareto : bool
+        No target: search all sizes at once (NSGA-II).
+    population, generations, seed : int
+        Of the genetic algorithm; the seed is the calibration's too.
+    type : str
+        Mixture for what is not searched in a GGUF, as in `qkern.export_gguf`.
+    tokenizer, device, store, resume
+        As in `sensitivity`.
+    output : str or Path, optional
+        The assignment's JSON file, which must not exist; with `pareto` a folder of them.
+
+    Raises
+    ------
+    InputError
+        As `sensitivity`, and if no assignment meets the target; then nothing was done.
+    UnsupportedError, OutputError
+        As `sensitivity`.
+
+    Notes
+    -----
+    What Lagrangian, greedy and random search (of as many evaluations) find is reported too, and every uniform
+    assignment that fits. A killed run goes on where it stopped: known losses are read, not computed again.
+    """
+    started = time.monotonic()
+    check_population(population, generations)
+    target = None
+    given = {
+        "bpw": target_bpw,
+        "bpw_linear": target_bpw_linear,
+        "compression": target_compression,
+        "bytes": target_bytes,
+    }
+    if pareto:
+        if any(value is not None for value in given.values()):
+            raise InputError("a front has every size: leave the target out, or pareto (--pareto)")
+    else:
+        target = Target.one_of(given)
+    path = _new_folder(output) if pareto else _new_file(output)
+    plan = _plan(model, runtime, alleles, method, head=head, device=device, type=type, target=target)
+    budget = None if target is None else plan.sizes.budget(target, plan.space)
+    texts = _Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens, seed)
+    with _opened(plan, texts, path, store, resume=resume, top_k=top_k, simulate=simulate) as problem:
+        options: dict[str, Any] = {"population": population, "generations": generations, "seed": seed}
+        found = problem.front(options) if budget is None else problem.search(budget, options)
+        report = problem.search_report(found, target, seed, started, path)
+        if path is not None:
+            _write(path, report)
+    return report
+
+
+def _new_file(output: str | Path | None) -> Path | None:
+    if output is None:
+        return None
+    check_new_file(Path(output))
+    return Path(output)
+
+
+def _new_folder(output: str | Path | None) -> Path | None:
+    if output is None:
+        return None
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is no empty folder: remove it or choose another --output")
+    return path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """A model and what may be done to it; no weight was computed with yet."""
+
+    source: Source
+    structure: Structure
+    space: Space
+    kept: dict[str, str]
+    sizes: Sizes
+    runtime: str
+    method: str
+    device: Any
+
+
+def _plan(
+    model: Any,
+    runtime: str,
+    alleles: Sequence[str] | None,
+    method: str,
+    *,
+    head: bool,
+    device: str,
+    type: str = "q4_k_m",
+    target: Target | None = None,
+) -> _Plan:
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}: candidates are made by {' or '.join(METHODS)}")
+    chosen = runtime_named(runtime)
+    target_device = usable_device(device)
+    source = open_source(model)
+    structure = describe(source.model)
+    in_file = target is None or target.kind != "bpw_linear"
+    sizes, space, kept = Sizes.of(
+        source, structure, chosen, alleles, head=head, in_file=in_file, model=model, type=type
+    )
+    return _Plan(
+        source=source,
+        structure=structure,
+        space=space,
+        kept=kept,
+        sizes=sizes,
+        runtime=runtime,
+        method=method,
+        device=target_device,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Texts:
+    """Sequences that codes are chosen by, and those that assignments are scored on."""
+
+    calibration: Tensor
+    scored: Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        source: Source,
+        calibration: Any,
+        text: Any,
+        tokenizer: Any,
+        samples: int,
+        length: int,
+        tokens: int,
+        seed: int,
+    ) -> _Texts:
+        bounded = bounded_length(source.model.config, length)
+        count = max(1, tokens // bounded)
+        if tokens < 2:
+            raise InputError(f"tokens must be at least 2: got {tokens}; the default is 6144")
+        if text is not None:
+            return cls(
+                calibration=calibration_ids(source, calibration, tokenizer, samples, length, seed),
+                scored=calibration_ids(source, text, tokenizer, count, length, seed),
+            )
+        ids = calibration_ids(source, calibration, tokenizer, samples + count, length, seed)
+        if len(ids) < 2:
+            raise InputError(
+                f"the calibration text holds one sequence of {ids.shape[1]} tokens, and a search needs one "
+                "to choose codes by and another to score them on: give more text, another one to score on "
+                "(--text FILE), or a smaller length"
+            )
+        # At most half of them, evenly spread.
+        count = min(count, len(ids) // 2)
+        aside = {round((index + 0.5) * len(ids) / count - 0.5) for index in range(count)}
+        rest = [index for index in range(len(ids)) if index not in aside]
+        return cls(calibration=ids[rest][:samples], scored=ids[sorted(aside)])
+
+
+@contextmanager
+def _opened(
+    plan: _Plan,
+    texts: _Texts,
+    output: Path | None,
+    store: str | Path | None,
+    *,
+    resume: bool,
+    top_k: int | None,
+    simulate: bool,
+) -> Iterator[_Problem]:
+    """Make candidates, or find them, and open what evaluates them; clean up at the end."""
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k must be at least 1: got {top_k}; leave it out for all tokens")
+    key = run_key(
+        plan.source,
+        {
+            "arguments": {"method": plan.method},
+            "calibration": {
+                "shape": list(texts.calibration.shape),
+                "sha256": calibration_hash(texts.calibration),
+            },
+        },
+    )
+    with ExitStack() as stack:
+        if store is not None:
+            folder = Path(store)
+        elif output is not None:
+            folder = partial_folder(output)
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "candidates"
+        partial = stack.enter_context(Partial(folder, key, resume=resume))
+        try:
+            stream = LayerStream(
+                plan.source.model,
+                plan.structure.layers,
+                plan.source.weights,
+                head=plan.structure.head,
+                device=plan.device,
+            )
+            problem = _Problem(
+                plan=plan, texts=texts, partial=partial, stream=stream, top_k=top_k, simulate=simulate
+            )
+            yield problem
+        except BaseException as error:
+            if partial.count == 0:
+                partial.remove()
+            elif isinstance(error, KeyboardInterrupt):
+                logger.warning("interrupted%s", partial.kept())
+            raise
+        if store is None:
+            partial.remove()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """Genomes by what found them, the result first, with losses."""
+
+    genomes: dict[str, tuple[Genome, float]]
+    evaluations: int
+    history: tuple[Generation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Problem:
+    """What is known of a model's alleles, and what finds out more."""
+
+    plan: _Plan
+    texts: _Texts
+    partial: Partial
+    stream: LayerStream
+    top_k: int | None
+    simulate: bool
+
+    def opened(self, base: MixedPrecision | None = None) -> tuple[CandidateStore, CachedLosses]:
+        """Candidates, made now or before, and what evaluates them."""
+        plan, scored = self.plan, self.texts.scored
+        candidates = make_candidates(
+            self.stream,
+            plan.structure,
+            plan.space,
+            self.texts.calibration,
+            plan.method,
+            self.partial,
+            base=base,
+        )
+        evaluator = Evaluator(
+            self.stream, plan.space, candidates, scored, top_k=self.top_k, simulate=self.simulate
+        )
+        facts = [
+            [(gene.names, gene.alleles) for gene in plan.space.genes],
+            None if base is None else dict(base.choices),
+            calibration_hash(scored),
+            self.top_k,
+            self.simulate,
+            str(plan.device.type),
+        ]
+        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        return candidates, CachedLosses(evaluator, plan.space, self.partial.folder / f"losses-{name}.jsonl")
+
+    def single(self, evaluate: CachedLosses) -> list[list[float]]:
+        """Losses by gene and allele."""
+        space = self.plan.space
+        with _progress.task("sensitivity", total=len(single_changes(space)), unit="change") as progress:
+            return sensitivities(space, lambda genomes: evaluate(genomes, see=progress.advance))
+
+    def sensitivity_report(self, started: float) -> SensitivityReport:
+        plan = self.plan
+        candidates, evaluate = self.opened()
+        losses, errors = self.single(evaluate), candidates.errors()
+        inside = f"{plan.structure.layers}."
+        genes = []
+        for gene, row in zip(plan.space.genes, losses, strict=True):
+            kinds = [
+                name.removeprefix(inside).partition(".")[2] if name.startswith(inside) else name
+                for name in gene.names
+            ]
+            quantized = [spelling for spelling in gene.alleles if (gene.names[0], spelling) in errors]
+            genes.append(
+                Sensitivity(
+                    names=gene.names,
+                    layer=gene.layer,
+                    kind=_joined(kinds),
+                    weights=gene.weights,
+                    bits={s: plan.sizes.linear_bits(gene.names, s) / gene.weights for s in gene.alleles},
+                    kl=dict(zip(gene.alleles, row, strict=True)),
+                    error={
+                        s: math.fsum(errors[name, s] for name in gene.names) / len(gene.names)
+                        for s in quantized
+                    },
+                )
+            )
+        return SensitivityReport(
+            runtime=plan.runtime,
+            method=plan.method,
+            tokens=self.texts.scored.numel(),
+            genes=tuple(genes),
+            kept=plan.kept,
+            seconds=time.monotonic() - started,
+        )
+
+    def search(self, budget: int, options: dict[str, Any]) -> _Found:
+        """Genetic search, and beside it what simpler ones find.
+
+        Sensitivities are of single changes of the original. Whole assignments are scored with candidates that
+        were made behind their Lagrangian optimum: all of them are near it, none is near the original.
+        """
+        space = self.plan.space
+        losses = self.single(self.opened()[1])
+        optimum = lagrangian(space, losses, budget)
+        _, evaluate = self.opened(space.assignment(optimum))
+        stages = [stop for part in _STAGES if (stop := round(part * evaluate.chunks)) > 0]
+        history: list[Generation] = []
+        found: dict[str, Genome] = {}
+        with _progress.task("genetic search", total=options["generations"], unit="generation") as progress:
+
+            def see(generation: Generation) -> None:
+                history.append(generation)
+                note = f"best {generation.loss:.5f}, mean {generation.mean:.5f}"
+                logger.info("generation %d of %d: %s", generation.number, options["generations"], note)
+                progress.advance(note=note)
+
+            found["genetic"] = evolve(space, budget, losses, evaluate, stages=stages, see=see, **options)
+        found["lagrangian"] = optimum
+        found["greedy"] = greedy(space, losses, budget)
+        with _progress.task("random search", total=options["generations"], unit="generation") as progress:
+
+            def counted(genomes: Sequence[Genome], stop: int | None = None) -> list[float]:
+                result = evaluate(genomes, stop)
+                if stop is None:
+                    progress.advance()
+                return result
+
+            found["random"] = random_search(space, budget, counted, stages=stages, **options)
+        for spelling in dict.fromkeys(a for gene in space.genes for a in gene.alleles):
+            uniform = space.uniform(spelling)
+            if uniform is not None and space.bits(uniform) <= budget:
+                found[f"uniform {spelling}"] = uniform
+        values = evaluate(list(found.values()))
+        return _Found(
+            genomes=dict(zip(found, zip(found.values(), values, strict=True), strict=True)),
+            history=tuple(history),
+            evaluations=evaluate.evaluated,
+        )
+
+    def front(self, options: dict[str, Any]) -> _Found:
+        """All sizes at once."""
+        space = self.plan.space
+        _, evaluate = self.opened()
+        losses = self.single(evaluate)
+        with _progress.task("front", total=options["generations"], unit="generation") as progress:
+
+            def see(number: int, length: int) -> None:
+                note = f"{length} on the front"
+                logger.info("generation %d of %d: %s", number, options["generations"], note)
+                progress.advance(note=note)
+
+            front = pareto_front(space, losses, evaluate, see=see, **options)
+        return _Found(
+            genomes={f"pareto {index}": point for index, point in enumerate(front)},
+            evaluations=evaluate.evaluated,
+        )
+
+    def search_report(
+        self, found: _Found, target: Target | None, seed: int, started: float, output: Path | None
+    ) -> SearchReport:
+        plan = self.plan
+        assigned = []
+        for name, (genome, loss) in found.genomes.items():
+            assignment = plan.sizes.whole(plan.space.assignment(genome))
+            facts = plan.sizes.of_assignment(assignment)
+            assigned.append(
+                Assigned(found_by=name.partition(" ")[0] if target is None else name, kl=loss, **facts)
+            )
+        return SearchReport(
+            best=None if target is None else assigned[0],
+            others=tuple(assigned if target is None else assigned[1:]),
+            target="every size" if target is None else str(target),
+            runtime=plan.runtime,
+            method=plan.method,
+            tokens=self.texts.scored.numel(),
+            evaluations=found.evaluations,
+            seed=seed,
+            history=found.history,
+            kept=plan.kept,
+            seconds=time.monotonic() - started,
+            output=output,
+        )
+
+
+def _joined(kinds: Sequence[str]) -> str:
+    """Names that differ at the end alone as one, such as ``self_attn.q_proj+k_proj``."""
+    first, _, _ = kinds[0].rpartition(".")
+    same = [kind.removeprefix(f"{first}.") for kind in kinds[1:]]
+    return "+".join([kinds[0], *same])
+
+
+def _write(path: Path, report: SearchReport) -> None:
+    if report.best is not None:
+        report.best.assignment.write(path)
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    for index, point in enumerate(report.others):
+        point.assignment.write(path / f"{index:03}-{point.bpw_linear:.3f}.json")
+    write_whole(path / "front.json", (json.dumps(report.as_dict(), indent=2) + "\n").encode())

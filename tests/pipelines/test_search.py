@@ -1,0 +1,374 @@
+"""`sensitivity` and `search_assignment` on tiny models: sizes, candidates, resuming, refusals."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import qkern
+from qkern.errors import InputError, UnsupportedError
+from qkern.evaluation.bits import bpw_linear
+from qkern.models import column_weight
+from qkern.nn import quant_linears
+from qkern.pipelines import export_gguf, load, quantize, search_assignment, sensitivity
+from qkern.pipelines import search as module
+from qkern.search import KEPT, Evaluator, MixedPrecision
+
+IDS = torch.randint(3, 96, (8, 32), generator=torch.Generator().manual_seed(1))
+TEXT = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(2))
+ALLELES = ("w2g16", "w3g32", "w4g32", "w8")
+SMALL = {"calibration": IDS, "text": TEXT, "alleles": ALLELES, "population": 6, "generations": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny("llama", dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(folder, tmp_path_factory):
+    """Make a store that has the candidates and sensitivities of the folder."""
+    path = tmp_path_factory.mktemp("stores") / "store"
+    sensitivity(folder, calibration=IDS, text=TEXT, alleles=ALLELES, store=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return Path(qkern.__file__).parent / "demo" / "data" / "bible"
+
+
+def tensor_bytes(path):
+    total = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            total += sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
+    return total
+
+
+def test_sensitivities(folder, store, tmp_path):
+    report = sensitivity(
+        folder,
+        calibration=IDS,
+        text=TEXT,
+        alleles=(*ALLELES, KEPT),
+        store=store,
+        output=tmp_path / "out.json",
+    )
+    assert len(report.genes) == 14
+    assert report.kept == {"lm_head": "output head"}
+    assert report.tokens == TEXT.numel()
+    first = report.genes[0]
+    assert (first.names, first.layer, first.kind) == (
+        ("model.layers.0.self_attn.q_proj",),
+        0,
+        "self_attn.q_proj",
+    )
+    for gene in report.genes:
+        assert list(gene.kl) == [*ALLELES, KEPT]
+        assert gene.kl["w2g16"] > gene.kl["w4g32"] > gene.kl["w8"] > gene.kl[KEPT] == 0
+        assert gene.error["w2g16"] > gene.error["w4g32"] > gene.error["w8"] > 0
+        assert KEPT not in gene.error
+        per_channel = 16 / column_weight(load(folder).get_submodule(gene.names[0])).shape[1]
+        assert gene.bits == {"w2g16": 3.0, "w3g32": 3.5, "w4g32": 4.5, "w8": 8 + per_channel, KEPT: 16.0}
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(report.as_dict()))
+    assert not (tmp_path / "out.json.partial").exists()
+
+
+def test_a_sensitivity_is_the_kl_of_that_change(folder, store):
+    report = sensitivity(folder, calibration=IDS, text=TEXT, alleles=ALLELES, store=store)
+    gene = report.genes[9]
+    changed = quantize(load(folder), assignment={gene.names[0]: "w2g16"}, calibration=IDS)
+    original = load(folder, dtype=torch.float32)
+    changed = changed.float()
+    with torch.no_grad():
+        p, q = (m(input_ids=TEXT).logits.double().log_softmax(-1) for m in (original, changed))
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    assert gene.kl["w2g16"] == pytest.approx(expected, rel=0.02)
+
+
+def test_the_text_is_set_aside(tiny):
+    model = tiny("llama")
+    drawn = module._Texts.draw(module.open_source(model), IDS, None, None, 128, 32, 64, 0)
+    assert (len(drawn.calibration), len(drawn.scored)) == (6, 2)
+    both = torch.cat([drawn.calibration, drawn.scored])
+    assert torch.equal(both[both[:, 0].argsort()], IDS[IDS[:, 0].argsort()])
+    drawn = module._Texts.draw(module.open_source(model), IDS[:2], None, None, 128, 32, 9999, 0)
+    assert (len(drawn.calibration), len(drawn.scored)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"target_bpw_linear": 3.7},
+        {"target_bpw": 7.5},
+        {"target_compression": 0.45},
+        {"target_bytes": 70_000},
+    ],
+)
+def test_what_is_written_has_the_size(folder, store, tmp_path, target):
+    report = search_assignment(folder, **SMALL, **target, store=store, output=tmp_path / "a.json")
+    best = report.best
+    assert MixedPrecision.read(tmp_path / "a.json") == best.assignment
+    quantize(
+        folder,
+        assignment=tmp_path / "a.json",
+        calibration=IDS,
+        output=tmp_path / "out",
+        format="compressed-tensors",
+    )
+    assert tensor_bytes(tmp_path / "out") == best.bytes
+    loaded = load(tmp_path / "out")
+    assert bpw_linear(loaded) == pytest.approx(best.bpw_linear, rel=1e-12)
+    parameters = sum(p.numel() for p in load(folder).parameters())
+    assert best.bpw_file == 8 * best.bytes / parameters
+    ((kind, limit),) = target.items()
+
+    def value(bytes_, linear):
+        return {
+            "target_bpw_linear": linear,
+            "target_bpw": 8 * bytes_ / parameters,
+            "target_compression": bytes_ / tensor_bytes(folder),
+            "target_bytes": bytes_,
+        }[kind]
+
+    assert value(best.bytes, best.bpw_linear) <= limit
+    # No single larger allele would fit.
+    plan = module._plan(
+        folder,
+        "torch",
+        ALLELES,
+        "gptq",
+        head=False,
+        device="cpu",
+        target=module.Target(kind.removeprefix("target_"), limit),
+    )
+    for name, spelling in best.assignment.choices.items():
+        if spelling != ALLELES[-1]:
+            larger = ALLELES[ALLELES.index(spelling) + 1]
+            facts = plan.sizes.of_assignment(MixedPrecision({**best.assignment.choices, name: larger}))
+            assert value(facts["bytes"], facts["bpw_linear"]) > limit
+    assert {other.found_by for other in report.others} >= {"lagrangian", "greedy", "random"}
+    assert all(best.kl <= other.kl for other in report.others if other.found_by != "random")
+    assert [generation.number for generation in report.history] == [1, 2, 3]
+    assert report.history[-1].loss == best.kl
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_candidates_behind_a_base_are_those_of_quantize(folder, tmp_path, method):
+    plan = module._plan(folder, "torch", ALLELES, method, head=True, device="cpu")
+    texts = module._Texts(calibration=IDS, scored=TEXT)
+    rng = np.random.default_rng(0)
+    genome = tuple(int(a) for a in rng.integers(0, 4, size=len(plan.space)))
+    base = plan.space.assignment(genome)
+    options = {"store": tmp_path / "store", "resume": True, "top_k": None, "simulate": False}
+    with module._opened(plan, texts, None, **options) as problem:
+        candidates, losses = problem.opened(base)
+        made = {}
+        for index in range(plan.structure.count + 1):
+            made |= candidates.layer(index)
+        (kl,) = losses([genome])
+    expected = quantize(load(folder), method=method, assignment=base, calibration=IDS)
+    for name, linear in quant_linears(expected).items():
+        candidate = made[f"{name}@{base.choices[name]}"]
+        assert torch.equal(linear.quantized().codes, candidate.codes)
+        assert torch.equal(linear.quantized().scales, candidate.scales)
+    original = load(folder, dtype=torch.float32)
+    with torch.no_grad():
+        p, q = (m(input_ids=TEXT).logits.double().log_softmax(-1) for m in (original, expected.float()))
+    assert kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.02)
+
+
+def test_a_killed_search_goes_on(folder, tmp_path, monkeypatch, caplog):
+    options = {**SMALL, "target_bpw_linear": 3.7}
+    evaluated, original, every = [], Evaluator.kl, []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Evaluator,
+            "kl",
+            lambda self, genomes, *args: every.extend(genomes) or original(self, genomes, *args),
+        )
+        whole = search_assignment(folder, **options, output=tmp_path / "whole.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.json"]
+
+    def counted(self, genomes, chunks=slice(None)):
+        if len(evaluated) == 70:
+            raise KeyboardInterrupt
+        evaluated.extend(genomes)
+        del evaluated[70:]
+        return original(self, genomes, chunks)
+
+    monkeypatch.setattr(Evaluator, "kl", counted)
+    with pytest.raises(KeyboardInterrupt):
+        search_assignment(folder, **options, output=tmp_path / "a.json")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "whole.json"] == ["a.json.partial"]
+    assert "interrupted; 16 finished layers are kept in" in caplog.text
+    # Of another model, and with other texts, it is of no use.
+    other = load(folder)
+    with torch.no_grad():
+        column_weight(other.model.layers[1].mlp.up_proj).mul_(2)
+    with pytest.raises(InputError, match=r"another run \(of a model with other weights\)"):
+        search_assignment(other, **options, output=tmp_path / "a.json")
+    with pytest.raises(InputError, match=r"another run \(with other calibration tokens\)"):
+        search_assignment(folder, **{**options, "calibration": IDS.flip(0)}, output=tmp_path / "a.json")
+    asked = []
+    monkeypatch.setattr(
+        Evaluator, "kl", lambda self, genomes, *args: asked.extend(genomes) or original(self, genomes, *args)
+    )
+    again = search_assignment(folder, **options, output=tmp_path / "a.json")
+    assert (again.best, again.others, again.history) == (whole.best, whole.others, whole.history)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "whole.json"]
+    # What the first run had evaluated in whole portions was not evaluated again.
+    assert 0 < len(asked) < len(every) - 40
+
+
+def test_known_losses_are_not_computed_again(folder, store, monkeypatch):
+    options = {**SMALL, "target_bpw_linear": 4.2, "store": store}
+    first = search_assignment(folder, **options)
+
+    def never(*_):
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(Evaluator, "kl", never)
+    second = search_assignment(folder, **options)
+    assert (first.best, first.others, first.history) == (second.best, second.others, second.history)
+    with pytest.raises(AssertionError):
+        search_assignment(folder, **options, seed=1)
+
+
+def test_a_front(folder, store, tmp_path):
+    report = search_assignment(folder, **SMALL, pareto=True, store=store, output=tmp_path / "front")
+    assert report.best is None
+    sizes = [point.bytes for point in report.others]
+    assert len(sizes) >= 6
+    assert sizes == sorted(set(sizes))
+    kls = [point.kl for point in report.others]
+    assert kls == sorted(kls, reverse=True)
+    files = sorted((tmp_path / "front").glob("0*.json"))
+    assert [MixedPrecision.read(file) for file in files] == [point.assignment for point in report.others]
+    assert json.loads((tmp_path / "front" / "front.json").read_text())["target"] == "every size"
+
+
+def test_the_head_and_int8_activations(folder):
+    alleles = ("w2g16a8", "w4g32a8", "w8a8")
+    report = search_assignment(
+        folder, **{**SMALL, "alleles": alleles, "generations": 1}, target_bpw_linear=4.0, head=True
+    )
+    assert report.best.bpw_linear <= 4
+    assert set(report.best.assignment.choices) == {
+        *quant_linears(quantize(load(folder), method="rtn")),
+        "lm_head",
+    }
+    assert set(report.best.assignment.choices.values()) <= set(alleles)
+
+
+def test_simulated_and_real_losses_agree(folder, store):
+    real, simulated = (
+        sensitivity(folder, calibration=IDS, text=TEXT, alleles=ALLELES, store=store, simulate=simulate)
+        for simulate in (False, True)
+    )
+    for one, other in zip(real.genes, simulated.genes, strict=True):
+        assert one.error == other.error
+        for spelling in ALLELES:
+            assert one.kl[spelling] == pytest.approx(other.kl[spelling], rel=1e-3, abs=1e-8)
+
+
+def test_the_size_of_a_gguf_is_that_of_the_file(tmp_path, shipped):
+    text = torch.randint(3, 96, (4, 64), generator=torch.Generator().manual_seed(1))
+    report = search_assignment(
+        shipped,
+        calibration=text,
+        runtime="gguf",
+        method="rtn",
+        target_bpw=4.6,
+        type="q2_k",
+        tokens=64,
+        population=2,
+        generations=1,
+        output=tmp_path / "a.json",
+    )
+    assert {"model.embed_tokens", "lm_head"} & set(report.best.assignment.choices)
+    made = export_gguf(shipped, tmp_path / "a.gguf", "q8_0", assignment=tmp_path / "a.json")
+    assert abs(made.path.stat().st_size - report.best.bytes) <= 64  # the mixture's name in the head
+    assert made.bpw_file <= 4.6 + 1e-3
+    assert made.bpw_file == pytest.approx(report.best.bpw_file, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({}, InputError, r"needs one target of target_bpw \(--target-bpw\), .*: got none"),
+        ({"target_bpw": 3, "target_bytes": 4}, InputError, "one target of .*: got bpw, bytes"),
+        ({"target_bpw": math.nan}, InputError, "target_bpw must be a positive number: got nan"),
+        (
+            {"target_bpw_linear": 2.0},
+            InputError,
+            r"no assignment has 2\.0000 bits a weight of the linears: the smallest of the alleles takes "
+            r"3\.0000 bits a weight of the linears, the largest 8\.2",
+        ),
+        ({"target_bpw_linear": 9.0}, InputError, "no assignment has 9.0000 bits"),
+        ({"target_compression": 0.01}, InputError, "0.0100 of the original's bytes: the smallest"),
+        ({"target_bytes": 10}, InputError, "no assignment has 10 bytes"),
+        ({"target_bpw": 3, "pareto": True}, InputError, "leave the target out"),
+        ({"target_bpw": 3, "runtime": "exl3"}, InputError, "unknown runtime"),
+        ({"target_bpw": 3, "runtime": "vllm"}, UnsupportedError, "in runtime vllm"),
+        ({"target_bpw": 3, "method": "awq"}, InputError, "candidates are made by gptq or rtn"),
+        ({"target_bpw_linear": 4, "population": 1}, InputError, "population of 2"),
+        ({"target_bpw_linear": 4, "top_k": 0}, InputError, "top_k must be at least 1"),
+        ({"target_bpw_linear": 4, "tokens": 1}, InputError, "tokens must be at least 2"),
+        (
+            {"target_bpw_linear": 4, "calibration": [[5]], "text": None},
+            InputError,
+            "calibration text is shorter than one sequence: it has 1 tokens",
+        ),
+        (
+            {"target_bpw_linear": 4, "calibration": IDS[:1], "text": None},
+            InputError,
+            "a search needs one to choose codes by and another to score them on",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(folder, tmp_path, monkeypatch, change, error, message):
+    def never(*_, **__):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(module, "make_candidates", never)
+    with pytest.raises(error, match=message):
+        search_assignment(folder, **{**SMALL, **change}, output=tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_exist_are_left_alone(folder, tmp_path):
+    (tmp_path / "a.json").write_text("mine")
+    for target in ({"pareto": True}, {"target_bpw": 4}):
+        with pytest.raises(InputError, match=r"a\.json exists"):
+            search_assignment(folder, **SMALL, **target, output=tmp_path / "a.json")
+    with pytest.raises(InputError, match="exists"):
+        sensitivity(folder, calibration=IDS, output=tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == "mine"
+
+
+def test_each_way_of_scoring_has_its_own_losses(folder, store):
+    before = set(store.glob("losses-*.jsonl"))
+    for change in ({"top_k": 4}, {"text": IDS}, {"alleles": ALLELES[:2]}):
+        options = {"calibration": IDS, "text": TEXT, "alleles": ALLELES, **change}
+        sensitivity(folder, **options, store=store)
+        after = set(store.glob("losses-*.jsonl"))
+        (new,) = after - before
+        assert len(new.read_text().splitlines()) == 14 * len(options["alleles"])
+        before = after
