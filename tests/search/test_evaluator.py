@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qkern.evaluation import kl_divergence
+from qkern.evaluation import kl_divergence, perplexity
 from qkern.models import column_weight
 from qkern.nn import QuantLinear, compute_mode
 from qkern.ops import dequantize_groupwise
@@ -137,3 +137,15 @@ def test_the_likeliest_tokens_alone(tiny, problem, ids):
     top = p.topk(8).indices
     p, q = (torch.cat([d.gather(-1, top), 1 - d.gather(-1, top).sum(-1, keepdim=True)], -1) for d in (p, q))
     assert found[8] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
+
+
+def test_perplexity_is_that_of_the_whole_model(tiny, problem, ids):
+    model = tiny("llama").eval()
+    stream, space, candidates = problem(model, head=True)
+    genomes = [(ORIGINAL,) * len(space), (0,) * len(space)]
+    found = Evaluator(stream, space, candidates, ids).perplexity(genomes)
+    expected = [
+        perplexity(whole(model, space, candidates, genome), ids.flatten(), window=ids.shape[1])
+        for genome in genomes
+    ]
+    assert found == pytest.approx(expected, rel=1e-5)

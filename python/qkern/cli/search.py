@@ -130,13 +130,14 @@ def _print(report: SearchReport) -> None:
     from rich.table import Table
 
     table = Table(title=f"{report.target}; KL on {report.tokens:,} tokens that the search saw")
-    for heading in ("found by", "KL", "MB", "bpw_file", "bpw_linear", "linears"):
+    for heading in ("found by", "KL", "perplexity", "MB", "bpw_file", "bpw_linear", "linears"):
         table.add_column(heading, justify="left" if heading in ("found by", "linears") else "right")
     for row in (*((report.best,) if report.best else ()), *report.others):
         counts = Counter(row.assignment.choices.values())
         table.add_row(
             row.found_by,
             f"{row.kl:.5f}",
+            f"{row.perplexity:.3f}",
             f"{row.bytes / 1e6:.3f}",
             f"{row.bpw_file:.4f}",
             f"{row.bpw_linear:.4f}",
@@ -144,6 +145,6 @@ def _print(report: SearchReport) -> None:
         )
     Console(markup=False, highlight=False).print(table)
     typer.echo(
-        f"{report.evaluations} assignments evaluated, seed {report.seed}, {report.seconds:.0f} s; more text "
-        "tells how much of a difference is left: qkern compare"
+        f"perplexity of the original {report.perplexity:.3f}; {report.evaluations} assignments evaluated, "
+        f"seed {report.seed}, {report.seconds:.0f} s; more text tells how much of a difference is left"
     )

@@ -25,6 +25,7 @@ from qkern.pipelines.quantize import calibration_ids, run_key
 from qkern.pipelines.sizes import Sizes, Target
 from qkern.pipelines.source import Source, open_source
 from qkern.search import (
+    ORIGINAL,
     CachedLosses,
     Evaluator,
     Generation,
@@ -146,6 +147,8 @@ class Assigned:
         ``"genetic"``, ``"lagrangian"``, ``"greedy"``, ``"random"``, ``"pareto"``, or ``"uniform w3g128"``.
     kl : float
         Over the search's own text: more text tells how much of a difference is left.
+    perplexity : float
+        Over the same.
     bytes : int
         All tensors of the written model; of a GGUF the whole file.
     bpw_file, bpw_linear : float
@@ -156,6 +159,7 @@ class Assigned:
 
     found_by: str
     kl: float
+    perplexity: float
     bytes: int
     bpw_file: float
     bpw_linear: float
@@ -166,6 +170,7 @@ class Assigned:
         return {
             "found_by": self.found_by,
             "kl": self.kl,
+            "perplexity": self.perplexity,
             "bytes": self.bytes,
             "bpw_file": self.bpw_file,
             "bpw_linear": self.bpw_linear,
@@ -183,6 +188,8 @@ class SearchReport:
         The result; None of a whole front.
     others : tuple of Assigned
         What simpler searches found within the same size; everything on the front.
+    perplexity : float
+        Of the original over the same text.
     target : str
         What was asked for.
     runtime, method : str
@@ -201,6 +208,7 @@ class SearchReport:
 
     best: Assigned | None
     others: tuple[Assigned, ...]
+    perplexity: float
     target: str
     runtime: str
     method: str
@@ -217,6 +225,7 @@ class SearchReport:
         return {
             "best": None if self.best is None else self.best.as_dict(),
             "others": [other.as_dict() for other in self.others],
+            "perplexity": self.perplexity,
             "target": self.target,
             "runtime": self.runtime,
             "method": self.method,
@@ -564,9 +573,11 @@ def _opened(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """Genomes by what found them, the result first, with losses."""
+    """Genomes by what found them, the result first, with losses and perplexities; the original's last."""
 
-    genomes: dict[str, tuple[Genome, float]]
+    genomes: dict[str, Genome]
+    losses: list[float]
+    perplexities: list[float]
     evaluations: int
     history: tuple[Generation, ...] = ()
 
@@ -686,12 +697,7 @@ class _Problem:
             uniform = space.uniform(spelling)
             if uniform is not None and space.bits(uniform) <= budget:
                 found[f"uniform {spelling}"] = uniform
-        values = evaluate(list(found.values()))
-        return _Found(
-            genomes=dict(zip(found, zip(found.values(), values, strict=True), strict=True)),
-            history=tuple(history),
-            evaluations=evaluate.evaluated,
-        )
+        return self._found(found, evaluate, history)
 
     def front(self, options: dict[str, Any]) -> _Found:
         """All sizes at once."""
@@ -706,9 +712,18 @@ class _Problem:
                 progress.advance(note=note)
 
             front = pareto_front(space, losses, evaluate, see=see, **options)
+        return self._found({f"pareto {index}": genome for index, (genome, _) in enumerate(front)}, evaluate)
+
+    def _found(
+        self, genomes: dict[str, Genome], evaluate: CachedLosses, history: Sequence[Generation] = ()
+    ) -> _Found:
+        original = (ORIGINAL,) * len(self.plan.space)
         return _Found(
-            genomes={f"pareto {index}": point for index, point in enumerate(front)},
+            genomes=genomes,
+            losses=evaluate(list(genomes.values())),
+            perplexities=evaluate.perplexity([*genomes.values(), original]),
             evaluations=evaluate.evaluated,
+            history=tuple(history),
         )
 
     def search_report(
@@ -716,15 +731,16 @@ class _Problem:
     ) -> SearchReport:
         plan = self.plan
         assigned = []
-        for name, (genome, loss) in found.genomes.items():
+        *perplexities, original = found.perplexities
+        for (name, genome), kl, one in zip(found.genomes.items(), found.losses, perplexities, strict=True):
             assignment = plan.sizes.whole(plan.space.assignment(genome))
+            by = name.partition(" ")[0] if target is None else name
             facts = plan.sizes.of_assignment(assignment)
-            assigned.append(
-                Assigned(found_by=name.partition(" ")[0] if target is None else name, kl=loss, **facts)
-            )
+            assigned.append(Assigned(found_by=by, kl=kl, perplexity=one, **facts))
         return SearchReport(
             best=None if target is None else assigned[0],
             others=tuple(assigned if target is None else assigned[1:]),
+            perplexity=original,
             target="every size" if target is None else str(target),
             runtime=plan.runtime,
             method=plan.method,

@@ -29,6 +29,10 @@ class Evaluates(Protocol):
         """Losses of genomes over some chunks of the text."""
         ...
 
+    def perplexity(self, genomes: Sequence[Genome]) -> list[float]:
+        """Perplexities of genomes over the text."""
+        ...
+
 
 class CachedLosses:
     """Losses of genomes, over the first chunks of the text or over all of it.
@@ -99,6 +103,10 @@ class CachedLosses:
                 start = end
             result.append(losses / sum(tokens[:stop]))
         return result
+
+    def perplexity(self, genomes: Sequence[Genome]) -> list[float]:
+        """Perplexities, not cached: they are asked for at the end."""
+        return self._evaluator.perplexity(genomes)
 
     def _reached(self, genome: Genome, stop: int) -> int:
         """Return the chunk up to which the losses of a genome are known in parts that `stop` can use."""

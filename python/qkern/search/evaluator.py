@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from itertools import product
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -86,6 +87,7 @@ class Evaluator:
         self.simulate = simulate
         self._limit = states
         stream.embed(ids, tokens=_CHUNK_TOKENS)
+        self._ids = ids
         self._first = stream.states
         self.chunks = [len(state) * ids.shape[1] for state in self._first]
         """Tokens of each chunk of sequences that `kl` can be asked for."""
@@ -169,41 +171,67 @@ class Evaluator:
         made.compute = "int8" if candidate.scheme.act_bits else "float"
         return made
 
-    @torch.no_grad()
+    def perplexity(self, genomes: Sequence[Genome]) -> list[float]:
+        """Perplexity of each genome, sequences being the windows of `qkern.evaluation.perplexity`."""
+        outputs, last = self._walk(genomes, self._first), self._ends[-2]
+        chunks = torch.split(self._ids, [len(state) for state in self._first])
+        sums = dict.fromkeys(genomes, 0.0)
+        with self._ending() as through:
+            for chunk, sequences in enumerate(chunks):
+                for sequence, ids in enumerate(sequences):
+                    # The first half is context, the last token has no next one.
+                    for start in range(len(ids) // 2, len(ids) - 1, _ROWS):
+                        some = slice(start, min(start + _ROWS, len(ids) - 1))
+                        following = ids[some.start + 1 : some.stop + 1, None].to(self.stream.device)
+                        for genome in sums:
+                            logs = through(outputs[genome[:last]][chunk][sequence, some], genome[last:])
+                            sums[genome] -= float(logs.gather(1, following).double().sum())
+        count = len(self._ids) * (self._ids.shape[1] - self._ids.shape[1] // 2 - 1)
+        return [math.exp(sums[genome] / count) for genome in genomes]
+
     def _compare(
         self, genomes: Sequence[Genome], outputs: dict[Genome, list[Tensor]], expected: list[Tensor]
     ) -> list[float]:
         """KL of genomes from the outputs of the last layer and those of the original's."""
-        stream, name = self.stream, str(self.stream.head)
-        count, last = len(stream.layers), self._ends[-2]
-        head, genes = stream.model.get_submodule(name), self._genes(count)
+        last = self._ends[-2]
+        left = [ORIGINAL] * (len(self.space) - last)
         sums = dict.fromkeys(genomes, 0.0)
         positions = 0
+        with self._ending() as through:
+            for chunk, original in enumerate(expected):
+                # Rows are cut inside sequences, so that none exceeds the model's context.
+                for sequence, start in product(range(len(original)), range(0, original.shape[1], _ROWS)):
+                    some = slice(start, start + _ROWS)
+                    p = through(original[sequence, some], left)
+                    top = None if self.top_k is None else p.topk(min(self.top_k, p.shape[-1])).indices
+                    p = _merged(p, top)
+                    positions += len(p)
+                    for genome in sums:
+                        q = through(outputs[genome[:last]][chunk][sequence, some], genome[last:])
+                        q = _merged(q, top)
+                        # Rounding may leave a hair below zero.
+                        sums[genome] += float((p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum())
+        return [sums[genome] / positions for genome in genomes]
+
+    @contextmanager
+    def _ending(self) -> Iterator[Callable[[Tensor, Sequence[int]], Tensor]]:
+        """Give what goes from outputs of the last layer and alleles of the head to log-probabilities."""
+        stream, name = self.stream, str(self.stream.head)
+        count = len(stream.layers)
+        head, genes = stream.model.get_submodule(name), self._genes(count)
         with stream.ending() as logits:
             make = self._maker(count, dict.fromkeys(_names(genes), head))
 
+            @torch.no_grad()
             def through(rows: Tensor, alleles: Sequence[int]) -> Tensor:
                 for gene, allele in zip(genes, alleles, strict=True):
                     _set_submodule(stream.model, name, make(gene, name, allele))
                 return torch.log_softmax(logits(rows), -1)
 
             try:
-                for chunk, original in enumerate(expected):
-                    # Rows are cut inside sequences, so that none exceeds the model's context.
-                    for sequence, start in product(range(len(original)), range(0, original.shape[1], _ROWS)):
-                        some = slice(start, start + _ROWS)
-                        p = through(original[sequence, some], [ORIGINAL] * len(genes))
-                        top = None if self.top_k is None else p.topk(min(self.top_k, p.shape[-1])).indices
-                        p = _merged(p, top)
-                        positions += len(p)
-                        for genome in sums:
-                            q = through(outputs[genome[:last]][chunk][sequence, some], genome[last:])
-                            q = _merged(q, top)
-                            # Rounding may leave a hair below zero.
-                            sums[genome] += float((p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum())
+                yield through
             finally:
                 _set_submodule(stream.model, name, head)
-        return [sums[genome] / positions for genome in genomes]
 
 
 def _merged(logs: Tensor, top: Tensor | None) -> Tensor:

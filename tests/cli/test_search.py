@@ -1,0 +1,126 @@
+"""`qkern sensitivity` and `qkern search`: arguments arrive, tables and JSON on stdout, files are whole."""
+
+import json
+
+import pytest
+import torch
+
+from qkern import cli
+from qkern.search import MixedPrecision
+
+ALLELES = ("--alleles", "w2g16, w4g32,w8")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("models") / "llama"
+    tiny("llama", dtype=torch.bfloat16).save_pretrained(path)
+    vocabulary = {"<unk>": 0, **{chr(97 + i): i + 3 for i in range(26)}}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(path)
+    torch.set_num_threads(1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    letters = torch.randint(26, (600,), generator=torch.Generator().manual_seed(1)).tolist()
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(" ".join(chr(97 + i) for i in letters))
+    return path
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return exit_info.value.code, output.out, output.err
+
+
+def test_sensitivity_prints_and_plots(capsys, folder, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    pytest.importorskip("matplotlib")
+    arguments = ("sensitivity", folder, "--calibration", text, *ALLELES, "--length", 32, "--tokens", 64)
+    arguments += ("--store", tmp_path / "store")
+    code, out, err = run(
+        capsys, *arguments, "--output", tmp_path / "a.json", "--plot", tmp_path / "a.png", "--allele", "w4g32"
+    )
+    assert code == 0, err
+    assert "KL in nats with one of them in w4g32, the others 16-bit" in out
+    assert "self_attn" in out
+    assert "4.500" in out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert {tuple(gene["kl"]) for gene in report["genes"]} == {("w2g16", "w4g32", "w8")}
+    assert "sensitivity: change 42/42" in err
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    assert json.loads(out)["genes"] == report["genes"]
+    assert "sensitivity: change" not in err  # the store knows them
+    code, _, err = run(capsys, *arguments, "--allele", "w3")
+    assert (code, "no linear had the choice 'w3': there are w2g16, w4g32, w8" in err) == (1, True)
+    code, _, err = run(capsys, *arguments, "--plot", tmp_path / "a.png")
+    assert (code, "a.png exists" in err) == (1, True)
+    code, _, err = run(capsys, *arguments, "--plot", tmp_path / "a.txt")
+    assert (code, "is no picture: its name ends in .png" in err) == (1, True)
+
+
+def test_search_and_the_command_it_names(capsys, folder, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    common = (folder, "--calibration", text, *ALLELES, "--length", 32, "--tokens", 64, "--method", "rtn")
+    output = tmp_path / "a.json"
+    code, out, err = run(
+        capsys,
+        *("search", *common, "--target-bpw-linear", 4, "--population", 4, "--generations", 2),
+        *("--output", output),
+    )
+    assert code == 0, err
+    for word in ("genetic", "lagrangian", "greedy", "random", "uniform w2g16", "4.0000 bits a weight"):
+        assert word in out
+    assert "generation 2 of 2: best" in err
+    assignment = MixedPrecision.read(output)
+    assert len(assignment.choices) == 14
+    (command,) = [line for line in out.splitlines() if line.startswith("next: qkern ")]
+    words = command.removeprefix("next: qkern ").replace("OUTPUT", str(tmp_path / "out")).split()
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    assert "mixed" in out
+    code, out, err = run(
+        capsys,
+        *("search", *common, "--pareto", "--population", 4, "--generations", 2),
+        *("--output", tmp_path / "front", "--json"),
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["best"] is None
+    assert len(report["others"]) == len(list((tmp_path / "front").glob("0*.json")))
+
+
+def test_mistakes_are_told(capsys, folder, text, tmp_path):
+    common = (
+        "search",
+        folder,
+        "--calibration",
+        text,
+        "--length",
+        32,
+        "--output",
+        tmp_path / "a.json",
+        *ALLELES,
+    )
+    code, _, err = run(capsys, *common)
+    assert (code, "needs one target" in err) == (1, True)
+    code, _, err = run(capsys, *common, "--target-bpw-linear", 1)
+    assert (code, "no assignment has 1.0000 bits" in err) == (1, True)
+    code, _, err = run(capsys, *common, "--target-bpw", 3, "--runtime", "exl3")
+    assert (code, "'exl3' is not one of" in err) == (2, True)
+    one = tmp_path / "one.txt"
+    one.write_text("a")
+    code, _, err = run(capsys, *("search", folder, "--calibration", one, "--target-bpw-linear", 4, *ALLELES),
+                       *("--output", tmp_path / "a.json"))  # fmt: skip
+    assert (code, "calibration text is shorter than one sequence: it has 1 tokens" in err) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.txt"]
