@@ -6,7 +6,8 @@ from qkern.pipelines.load import load
 from qkern.pipelines.quantize import quantize
 from qkern.pipelines.recipe import QuantizationReport
 from qkern.pipelines.save import save
-from qkern.pipelines.search import SearchReport, SensitivityReport, search_assignment, sensitivity
+from qkern.pipelines.search import search_assignment, sensitivity
+from qkern.pipelines.search_report import SearchReport, SensitivityReport
 
 __all__ = [
     "GGUFReport",

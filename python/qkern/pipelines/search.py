@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +22,7 @@ from qkern.pipelines.candidates import METHODS, CandidateStore, make_candidates
 from qkern.pipelines.load import usable_device
 from qkern.pipelines.partial import Partial, partial_folder
 from qkern.pipelines.quantize import calibration_ids, run_key
+from qkern.pipelines.search_report import Assigned, SearchReport, Sensitivity, SensitivityReport
 from qkern.pipelines.sizes import Sizes, Target
 from qkern.pipelines.source import Source, open_source
 from qkern.search import (
@@ -50,193 +51,12 @@ if TYPE_CHECKING:
     from qkern.models import Structure
     from qkern.search import Genome
 
-__all__ = ["Assigned", "SearchReport", "Sensitivity", "SensitivityReport", "search_assignment", "sensitivity"]
+__all__ = ["STAGES", "search_assignment", "sensitivity"]
 
 logger = logging.getLogger(__name__)
 
 # Parts of the text after which the worse half of a generation's children is dropped.
-_STAGES: Final = (1 / 6, 1 / 2)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sensitivity:
-    """What quantizing some linears alone does.
-
-    Parameters
-    ----------
-    names : tuple of str
-        Linears that share a choice.
-    layer : int
-        Their decoder layer.
-    kind : str
-        Their names inside it.
-    weights : int
-        Their weights.
-    bits : dict
-        By allele, bits per weight with scales and zero points.
-    kl : dict
-        By allele, KL(original || model with these linears in this allele) in nats.
-    error : dict
-        By allele, squared error of the linears' outputs over the calibration, relative; the mean over them.
-    """
-
-    names: tuple[str, ...]
-    layer: int
-    kind: str
-    weights: int
-    bits: dict[str, float]
-    kl: dict[str, float]
-    error: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SensitivityReport:
-    """How much each allele of each linear costs.
-
-    Parameters
-    ----------
-    runtime, method : str
-        What would load the result, and how codes were chosen.
-    tokens : int
-        Tokens that KL was measured on; none of them was used for choosing codes, unless by `text`.
-    genes : tuple of Sensitivity
-        In the order of the layers.
-    kept : dict
-        Linears that were left alone, and why.
-    seconds : float
-        Time of the whole run.
-    """
-
-    runtime: str
-    method: str
-    tokens: int
-    genes: tuple[Sensitivity, ...]
-    kept: dict[str, str]
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {
-            "runtime": self.runtime,
-            "method": self.method,
-            "tokens": self.tokens,
-            "genes": [
-                {
-                    "names": list(gene.names),
-                    "layer": gene.layer,
-                    "kind": gene.kind,
-                    "weights": gene.weights,
-                    "bits": gene.bits,
-                    "kl": gene.kl,
-                    "error": gene.error,
-                }
-                for gene in self.genes
-            ],
-            "kept": self.kept,
-            "seconds": self.seconds,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assigned:
-    """One assignment and what is known of it.
-
-    Parameters
-    ----------
-    found_by : str
-        ``"genetic"``, ``"lagrangian"``, ``"greedy"``, ``"random"``, ``"pareto"``, or ``"uniform w3g128"``.
-    kl : float
-        Over the search's own text: more text tells how much of a difference is left.
-    perplexity : float
-        Over the same.
-    bytes : int
-        All tensors of the written model; of a GGUF the whole file.
-    bpw_file, bpw_linear : float
-        Bits per weight of everything, and of the linears without the head.
-    assignment : MixedPrecision
-        The assignment.
-    """
-
-    found_by: str
-    kl: float
-    perplexity: float
-    bytes: int
-    bpw_file: float
-    bpw_linear: float
-    assignment: MixedPrecision
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {
-            "found_by": self.found_by,
-            "kl": self.kl,
-            "perplexity": self.perplexity,
-            "bytes": self.bytes,
-            "bpw_file": self.bpw_file,
-            "bpw_linear": self.bpw_linear,
-            "assignment": dict(self.assignment.choices),
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchReport:
-    """What a search found.
-
-    Parameters
-    ----------
-    best : Assigned or None
-        The result; None of a whole front.
-    others : tuple of Assigned
-        What simpler searches found within the same size; everything on the front.
-    perplexity : float
-        Of the original over the same text.
-    target : str
-        What was asked for.
-    runtime, method : str
-        What loads the result, and how codes were chosen.
-    tokens, evaluations, seed : int
-        Tokens that assignments were scored on, assignments that were scored, seed.
-    history : tuple of Generation
-        Best and mean loss by generation.
-    kept : dict
-        Linears that were left alone, and why.
-    seconds : float
-        Time of the whole run.
-    output : Path or None
-        What was written.
-    """
-
-    best: Assigned | None
-    others: tuple[Assigned, ...]
-    perplexity: float
-    target: str
-    runtime: str
-    method: str
-    tokens: int
-    evaluations: int
-    seed: int
-    history: tuple[Generation, ...] = ()
-    kept: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    output: Path | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {
-            "best": None if self.best is None else self.best.as_dict(),
-            "others": [other.as_dict() for other in self.others],
-            "perplexity": self.perplexity,
-            "target": self.target,
-            "runtime": self.runtime,
-            "method": self.method,
-            "tokens": self.tokens,
-            "evaluations": self.evaluations,
-            "seed": self.seed,
-            "history": [{"number": g.number, "kl": g.loss, "mean": g.mean} for g in self.history],
-            "kept": self.kept,
-            "seconds": self.seconds,
-            "output": None if self.output is None else str(self.output),
-        }
+STAGES: Final = (1 / 6, 1 / 2)
 
 
 def sensitivity(
@@ -670,7 +490,7 @@ class _Problem:
         losses = self.single(self.opened()[1])
         optimum = lagrangian(space, losses, budget)
         _, evaluate = self.opened(space.assignment(optimum))
-        stages = [stop for part in _STAGES if (stop := round(part * evaluate.chunks)) > 0]
+        stages = [stop for part in STAGES if (stop := round(part * evaluate.chunks)) > 0]
         history: list[Generation] = []
         found: dict[str, Genome] = {}
         with _progress.task("genetic search", total=options["generations"], unit="generation") as progress:
