@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 
 import qkern
+from qkern.calibration import load_texts, load_tokenizer, make_batches
 from qkern.errors import InputError, UnsupportedError
+from qkern.evaluation import perplexity
 from qkern.evaluation.bits import bpw_linear
 from qkern.models import column_weight
 from qkern.nn import quant_linears
@@ -155,6 +157,7 @@ def test_what_is_written_has_the_size(folder, store, tmp_path, target):
         "gptq",
         head=False,
         device="cpu",
+        export={},
         target=module.Target(kind.removeprefix("target_"), limit),
     )
     for name, spelling in best.assignment.choices.items():
@@ -170,7 +173,7 @@ def test_what_is_written_has_the_size(folder, store, tmp_path, target):
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_candidates_behind_a_base_are_those_of_quantize(folder, tmp_path, method):
-    plan = module._plan(folder, "torch", ALLELES, method, head=True, device="cpu")
+    plan = module._plan(folder, "torch", ALLELES, method, head=True, device="cpu", export={})
     texts = module._Texts(calibration=IDS, scored=TEXT)
     rng = np.random.default_rng(0)
     genome = tuple(int(a) for a in rng.integers(0, 4, size=len(plan.space)))
@@ -288,25 +291,34 @@ def test_simulated_and_real_losses_agree(folder, store):
             assert one.kl[spelling] == pytest.approx(other.kl[spelling], rel=1e-3, abs=1e-8)
 
 
-def test_the_size_of_a_gguf_is_that_of_the_file(tmp_path, shipped):
-    text = torch.randint(3, 96, (4, 64), generator=torch.Generator().manual_seed(1))
+def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped):
+    LlamaCpp = pytest.importorskip("qkern.evaluation.llama_cpp").LlamaCpp
+    pytest.importorskip("llama_cpp")
+    texts = load_texts(shipped / "search.txt", tokenizer=load_tokenizer(shipped))
+    ids = make_batches(load_tokenizer(shipped), texts, samples=10, length=512)
     report = search_assignment(
         shipped,
-        calibration=text,
+        calibration=ids[6:],
+        text=ids[:6],
         runtime="gguf",
         method="rtn",
-        target_bpw=4.6,
-        type="q2_k",
-        tokens=64,
+        alleles=("q2_k", "q4_k", "q6_k"),
+        target_bpw_linear=3.5,
+        type="q8_0",
         population=2,
         generations=1,
         output=tmp_path / "a.json",
     )
-    assert {"model.embed_tokens", "lm_head"} & set(report.best.assignment.choices)
-    made = export_gguf(shipped, tmp_path / "a.gguf", "q8_0", assignment=tmp_path / "a.json")
-    assert abs(made.path.stat().st_size - report.best.bytes) <= 64  # the mixture's name in the head
-    assert made.bpw_file <= 4.6 + 1e-3
-    assert made.bpw_file == pytest.approx(report.best.bpw_file, rel=1e-4)
+    assert report.best.assignment.choices["model.embed_tokens"] == "q8_0"
+    assert {"q2_k", "q4_k"} < set(report.best.assignment.choices.values())
+    made = export_gguf(
+        shipped, tmp_path / "a.gguf", "q4_k_m", assignment=tmp_path / "a.json", calibration=ids[6:]
+    )
+    assert made.path.stat().st_size == report.best.bytes
+    assert made.bpw_file == pytest.approx(report.best.bpw_file)
+    found = perplexity(LlamaCpp(made.path), ids[:6].flatten())
+    assert found == pytest.approx(report.best.perplexity, rel=0.005)
+    assert report.best.perplexity > report.perplexity * 1.01
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from qkern.search import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -130,7 +130,8 @@ def sensitivity(
     """
     started = time.monotonic()
     path = _new_file(output)
-    plan = _plan(model, runtime, alleles, method, head=head, device=device)
+    export = {"model": model, "method": "rtn"}
+    plan = _plan(model, runtime, alleles, method, head=head, device=device, export=export)
     texts = _Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens, seed)
     with _opened(plan, texts, path, store, resume=resume, top_k=top_k, simulate=simulate) as problem:
         report = problem.sensitivity_report(started)
@@ -220,7 +221,16 @@ def search_assignment(
     else:
         target = Target.one_of(given)
     path = _new_folder(output) if pareto else _new_file(output)
-    plan = _plan(model, runtime, alleles, method, head=head, device=device, type=type, target=target)
+    export = {
+        "model": model,
+        "type": type,
+        "method": method,
+        "calibration": calibration,
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+    }
+    plan = _plan(model, runtime, alleles, method, head=head, device=device, export=export, target=target)
     budget = None if target is None else plan.sizes.budget(target, plan.space)
     texts = _Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens, seed)
     with _opened(plan, texts, path, store, resume=resume, top_k=top_k, simulate=simulate) as problem:
@@ -270,18 +280,17 @@ def _plan(
     *,
     head: bool,
     device: str,
-    type: str = "q4_k_m",
+    export: Mapping[str, Any],
     target: Target | None = None,
 ) -> _Plan:
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: candidates are made by {' or '.join(METHODS)}")
-    chosen = runtime_named(runtime)
     target_device = usable_device(device)
     source = open_source(model)
     structure = describe(source.model)
     in_file = target is None or target.kind != "bpw_linear"
     sizes, space, kept = Sizes.of(
-        source, structure, chosen, alleles, head=head, in_file=in_file, model=model, type=type
+        source, structure, runtime_named(runtime), alleles, head=head, in_file=in_file, export=export
     )
     return _Plan(
         source=source,
@@ -377,10 +386,9 @@ def _opened(
                 head=plan.structure.head,
                 device=plan.device,
             )
-            problem = _Problem(
+            yield _Problem(
                 plan=plan, texts=texts, partial=partial, stream=stream, top_k=top_k, simulate=simulate
             )
-            yield problem
         except BaseException as error:
             if partial.count == 0:
                 partial.remove()

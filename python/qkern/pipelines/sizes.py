@@ -118,14 +118,14 @@ class Sizes:
         runtime: Runtime,
         alleles: Sequence[str] | None,
         *,
-        model: Any,
         head: bool,
         in_file: bool,
-        type: str,
+        export: Mapping[str, Any],
     ) -> tuple[Self, Space, dict[str, str]]:
         """Weigh a model, and make the space of a search in it; also return what stays as it is, and why.
 
-        Every tensor is read once, so weights that are not finite are refused here.
+        Every tensor is read once, so weights that are not finite are refused here. `export` are the arguments
+        of the `qkern.export_gguf` that would follow, if the runtime is gguf.
         """
         linears = {name: column_weight(linear) for name, linear in named_linears(source.model).items()}
         bytes_ = {name: source.weights.get(name).nbytes for name in source.stored_once()}
@@ -141,7 +141,7 @@ class Sizes:
         fixed = sum(bytes_.values()) - sum(stored[name] for name in shapes)
         outside: dict[str, str] = {}
         if runtime.name == "gguf":
-            fixed, outside = _gguf_rest(model, type, space, shapes)
+            fixed, outside = _gguf_rest(export, space, shapes)
         sizes = cls(
             original=sum(bytes_.values()),
             fixed=fixed,
@@ -211,14 +211,15 @@ class Sizes:
 
 
 def _gguf_rest(
-    model: Any, type: str, space: Space, shapes: Mapping[str, tuple[int, int]]
+    export: Mapping[str, Any], space: Space, shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[int, dict[str, str]]:
     """Bytes of a GGUF beside the searched tensors, and the types of embedding and head."""
-    if not isinstance(model, (str, Path)):
+    if not isinstance(export["model"], (str, Path)):
         raise InputError("runtime gguf exports a folder: save the model first (model.save_pretrained)")
     smallest = space.assignment(space.ends()[0])
     with tempfile.TemporaryDirectory() as folder:
-        report = export_gguf(model, Path(folder) / "sizes.gguf", type, assignment=smallest, dry_run=True)
+        output = Path(folder) / "sizes.gguf"
+        report = export_gguf(**export, output=output, assignment=smallest, dry_run=True)
     searched = sum(
         stored_bits(smallest.choices[name], *shape, in_file=True) for name, shape in shapes.items()
     )
