@@ -168,11 +168,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--generations", type=int, default=12)
     parser.add_argument("--forms", nargs="+", choices=("plain", "injected"), default=["plain", "injected"])
     parser.add_argument("--samples", type=int, default=128, help="calibration sequences")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the search text")
+    parser.add_argument("--tokens", type=int, default=12288, help="tokens of the search text")
     parser.add_argument(
         "--length", type=int, default=2048, help="tokens of each sequence, at most the model's context"
     )
-    parser.add_argument("--windows", type=int, default=30, help="held-out windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=120, help="held-out windows of 512 tokens")
     parser.add_argument("--work", type=Path, help="folder that keeps what is known, to go on from")
     arguments = parser.parse_args(argv)
     for name in ("calibration", "search"):

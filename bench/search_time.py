@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,11 +79,11 @@ def estimate(arguments: argparse.Namespace) -> None:
         through = clock.seconds["assignment"] / len(genomes) * arguments.tokens / scored.numel()
         changes = len(single_changes(space)) * LAYERS
         store_seconds = LAYERS * (candidates + activations)
-        # A change runs the layers from its own on: half of them on average.
-        sensitivity = changes * through * (LAYERS + 1) / 2
-        first, second = STAGES
-        children = (arguments.generations - 1) * arguments.population
-        whole = arguments.population + children * (first + (second - first) / 2 + (1 - second) / 4)
+        # A change runs the layers from its own on, half of them on average, on half of the text.
+        sensitivity = changes * through / 2 * (LAYERS + 1) / 2
+        parts = [0, *STAGES, 1]
+        share = sum((end - start) / 2**stage for stage, (start, end) in enumerate(pairwise(parts)))
+        whole = arguments.generations * arguments.population * share
         search = 2 * whole * LAYERS * through + store_seconds  # random search beside it; candidates once more
         print(
             f"| a layer: activations of {arguments.calibrated:,} tokens | {activations:.0f} s |\n"
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=2.25, help="bits of the linears over their weights")
     parser.add_argument("--population", type=int, default=20)
     parser.add_argument("--generations", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=6144, help="tokens that assignments are scored on")
+    parser.add_argument("--tokens", type=int, default=12288, help="tokens that assignments are scored on")
     parser.add_argument("--calibrated", type=int, default=128 * 2048, help="calibration tokens")
     parser.add_argument("--sample", type=int, default=4096, help="of those, run here and scaled")
     parser.add_argument("--scored", type=int, default=1024, help="of the scored ones, run here and scaled")

@@ -73,7 +73,7 @@ def test_sensitivities(folder, store, tmp_path):
     )
     assert len(report.genes) == 14
     assert report.kept == {"lm_head": "output head"}
-    assert report.tokens == TEXT.numel()
+    assert report.tokens == TEXT.numel()  # one chunk
     first = report.genes[0]
     assert (first.names, first.layer, first.kind) == (
         ("model.layers.0.self_attn.q_proj",),

@@ -67,7 +67,7 @@ def command(
     text: Text = None,
     samples: Samples = 128,
     length: Length = 2048,
-    tokens: Tokens = 6144,
+    tokens: Tokens = 12288,
     top_k: TopK = None,
     simulate: Simulate = False,
     device: Device = "auto",

@@ -88,7 +88,7 @@ def command(
     method: MethodOption = CandidateMethod.GPTQ,
     samples: Samples = 128,
     length: Length = 2048,
-    tokens: Tokens = 6144,
+    tokens: Tokens = 12288,
     seed: Seed = 0,
     top_k: TopK = None,
     simulate: Simulate = False,

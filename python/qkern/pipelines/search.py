@@ -55,8 +55,10 @@ __all__ = ["STAGES", "search_assignment", "sensitivity"]
 
 logger = logging.getLogger(__name__)
 
-# Parts of the text after which the worse half of a generation's children is dropped.
-STAGES: Final = (1 / 6, 1 / 2)
+# Parts of the text after which the worse half of a generation is dropped.
+STAGES: Final = (1 / 12, 1 / 4, 1 / 2)
+# Part of the text that single changes are scored on: there are many, and they need not be told apart.
+_SINGLE: Final = 1 / 2
 
 
 def sensitivity(
@@ -70,7 +72,7 @@ def sensitivity(
     method: str = "gptq",
     samples: int = 128,
     length: int = 2048,
-    tokens: int = 6144,
+    tokens: int = 12288,
     seed: int = 0,
     top_k: int | None = None,
     simulate: bool = False,
@@ -102,7 +104,7 @@ def sensitivity(
     samples, length, seed : int
         Calibration sequences, tokens in each (at most what the model takes), seed of the draw.
     tokens : int
-        Tokens that KL is measured on.
+        Tokens that whole assignments are scored on; a linear by itself is scored on the first half of them.
     top_k : int, optional
         KL over the original's likeliest tokens, all others as one; default: over the vocabulary.
     simulate : bool
@@ -160,7 +162,7 @@ def search_assignment(
     method: str = "gptq",
     samples: int = 128,
     length: int = 2048,
-    tokens: int = 6144,
+    tokens: int = 12288,
     top_k: int | None = None,
     simulate: bool = False,
     tokenizer: Any = None,
@@ -326,7 +328,7 @@ class _Texts:
         bounded = bounded_length(source.model.config, length)
         count = max(1, tokens // bounded)
         if tokens < 2:
-            raise InputError(f"tokens must be at least 2: got {tokens}; the default is 6144")
+            raise InputError(f"tokens must be at least 2: got {tokens}; the default is 12288")
         if text is not None:
             return cls(
                 calibration=calibration_ids(source, calibration, tokenizer, samples, length, seed),
@@ -451,7 +453,12 @@ class _Problem:
         """Losses by gene and allele."""
         space = self.plan.space
         with _progress.task("sensitivity", total=len(single_changes(space)), unit="change") as progress:
-            return sensitivities(space, lambda genomes: evaluate(genomes, see=progress.advance))
+            stop = self.single_chunks(evaluate)
+            return sensitivities(space, lambda genomes: evaluate(genomes, stop, see=progress.advance))
+
+    def single_chunks(self, evaluate: CachedLosses) -> int:
+        """Chunks of the text that single changes go through."""
+        return math.ceil(_SINGLE * evaluate.chunks)
 
     def sensitivity_report(self, started: float) -> SensitivityReport:
         plan = self.plan
@@ -482,7 +489,7 @@ class _Problem:
         return SensitivityReport(
             runtime=plan.runtime,
             method=plan.method,
-            tokens=self.texts.scored.numel(),
+            tokens=sum(evaluate.tokens[: self.single_chunks(evaluate)]),
             genes=tuple(genes),
             kept=plan.kept,
             seconds=time.monotonic() - started,

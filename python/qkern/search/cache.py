@@ -64,9 +64,14 @@ class CachedLosses:
             self._read(path)
 
     @property
+    def tokens(self) -> list[int]:
+        """Tokens of each chunk of the text."""
+        return self._evaluator.chunks
+
+    @property
     def chunks(self) -> int:
         """Chunks of the text."""
-        return len(self._evaluator.chunks)
+        return len(self.tokens)
 
     def __call__(
         self,
@@ -92,7 +97,7 @@ class CachedLosses:
                 self._add(some, (start, stop), found)
                 if see is not None:
                     see(len(some))
-        tokens = self._evaluator.chunks
+        tokens = self.tokens
         result = []
         for genome in genomes:
             parts = self._known[self._spelled(genome)]

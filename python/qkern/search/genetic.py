@@ -46,7 +46,7 @@ class Generation:
     loss : float
         Its loss.
     mean : float
-        Mean loss of the survivors.
+        Mean loss of the survivors that went through all of the text.
     """
 
     number: int
@@ -89,9 +89,9 @@ def evolve(
     seed : int
         The same seed and losses give the same search.
     stages : sequence of int
-        Numbers of chunks of the text, ascending. Children are evaluated on so many; the better half of them
-        goes on to the next stage, and at last through all of the text. Default: all of them go through all
-        of it, as the first generation always does.
+        Numbers of chunks of the text, ascending. A generation is evaluated on so many; the better half of it
+        (and the optimum of the sensitivities) goes on to the next stage, and at last through all of the
+        text. Default: all of it goes through all of the text.
     seeds : sequence of Genome
         More members of the first generation; repaired where they do not fit.
     see : callable, optional
@@ -119,11 +119,12 @@ def evolve(
     best: tuple[float, Genome] | None = None
     for number, genomes, tell in _generations(space, algorithm, generations, seed, objectives=1):
         seen.update(genomes)
-        found = _staged(evaluate, genomes, () if number == 1 else stages)
+        found = _staged(evaluate, genomes, stages, always=members[0])
         tell([[loss] for loss in found])
         best = min([*zip(found, genomes, strict=True), *([best] if best else [])])
         if see is not None:
-            mean = float(algorithm.pop.get("F").mean())
+            survivors = algorithm.pop.get("F")
+            mean = float(survivors[survivors < _DROPPED].mean())
             see(Generation(number=number, best=best[1], loss=best[0], mean=mean))
     assert best is not None
     return best[1]
@@ -144,9 +145,9 @@ def random_search(
     check_budget(space, budget)
     rng = np.random.default_rng([seed, 2])
     best: tuple[float, Genome] | None = None
-    for number in range(generations):
+    for _ in range(generations):
         genomes = [random_genome(space, budget, rng) for _ in range(population)]
-        found = _staged(evaluate, genomes, stages if number else ())
+        found = _staged(evaluate, genomes, stages)
         best = min([*zip(found, genomes, strict=True), *([best] if best else [])])
     assert best is not None
     return best[1]
@@ -243,8 +244,10 @@ def _generations(
         yield number, _genomes(asked), tell
 
 
-def _staged(evaluate: Losses, genomes: Sequence[Genome], stages: Sequence[int]) -> list[float]:
-    """Losses of genomes; of those that a stage rules out so high that none of them survives."""
+def _staged(
+    evaluate: Losses, genomes: Sequence[Genome], stages: Sequence[int], always: Genome | None = None
+) -> list[float]:
+    """Losses of genomes; each stage that one lacks puts it behind all that have it."""
     found = [0.0] * len(genomes)
     running = list(range(len(genomes)))
     for left, stop in zip(range(len(stages), -1, -1), (*stages, None), strict=True):
@@ -252,7 +255,8 @@ def _staged(evaluate: Losses, genomes: Sequence[Genome], stages: Sequence[int]) 
         losses = evaluate(some) if stop is None else evaluate(some, stop)
         for index, loss in zip(running, losses, strict=True):
             found[index] = left * _DROPPED + float(loss)
-        running = sorted(running, key=lambda index: (found[index], index))[: -(-len(running) // 2)]
+        better = sorted(running, key=lambda index: (found[index], index))[: -(-len(running) // 2)]
+        running = [index for index in running if index in better or genomes[index] == always]
     return found
 
 
