@@ -43,7 +43,7 @@ class Scheme:
     codebook : str or None
         ``"nf4"`` or ``"fp4"``: ``w = table[q] * s``; needs ``bits=4``.
     act_bits : int or None
-        8: activations are quantized to int8 per token.
+        8: activations are quantized to int8, per token unless the weight has an `input_scale`.
 
     Raises
     ------
@@ -137,6 +137,14 @@ class Scheme:
         """Shape of scales, zeros and offsets for an ``[N, K]`` matrix."""
         return (1, 1) if self.per_tensor else (N, self.num_groups(K))
 
+    @property
+    def has_plain_sums(self) -> bool:
+        """Whether weights and activations are 8-bit integers with one scale a channel and a token: w8a8.
+
+        Only then may one static scale take the place of the tokens' own.
+        """
+        return self.bits == 8 and self.group_size is None and self.act_bits is not None
+
     def weight_only(self) -> Scheme:
         """Return the same scheme without activation quantization."""
         return replace(self, act_bits=None)
@@ -211,6 +219,8 @@ class QuantizedWeight:
         int32 ``[K]``: the group of each column (act-order); groups may be uneven.
     nested : NestedScales or None
         The stored form of the scales when ``scheme.double_quant``; `scales` are then decoded ones.
+    input_scale : Tensor or None
+        Static scale of the activations, fp32 ``[1]``, above 0; None: each token has its own.
 
     Raises
     ------
@@ -226,6 +236,7 @@ class QuantizedWeight:
     offsets: Tensor | None = None
     group_index: Tensor | None = None
     nested: NestedScales | None = None
+    input_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         *experts, N, K = self.shape
@@ -245,6 +256,11 @@ class QuantizedWeight:
         index = self.group_index
         if index is not None and (index.dtype != torch.int32 or tuple(index.shape) != (K,)):
             raise InputError(f"group_index must be int32 [{K}]: got {index.dtype} {tuple(index.shape)}")
+        scale = self.input_scale
+        if scale is not None and not self.scheme.has_plain_sums:
+            raise InputError(f"a static input_scale goes with w8a8, one scale a channel: got {self.scheme}")
+        if scale is not None and (scale.dtype != torch.float32 or tuple(scale.shape) != (1,)):
+            raise InputError(f"input_scale must be fp32 (1,): got {scale.dtype} {tuple(scale.shape)}")
 
     def _check_scales(self, plain: tuple[int, ...]) -> None:
         shape = tuple(self.scales.shape)
@@ -299,11 +315,12 @@ class QuantizedWeight:
             offsets=move(self.offsets),
             group_index=move(self.group_index),
             nested=nested,
+            input_scale=move(self.input_scale),
         )
 
     @property
     def stored_bits(self) -> int:
-        """Bits that the weight needs in a file: codes, scales, zero points, group index.
+        """Bits that the weight needs in a file: codes, scales, zero points, group index, input scale.
 
         Row padding of the codes and the byte that holds a zero point in memory do not count.
         """
@@ -319,8 +336,9 @@ class QuantizedWeight:
             bits += self.scheme.bits * self.zeros.numel()
         if self.offsets is not None:
             bits += 8 * self.offsets.nbytes
-        if self.group_index is not None:
-            bits += 8 * self.group_index.nbytes
+        for tensor in (self.group_index, self.input_scale):
+            if tensor is not None:
+                bits += 8 * tensor.nbytes
         return bits
 
 
@@ -338,6 +356,8 @@ class PackedWeight:
         Output and input features.
     scheme : Scheme
         Scheme of the weight inside.
+    input_scale : Tensor or None
+        As in `QuantizedWeight`; no part of the blob.
 
     Attributes
     ----------
@@ -350,6 +370,7 @@ class PackedWeight:
     N: int
     K: int
     scheme: Scheme
+    input_scale: Tensor | None = None
     spelling: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

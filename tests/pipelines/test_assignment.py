@@ -85,7 +85,11 @@ def test_the_command(folder, tmp_path, capsys):
         ({"assignment": {"*.mlp.*": "w4", "up_proj": "w8"}}, InputError, r"up_proj twice"),
         ({"assignment": {"*": "16"}}, InputError, "nothing to quantize"),
         ({"assignment": {"up_proj": "q4_k"}}, UnsupportedError, "use it with export-gguf"),
-        ({"assignment": {"up_proj": "w8a8"}}, UnsupportedError, r"layers\.0\.mlp\.up_proj: w8a8 asks for"),
+        (
+            {"assignment": {"up_proj": "w8a8"}, "format": "gptq"},
+            UnsupportedError,
+            r"up_proj: gptq .* drop a8",
+        ),
         ({"assignment": "missing.json"}, InputError, r"cannot read the assignment missing\.json"),
         ({"format": "awq"}, UnsupportedError, "awq does not hold"),
         ({"assignment": {"up_proj": "w4g48"}, "format": "gptq"}, UnsupportedError, "does not hold"),

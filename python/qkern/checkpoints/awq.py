@@ -33,7 +33,7 @@ from qkern.ops import pack_bits, unpack_bits
 from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -118,6 +118,7 @@ class AwqFormat:
         schemes: Mapping[str, Scheme],
         *,
         act_order: bool = False,
+        static: Collection[str] = (),
         skipped: Sequence[str] = (),
         details: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -45,10 +45,16 @@ class Entry:
         How its codes are to be read.
     act_order : bool
         Whether the columns may belong to groups out of order, so that the group index must be there.
+    int8 : bool
+        Codes are stored one a byte under the name of the plain weight.
+    static : bool
+        Activations have one scale, which must be there.
     """
 
     scheme: Scheme
     act_order: bool = False
+    int8: bool = False
+    static: bool = False
 
 
 class Format(Protocol):
@@ -66,7 +72,7 @@ class Format(Protocol):
 
     @property
     def parts(self) -> frozenset[str]:
-        """Last parts of the names of all tensors that hold the weight of a layer."""
+        """Last parts of the names of a quantized layer's tensors, but for ``weight`` and ``bias``."""
         ...
 
     def holds(self, scheme: Scheme, N: int, K: int, *, act_order: bool = False) -> str | None:
@@ -102,6 +108,7 @@ class Format(Protocol):
         schemes: Mapping[str, Scheme],
         *,
         act_order: bool = False,
+        static: Collection[str] = (),
         skipped: Sequence[str] = (),
         details: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
@@ -113,6 +120,8 @@ class Format(Protocol):
             Scheme of every quantized layer by name.
         act_order : bool
             Whether any layer has a group index.
+        static : collection of str
+            Layers whose activations have one scale.
         skipped : sequence of str
             Linear layers that stay 16-bit.
         details : mapping or None
@@ -142,7 +151,10 @@ def plain_reason(scheme: Scheme, what: str) -> str | None:
     if scheme.double_quant:
         return f"{what} stores plain scales, not double-quantized ones"
     if scheme.act_bits is not None:
-        return f"{what} stores weights only: drop a8 from {scheme}; compute='int8' needs no mark"
+        return (
+            f"{what} does not say that activations are quantized: drop a8 from {scheme}, as compute='int8' "
+            "needs no mark, or use compressed-tensors"
+        )
     if scheme.per_tensor:
         return f"{what} needs a scale per channel or group, not one per tensor"
     return None

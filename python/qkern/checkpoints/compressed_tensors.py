@@ -1,14 +1,19 @@
-"""compressed-tensors checkpoints, format pack-quantized.
+"""compressed-tensors checkpoints, formats pack-quantized and int-quantized.
 
 ================= ================================ ===================================================
 tensor            shape                            content
 ================= ================================ ===================================================
 weight_packed     int32 [N, ceil(K*bits/32)]       codes (value + 2**(bits-1)), a bit stream along K
+weight            int8 [N, K]                      int-quantized: in its place, and without offset
 weight_scale      [N, G], fp16, bf16 or fp32
-weight_shape      int64 [2]                        N, K
+weight_shape      int64 [2]                        N, K; not in int-quantized
 weight_zero_point int32 [ceil(N*bits/32), G]       zero points (value + 2**(bits-1)), along N
 weight_g_idx      int32 [K]                        read only: group of each column
+input_scale       [1], fp32 (read: any float)      of static activations
 ================= ================================ ===================================================
+
+Weights with int8 activations say so in ``input_activations``: a scale a token, or a static one. Those with 8
+bits and one scale a channel, w8a8, are int-quantized, which is what runtimes have int8 kernels for.
 
 ``weight_packed`` is the neutral form's codes. Older versions packed 3-bit codes ten to a word; such a
 tensor is wider than a dense one (``ceil(K/10)`` words against ``ceil(3K/32)``) for every K that is a
@@ -18,7 +23,7 @@ also stored zero points unpacked, as int8.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -35,10 +40,10 @@ from qkern.checkpoints.base import (
 )
 from qkern.errors import FormatError
 from qkern.ops import pack_bits, unpack_bits
-from qkern.schemes import QuantizedWeight, Scheme
+from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -46,6 +51,16 @@ __all__ = ["COMPRESSED_TENSORS", "CompressedTensorsFormat"]
 
 REGEX: Final = "re:"
 PACKED: Final = "pack-quantized"
+INT: Final = "int-quantized"
+STORED: Final = (PACKED, INT)
+# What the package takes where `input_activations` says nothing.
+_DEFAULTS: Final = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+MIXED: Final = "mixed-precision"
+
+
+def _stored(scheme: Scheme) -> str:
+    """Which of the formats holds a scheme."""
+    return INT if scheme.has_plain_sums and not scheme.zero_point else PACKED
 
 
 def _words(count: int, bits: int) -> int:
@@ -59,12 +74,20 @@ def _words_of_old(count: int, bits: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensorsFormat:
-    """compressed-tensors, pack-quantized."""
+    """compressed-tensors, pack-quantized and int-quantized."""
 
     name: str = "compressed-tensors"
-    marker: str = "weight_packed"
+    marker: str = "weight_scale"
     parts: frozenset[str] = frozenset(
-        ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+        (
+            "weight_packed",
+            "weight_scale",
+            "weight_shape",
+            "weight_zero_point",
+            "weight_g_idx",
+            "input_scale",
+            "input_zero_point",
+        )
     )
 
     def holds(self, scheme: Scheme, N: int, K: int, *, act_order: bool = False) -> str | None:
@@ -79,7 +102,7 @@ class CompressedTensorsFormat:
                 f"compressed-tensors needs groups that divide the input features: got K={K}, "
                 f"group size {scheme.group_size}"
             )
-        return plain_reason(scheme, "compressed-tensors")
+        return plain_reason(scheme.weight_only(), "compressed-tensors")
 
     def holds_together(self, schemes: Mapping[str, Scheme], skipped: Sequence[str] = ()) -> str | None:
         """See `Format.holds_together`; a config group a scheme holds any mixture."""
@@ -88,11 +111,15 @@ class CompressedTensorsFormat:
     def encode(self, name: str, qw: QuantizedWeight) -> dict[str, Tensor]:
         """See `Format.encode`; the scales keep their dtype."""
         refuse_unheld(self, name, qw)
-        tensors = {
-            f"{name}.weight_packed": qw.codes.contiguous(),
-            f"{name}.weight_scale": qw.scales.contiguous(),
-            f"{name}.weight_shape": torch.tensor(qw.shape, dtype=torch.int64, device="cpu"),
-        }
+        tensors = {f"{name}.weight_scale": qw.scales.contiguous()}
+        if _stored(qw.scheme) == INT:
+            codes = unpack_bits(qw.codes, qw.scheme.bits, (qw.N, qw.K), layout="dense")
+            tensors[f"{name}.weight"] = (codes ^ qw.scheme.midpoint).view(torch.int8)
+        else:
+            tensors[f"{name}.weight_packed"] = qw.codes.contiguous()
+            tensors[f"{name}.weight_shape"] = torch.tensor(qw.shape, dtype=torch.int64, device="cpu")
+        if qw.input_scale is not None:
+            tensors[f"{name}.input_scale"] = qw.input_scale
         if qw.zeros is not None:
             packed = pack_bits(qw.zeros.t().contiguous(), qw.scheme.bits, layout="gptq")
             tensors[f"{name}.weight_zero_point"] = packed.contiguous()
@@ -101,6 +128,34 @@ class CompressedTensorsFormat:
     def decode(self, name: str, tensors: Mapping[str, Tensor], entry: Entry) -> QuantizedWeight:
         """See `Format.decode`."""
         scheme = entry.scheme
+        read = self._read_int8 if entry.int8 else self._read_packed
+        codes, (N, K) = read(name, tensors, scheme)
+        groups = scheme.num_groups(K)
+        scales = take(tensors, f"{name}.weight_scale", FLOAT_DTYPES, (N, groups))
+        return QuantizedWeight(
+            codes=codes,
+            scales=scales.contiguous(),
+            shape=(N, K),
+            scheme=scheme,
+            zeros=self._read_zeros(name, tensors, scheme, N, groups) if scheme.zero_point else None,
+            group_index=self._read_index(name, tensors, entry, K, groups),
+            input_scale=self._read_input_scale(name, tensors, entry),
+        )
+
+    @staticmethod
+    def _read_int8(
+        name: str, tensors: Mapping[str, Tensor], scheme: Scheme
+    ) -> tuple[Tensor, tuple[int, int]]:
+        values = take(tensors, f"{name}.weight", (torch.int8,), (None, None))
+        N, K = values.shape
+        wide = values.to(torch.int16) + scheme.midpoint
+        if values.numel() and not 0 <= int(wide.min()) <= int(wide.max()) < scheme.levels:
+            raise FormatError(f"tensor {name}.weight has values outside {scheme.bits} bits")
+        return pack_bits(wide.to(torch.uint8), scheme.bits, layout="dense"), (N, K)
+
+    def _read_packed(
+        self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme
+    ) -> tuple[Tensor, tuple[int, int]]:
         packed = take(tensors, f"{name}.weight_packed", (torch.int32,), (None, None))
         shape = take(tensors, f"{name}.weight_shape", (torch.int64, torch.int32), (2,))
         N, K = (int(size) for size in shape)
@@ -110,17 +165,23 @@ class CompressedTensorsFormat:
                 f"tensor {name}.weight_packed {list(packed.shape)} is not a {scheme.bits}-bit matrix "
                 f"{[N, K]}, which weight_shape says it is"
             )
-        groups = scheme.num_groups(K)
-        dtypes = (torch.float16, torch.bfloat16, torch.float32)
-        scales = take(tensors, f"{name}.weight_scale", dtypes, (N, groups))
-        return QuantizedWeight(
-            codes=self._read_codes(packed.contiguous(), scheme.bits, N, K),
-            scales=scales.contiguous(),
-            shape=(N, K),
-            scheme=scheme,
-            zeros=self._read_zeros(name, tensors, scheme, N, groups) if scheme.zero_point else None,
-            group_index=self._read_index(name, tensors, entry, K, groups),
-        )
+        return self._read_codes(packed.contiguous(), scheme.bits, N, K), (N, K)
+
+    @staticmethod
+    def _read_input_scale(name: str, tensors: Mapping[str, Tensor], entry: Entry) -> Tensor | None:
+        zero = tensors.get(f"{name}.input_zero_point")
+        if zero is not None and bool(zero.any()):
+            raise FormatError(f"tensor {name}.input_zero_point is not 0, as symmetric activations have it")
+        stored = f"{name}.input_scale"
+        if not entry.static:
+            if stored in tensors:
+                raise FormatError(f"tensor {stored} is there, but input_activations are not static")
+            return None
+        shape = (1,) if stored in tensors and tensors[stored].dim() else ()
+        scale = take(tensors, stored, FLOAT_DTYPES, shape).reshape(1).to(torch.float32)
+        if not 0 < float(scale) < float("inf"):
+            raise FormatError(f"tensor {stored} must be above 0 and finite: got {float(scale)}")
+        return scale
 
     @staticmethod
     def _read_codes(packed: Tensor, bits: int, N: int, K: int) -> Tensor:
@@ -173,18 +234,22 @@ class CompressedTensorsFormat:
         schemes: Mapping[str, Scheme],
         *,
         act_order: bool = False,
+        static: Collection[str] = (),
         skipped: Sequence[str] = (),
         details: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """See `Format.config`; one scheme targets every Linear, several name their layers."""
-        layers: dict[Scheme, list[str]] = {}
+        layers: dict[tuple[Scheme, bool], list[str]] = {}
         for name, scheme in schemes.items():
-            layers.setdefault(scheme, []).append(name)
+            layers.setdefault((scheme, name in static), []).append(name)
+        formats = {_stored(scheme) for scheme in schemes.values()}
+        mixed = len(formats) > 1
         groups = {}
-        for number, (scheme, names) in enumerate(layers.items()):
+        for number, ((scheme, is_static), names) in enumerate(layers.items()):
             grouped = scheme.group_size is not None
             groups[f"group_{number}"] = {
                 "targets": ["Linear"] if len(layers) == 1 else names,
+                **({"format": _stored(scheme)} if mixed else {}),
                 "weights": {
                     "num_bits": scheme.bits,
                     "type": "int",
@@ -193,13 +258,13 @@ class CompressedTensorsFormat:
                     "group_size": scheme.group_size,
                     "dynamic": False,
                 },
-                "input_activations": None,
+                "input_activations": None if scheme.act_bits is None else _activations(is_static),
                 "output_activations": None,
             }
         return {
             **(details or {}),
             "quant_method": "compressed-tensors",
-            "format": PACKED,
+            "format": MIXED if mixed else next(iter(formats), PACKED),
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": list(skipped),
@@ -219,10 +284,12 @@ class CompressedTensorsFormat:
             )
         label, group = found
         weights = config_field(group, "weights", dict)
-        if group.get("input_activations") is not None:
-            raise FormatError(f"{label}: quantized activations are not read: weight-only checkpoints are")
-        if group.get("format", PACKED) not in (PACKED, None):
-            raise FormatError(f"{label}: format {group['format']!r} is not read: {PACKED!r} is")
+        if group.get("output_activations") is not None:
+            raise FormatError(f"{label}: quantized outputs are not read")
+        whole = config.get("format", PACKED)
+        stored = group.get("format") or (PACKED if whole == MIXED else whole)
+        if stored not in STORED:
+            raise FormatError(f"{label}: format {stored!r} is not read: {' and '.join(STORED)} are")
         if config_field(weights, "type", str, "int") != "int":
             raise FormatError(f"{label}: weights of type {weights['type']!r} are not read: 'int' is")
         strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
@@ -233,7 +300,17 @@ class CompressedTensorsFormat:
             config_field(weights, "group_size", int) if strategy == "group" else None,
             not config_field(weights, "symmetric", bool, True),
         )
-        return Entry(scheme=scheme, act_order=weights.get("actorder") == "group")
+        static = _read_activations(label, group.get("input_activations"))
+        if static is not None:
+            scheme = replace(scheme, act_bits=8)
+        if static and not scheme.has_plain_sums:
+            raise FormatError(f"{label}: static activations are read with w8a8 alone: got {scheme}")
+        return Entry(
+            scheme=scheme,
+            act_order=weights.get("actorder") == "group",
+            int8=stored == INT,
+            static=bool(static),
+        )
 
     @staticmethod
     def _group(groups: Mapping[str, Any], name: str) -> tuple[str, Mapping[str, Any]] | None:
@@ -254,6 +331,31 @@ class CompressedTensorsFormat:
                     # Classes are not known here; the packed tensor itself says that the layer was targeted.
                     by_class = label, group
         return by_regex or by_class
+
+
+def _activations(static: bool) -> dict[str, Any]:
+    """``input_activations`` of int8: one scale, or one a token."""
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "tensor" if static else "token",
+        "dynamic": not static,
+    }
+
+
+def _read_activations(label: str, found: Any) -> bool | None:
+    """Whether ``input_activations`` are static; None if they are not quantized."""
+    if found is None:
+        return None
+    for static in (False, True):
+        wanted = _activations(static)
+        if isinstance(found, dict) and {**_DEFAULTS, **found}.items() >= wanted.items():
+            return static
+    raise FormatError(
+        f"{label}: input_activations {found!r} are not read: symmetric int8 are, dynamic with one scale a "
+        "token or static with one for all"
+    )
 
 
 COMPRESSED_TENSORS: Final = CompressedTensorsFormat()

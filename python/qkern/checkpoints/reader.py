@@ -75,26 +75,29 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
             self._names = list(self.tensors)
             return
         suffix = f".{fmt.marker}"
-        layers = {name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix)}
+        layers = [name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix)]
         if not layers:
             raise FormatError(
                 f"{self.folder}: config.json says {fmt.name}, but no tensor name ends in {suffix}; "
                 "remove quantization_config if the weights are 16-bit"
             )
+        with self._reading_config():
+            self.entries = {layer: fmt.entry(self.quantization, layer) for layer in layers}
+        codes = {f"{layer}.weight" for layer, entry in self.entries.items() if entry.int8}
         strays = []
         for name in self.tensors:
             layer, _, part = name.rpartition(".")
+            if name in codes:
+                continue
             if part not in fmt.parts:
                 self._names.append(name)
-            elif layer not in layers:
+            elif layer not in self.entries:
                 strays.append(name)
             elif part == fmt.marker:
                 self._names.append(layer)
-                with self._reading_config():
-                    self.entries[layer] = fmt.entry(self.quantization, layer)
         if strays:
             raise FormatError(f"{self.folder}: {', '.join(strays[:8])} belong to layers without {fmt.marker}")
-        doubled = [layer for layer in layers if f"{layer}.weight" in self.tensors]
+        doubled = [layer for layer in layers if f"{layer}.weight" in self.tensors.keys() - codes]
         if doubled:
             raise FormatError(
                 f"{self.folder}: {', '.join(sorted(doubled)[:8])} are there both quantized and plain"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qkern.checkpoints.awq import AWQ
 from qkern.checkpoints.base import config_field
-from qkern.checkpoints.compressed_tensors import COMPRESSED_TENSORS, PACKED
+from qkern.checkpoints.compressed_tensors import COMPRESSED_TENSORS, MIXED, STORED
 from qkern.checkpoints.gptq import GPTQ, GPTQ_V2
 from qkern.errors import FormatError, InputError
 
@@ -77,9 +77,11 @@ def detect(config: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any]] | None
     if method == "compressed-tensors":
         version = quantization.get("format")
         # Newer files say mixed-precision here and name the format in each group.
-        if version in (PACKED, "mixed-precision"):
+        if version in (*STORED, MIXED):
             return COMPRESSED_TENSORS, quantization
-        raise FormatError(f"compressed-tensors format {version!r} is not read: allowed is {PACKED!r}")
+        raise FormatError(
+            f"compressed-tensors format {version!r} is not read: allowed are {', '.join((*STORED, MIXED))}"
+        )
     raise FormatError(
         f"quant_method {method!r} is not read: allowed are 'gptq', 'awq' and 'compressed-tensors'; "
         "quantize the original model again with qkern"

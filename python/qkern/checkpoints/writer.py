@@ -136,6 +136,7 @@ class CheckpointWriter:
         self.format: Format | None = None if format is None else format_named(format)
         self.schemes: dict[str, Scheme] = {}
         self._act_order = False
+        self._static: set[str] = set()
         self._finished = False
         max_bytes = parse_size(max_shard_size)
         # Not the process id, which in containers is often that of a run that was killed.
@@ -162,6 +163,8 @@ class CheckpointWriter:
             self.add_tensor(f"{name}.bias", bias)
         self.schemes[name] = qw.scheme
         self._act_order |= qw.group_index is not None
+        if qw.input_scale is not None:
+            self._static.add(name)
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Write a tensor as it is.
@@ -225,7 +228,11 @@ class CheckpointWriter:
                 if "lm_head" in self.schemes:
                     fields["tie_word_embeddings"] = False
                 quantization = self.format.config(
-                    self.schemes, act_order=self._act_order, skipped=skipped, details=details
+                    self.schemes,
+                    act_order=self._act_order,
+                    static=self._static,
+                    skipped=skipped,
+                    details=details,
                 )
                 fields["quantization_config"] = quantization
                 for file, content in self.format.sidecars(quantization).items():

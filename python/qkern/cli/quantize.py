@@ -1,4 +1,4 @@
-"""``qkern quantize``: RTN, GPTQ or AWQ on a model folder, written in a format that is deployed."""
+"""``qkern quantize``: RTN, GPTQ, AWQ or SmoothQuant on a model folder, in a format that is deployed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,22 @@ class Method(StrEnum):
     GPTQ = "gptq"
     AWQ = "awq"
     RTN = "rtn"
+    SMOOTHQUANT = "smoothquant"
+
+
+class Activations(StrEnum):
+    """When int8 activations get their scales."""
+
+    DYNAMIC = "dynamic"
+    STATIC = "static"
+
+
+class Observer(StrEnum):
+    """How static scales are chosen."""
+
+    MINMAX = "minmax"
+    PERCENTILE = "percentile"
+    MSE = "mse"
 
 
 class CheckpointFormat(StrEnum):
@@ -51,7 +67,11 @@ def command(
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
     method: Annotated[Method, typer.Option(help="Algorithm; rtn needs no calibration.")] = Method.GPTQ,
     scheme: Annotated[
-        str | None, typer.Option(help="For example w4g128, w4g128z, w8.", show_default="w4g128, awq: w4g128z")
+        str | None,
+        typer.Option(
+            help="For example w4g128, w4g128z, w8, w8a8.",
+            show_default="w4g128, awq: w4g128z, smoothquant: w8a8",
+        ),
     ] = None,
     assignment: Annotated[
         Path | None,
@@ -98,6 +118,20 @@ def command(
     scale_only: Annotated[
         bool, typer.Option("--scale-only", help="AWQ: write the 16-bit model with the scales folded in.")
     ] = False,
+    alpha: Annotated[
+        str | None,
+        typer.Option(
+            help="SmoothQuant: auto, or the share of the range that weights take over, 0 to 1; with gptq the "
+            "smoothed weights are rounded by it.",
+            show_default="smoothquant: auto",
+        ),
+    ] = None,
+    activations: Annotated[
+        Activations, typer.Option(help="Schemes with a8: a scale for each token, or one from calibration.")
+    ] = Activations.DYNAMIC,
+    observer: Annotated[
+        Observer | None, typer.Option(help="How static scales are chosen.", show_default="mse")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     resume: Annotated[
@@ -129,6 +163,9 @@ def command(
         static_groups=static_groups,
         search=None if search is None else search.value,
         scale_only=scale_only,
+        alpha=_number(alpha),
+        activations=activations.value,
+        observer=None if observer is None else observer.value,
         device=device,
         max_shard_size=max_shard_size,
         resume=resume,
@@ -137,6 +174,13 @@ def command(
         typer.echo(json.dumps(report.as_dict()))
     else:
         _print(report)
+
+
+def _number(alpha: str | None) -> float | str | None:
+    try:
+        return None if alpha is None else float(alpha)
+    except ValueError:
+        return alpha
 
 
 def _print(report: QuantizationReport) -> None:

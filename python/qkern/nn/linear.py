@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qkern.errors import InputError, UnsupportedError
-from qkern.nn.state import FORM, QuantModule
+from qkern.nn.state import FORM, INPUT_SCALE, QuantModule
 from qkern.ops import pack_weight, quantize_groupwise, unpack_weight
 from qkern.ops.dequant_matmul import LinearHandle, cuda, resolve_compute
 from qkern.ops.dequant_matmul.checks import check_input
@@ -48,11 +48,11 @@ def is_conv1d(module: nn.Module) -> bool:
 class QuantLinear(QuantModule):
     """A linear layer with a quantized weight, ``y = x @ dequant(W).T + bias``.
 
-    It is *loading* (buffers ``codes, scales, zeros, offsets, group_index``; what ``state_dict`` shows and
-    ``load_state_dict`` reads; meta device allowed) or *packed* (one blob in the layout of the kernels). The
-    first forward packs it, and then the form-2 buffers are gone; moving it to another device, loading into
-    it, pickling and copying bring them back. Dtype casts never touch the weight. The output has the dtype
-    of the input, and the bias is used in it too.
+    It is *loading* (buffers ``codes, scales, zeros, offsets, group_index, input_scale``; what
+    ``state_dict`` shows and ``load_state_dict`` reads; meta device allowed) or *packed* (one blob in the
+    layout of the kernels, and the input scale). The first forward packs it, and then the other form-2 buffers
+    are gone; moving it to another device, loading into it, pickling and copying bring them back. Dtype casts
+    never touch the weight. The output has the dtype of the input, and the bias is used in it too.
 
     Make one with `from_linear`, `from_quantized` or `empty`.
 
@@ -171,6 +171,7 @@ class QuantLinear(QuantModule):
         bias_dtype: torch.dtype | None = None,
         offsets: bool = False,
         group_index: bool = False,
+        input_scale: bool = False,
         device: torch.device | str | None = None,
     ) -> Self:
         """Make a layer in the loading state with unset contents, to be filled by ``load_state_dict``.
@@ -191,11 +192,19 @@ class QuantLinear(QuantModule):
             Zero points are stored as float offsets instead.
         group_index : bool
             Columns name their groups (act-order).
+        input_scale : bool
+            The activations have one static scale.
         device : torch.device or str, optional
             ``"meta"`` allocates nothing.
         """
         made = cls(as_scheme(scheme), out_features, in_features)
-        made._adopt_empty(scale_dtype=scale_dtype, offsets=offsets, group_index=group_index, device=device)
+        made._adopt_empty(
+            scale_dtype=scale_dtype,
+            offsets=offsets,
+            group_index=group_index,
+            input_scale=input_scale,
+            device=device,
+        )
         if bias:
             made.bias = nn.Parameter(
                 torch.empty(out_features, dtype=bias_dtype, device=device), requires_grad=False
@@ -236,7 +245,8 @@ class QuantLinear(QuantModule):
         # Last: another thread that reads a layout must find the blob.
         self.layout = packed.layout
         for name in FORM:
-            self._buffers[name] = None
+            if name != INPUT_SCALE:
+                self._buffers[name] = None
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _packed_by_now(self) -> bool:
@@ -264,7 +274,12 @@ class QuantLinear(QuantModule):
         assert self.blob is not None
         assert self.layout is not None
         return PackedWeight(
-            blob=self.blob, layout=self.layout, N=self.out_features, K=self.in_features, scheme=self.scheme
+            blob=self.blob,
+            layout=self.layout,
+            N=self.out_features,
+            K=self.in_features,
+            scheme=self.scheme,
+            input_scale=self.input_scale,
         )
 
     def _restore(self) -> None:
@@ -285,11 +300,12 @@ class QuantLinear(QuantModule):
         if self.layout is None or blob is None or _moves(fn, blob):
             super()._apply(fn, recurse)
             return self
-        self._buffers["blob"] = None  # hidden from nn.Module, which might cast it
+        hidden = {name: self._buffers[name] for name in ("blob", INPUT_SCALE)}
+        self._buffers.update(dict.fromkeys(hidden))  # from nn.Module, which might cast them
         try:
             nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            self._buffers["blob"] = blob
+            self._buffers.update(hidden)
         self._handle = _handle_of(self._packed())
         return self
 
@@ -374,7 +390,15 @@ class QuantLinear(QuantModule):
             )
         compute = resolve_compute(self._compute, x, self.scheme, needs_grad=needs_grad(x, bias))
         out: Tensor = torch.ops.qkern.dequant_matmul(
-            x, blob, bias, self.layout, self.out_features, self.in_features, self._spelling, compute
+            x,
+            blob,
+            bias,
+            self.layout,
+            self.out_features,
+            self.in_features,
+            self._spelling,
+            compute,
+            self.input_scale,
         )
         return out
 
@@ -432,6 +456,8 @@ def _outside_of_modes() -> Iterator[None]:
 
 
 def _handle_of(packed: PackedWeight) -> Handle | None:
+    if packed.input_scale is not None:
+        return None  # two kernels, which the torch op calls in turn
     if packed.layout == CPU_LAYOUT:
         return LinearHandle(packed)
     return cuda.LinearHandle(packed) if packed.layout.startswith(cuda.PREFIX) else None

@@ -102,6 +102,8 @@ def _traced(linears: Sequence[QuantLinear], x: Tensor) -> tuple[Tensor, ...] | N
     biases = [linear._bias_for(x) for linear in linears]
     if any(needs_grad(x, bias) for bias in biases) or any(linear.layout != LAYOUT for linear in linears):
         return None
+    if any(linear.input_scale is not None for linear in linears):
+        return None
     first = linears[0]
     compute = resolve_compute(first.compute, x, first.scheme, needs_grad=False)
     outs = torch.ops.qkern.dequant_matmul_group(

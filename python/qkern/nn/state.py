@@ -18,9 +18,11 @@ from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FORM", "QuantModule"]
+__all__ = ["FORM", "INPUT_SCALE", "QuantModule"]
 
-FORM: Final = ("codes", "scales", "zeros", "offsets", "group_index")
+INPUT_SCALE: Final = "input_scale"
+"""The one form-2 buffer that is no part of a packed weight."""
+FORM: Final = ("codes", "scales", "zeros", "offsets", "group_index", INPUT_SCALE)
 """Names of the form-2 buffers, as in a state_dict."""
 
 # Integers of the same width stand in for floats while nn.Module moves a buffer: it casts floats only.
@@ -43,6 +45,7 @@ class QuantModule(nn.Module):
     zeros: Tensor | None
     offsets: Tensor | None
     group_index: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(self, scheme: Scheme, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -76,6 +79,7 @@ class QuantModule(nn.Module):
             zeros=self.zeros,
             offsets=self.offsets,
             group_index=self.group_index,
+            input_scale=self.input_scale,
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,6 +130,7 @@ class QuantModule(nn.Module):
         scale_dtype: torch.dtype,
         offsets: bool,
         group_index: bool,
+        input_scale: bool = False,
         device: torch.device | str | None,
     ) -> None:
         N, K = self.out_features, self.in_features
@@ -138,6 +143,8 @@ class QuantModule(nn.Module):
             self.offsets = torch.empty(shape, dtype=scale_dtype, device=device)
         if group_index:
             self.group_index = torch.empty(K, dtype=torch.int32, device=device)
+        if input_scale:
+            self.input_scale = torch.empty(1, dtype=torch.float32, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         self._restore()

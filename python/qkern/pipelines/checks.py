@@ -16,6 +16,8 @@ from qkern.models import Structure, column_weight, is_router
 from qkern.nn import expert_parameters, name_matches, named_linears
 from qkern.pipelines.layerwise import Settings
 from qkern.quantizers import GPTQConfig
+from qkern.quantizers.observers import checked_observer
+from qkern.quantizers.smoothquant import check_alpha
 from qkern.schemes import Scheme, as_scheme
 
 if TYPE_CHECKING:
@@ -42,7 +44,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-METHODS: Final = ("gptq", "awq", "rtn")
+METHODS: Final = ("gptq", "awq", "rtn", "smoothquant")
+_GGUF_METHODS: Final = ("gptq", "awq", "rtn")
+ACTIVATIONS: Final = ("dynamic", "static")
 # How calibration texts are drawn where nothing else is said.
 _DRAW: Final = {"samples": 128, "length": 2048, "seed": 0, "device": "auto"}
 
@@ -76,6 +80,10 @@ def checked_settings(
     search: str | None,
     scale_only: bool,
     assignment: MixedPrecision | None = None,
+    *,
+    alpha: float | str | None = None,
+    activations: str = "dynamic",
+    observer: str | None = None,
 ) -> Settings:
     """Arguments as `Settings`; of an assignment the schemes are not known yet.
 
@@ -92,12 +100,15 @@ def checked_settings(
         raise InputError(
             f"the assignment says the scheme of every linear: got scheme {str(scheme)!r} too; leave one out"
         )
+    alpha = _checked_alpha(method, alpha)
+    observer = _checked_observer(activations, observer)
     parsed = None
     if assignment is None:
         if scheme is None:
-            scheme = "w4g128z" if method == "awq" else "w4g128"
+            scheme = "w8a8" if alpha is not None else "w4g128z" if method == "awq" else "w4g128"
         parsed = as_scheme(scheme)
         _check_scheme(parsed, method)
+        _check_activations([parsed], alpha, observer)
     if scale_only and method != "awq":
         raise InputError(f"scale_only folds AWQ's scales: got method {method!r}; use method='awq'")
     allowed = ("minmax", "mse", "loss") if method == "gptq" else ("minmax", "mse")
@@ -110,15 +121,62 @@ def checked_settings(
     gptq = GPTQConfig(damp=damp, act_order=act_order, static_groups=static_groups, block_size=block_size)
     if search is not None:
         gptq = replace(gptq, search=search)  # type: ignore[arg-type]
-    return Settings(method=method, scheme=parsed, gptq=gptq, search=search or "minmax", scale_only=scale_only)
+    return Settings(
+        method=method,
+        scheme=parsed,
+        gptq=gptq,
+        search=search or "minmax",
+        scale_only=scale_only,
+        alpha=alpha,
+        observer=observer,
+    )
+
+
+def _checked_alpha(method: str, alpha: float | str | None) -> float | str | None:
+    if alpha is None:
+        return "auto" if method == "smoothquant" else None
+    if method not in ("smoothquant", "gptq"):
+        raise InputError(
+            f"alpha is SmoothQuant's: got method {method!r}; use method='smoothquant', or 'gptq' to round "
+            "the smoothed weights with it"
+        )
+    check_alpha(alpha)
+    return alpha
+
+
+def _checked_observer(activations: str, observer: str | None) -> str | None:
+    if activations not in ACTIVATIONS:
+        raise InputError(f"unknown activations: got {activations!r}, allowed are {', '.join(ACTIVATIONS)}")
+    if activations == "static":
+        return checked_observer(observer or "mse")
+    if observer is not None:
+        raise InputError(
+            f"observer {observer!r} chooses static scales: got activations 'dynamic', which have a scale a "
+            "token; use activations='static' (--activations static)"
+        )
+    return None
+
+
+def _check_activations(schemes: Collection[Scheme], alpha: float | str | None, observer: str | None) -> None:
+    """Refuse SmoothQuant or static scales where activations are not quantized, or otherwise."""
+    int8 = [scheme for scheme in schemes if scheme.act_bits is not None]
+    if (alpha is not None or observer is not None) and not int8:
+        what = "static scales are those of int8 activations"
+        if alpha is not None:
+            what = "SmoothQuant makes room for int8 activations"
+        raise InputError(
+            f"{what}, and none are quantized: got {', '.join(map(str, schemes))}; use a scheme with a8, for "
+            "example w8a8"
+        )
+    other = next((scheme for scheme in int8 if not scheme.has_plain_sums), None)
+    if observer is not None and other is not None:
+        raise UnsupportedError(
+            f"static activations go with 8-bit weights of one scale a channel, w8a8: got {other}; "
+            "use activations='dynamic'"
+        )
 
 
 def _check_scheme(parsed: Scheme, method: str) -> None:
-    if parsed.act_bits is not None:
-        raise UnsupportedError(
-            f"{parsed} asks for quantized activations, which are chosen when a model runs (compute='int8'): "
-            f"quantize with {parsed.weight_only()}"
-        )
     if parsed.double_quant:
         raise UnsupportedError(
             f"{parsed} quantizes its scales too, which neither modules nor checkpoint formats hold: "
@@ -162,6 +220,7 @@ def assigned_schemes(
             )
     if not schemes:
         raise InputError("the assignment leaves every linear 16-bit: there is nothing to quantize")
+    _check_activations(set(schemes.values()), settings.alpha, settings.observer)
     kept = {name: "16-bit by the assignment" for name in linears if name not in schemes} | strangers(model)
     targets = Targets(layers=layers, head=structure.head in schemes, kept=kept)
     return replace(settings, schemes=schemes), targets
@@ -251,8 +310,11 @@ def default_format(schemes: Collection[Scheme]) -> tuple[str, ...]:
     """Return the formats for schemes in the order of preference: what most runtimes load comes first.
 
     Asymmetric 4-bit goes to AWQ, symmetric 4 and 8-bit to GPTQ; runtimes load 2 and 3-bit weights,
-    asymmetric 8-bit ones and mixtures from compressed-tensors only.
+    asymmetric 8-bit ones and mixtures from compressed-tensors only, which alone says that activations are
+    quantized.
     """
+    if any(scheme.act_bits is not None for scheme in schemes):
+        return ("compressed-tensors",)
     if len(schemes) > 1:
         return ("compressed-tensors", "gptq_v2")
     (scheme,) = schemes
@@ -323,8 +385,8 @@ def check_gguf_request(method: str, calibration: Any, imatrix: Any, draw: Mappin
     InputError
         If so.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}: allowed are {', '.join(METHODS)}")
+    if method not in _GGUF_METHODS:
+        raise InputError(f"unknown method {method!r}: allowed are {', '.join(_GGUF_METHODS)}")
     if method != "rtn":
         needs = f"method {method} measures activations layer by layer, of causal LMs without experts"
         if imatrix is not None:

@@ -206,10 +206,11 @@ class CalibratedLayers:
             if self.method == "awq":
                 search = partial(self._search_scales, layer, stream.prefix(index))
                 # Norms and biases are fp32 in the file.
-                fold_scales(stream, architecture, index, names, stages, search, dtype=torch.float32)
+                where = stream, architecture, index, names, stages
+                fold_scales(*where, HessianAccumulator, search, dtype=torch.float32)
                 done.tensors.update(self._changed(layer, index))
             for stage in stages:
-                for group, seen in capture(stream, index, stage).items():
+                for group, seen in capture(stream, index, stage, HessianAccumulator).items():
                     for name in group:
                         self._take(done, layer, index, name, seen)
             stream.advance(index)

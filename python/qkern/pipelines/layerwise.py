@@ -1,18 +1,22 @@
-"""One decoder layer through RTN, GPTQ or AWQ: capture, fold, quantize, put the result in its place."""
+"""One decoder layer through a method: capture, fold, quantize, put the result in its place."""
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import torch
 
+from qkern.errors import UnsupportedError
 from qkern.models import column_weight, fold_linear, fold_norm, pair_channels, set_column_weight
 from qkern.ops import dequantize_groupwise
 from qkern.quantizers import (
+    ActivationRange,
+    ActivationSample,
     GPTQConfig,
     HessianAccumulator,
     output_error,
@@ -20,6 +24,7 @@ from qkern.quantizers import (
     quantize_rtn,
     search_clip,
     search_scales,
+    search_smoothing,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +50,20 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# Folding is exact but for rounding: to fp32, and of a norm's bias to the dtype it is stored in.
+_UNCHANGED: Final = 0.02
+
+
+class Observer(Protocol):
+    """Anything that is shown the activations of a linear, chunk by chunk."""
+
+    def add(self, x: Tensor) -> None:
+        """Take in activations ``[..., K]``."""
+        ...
+
+
+Seen = TypeVar("Seen", bound=Observer)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -53,7 +72,7 @@ class Settings:
     Parameters
     ----------
     method : str
-        ``"rtn"``, ``"gptq"`` or ``"awq"``.
+        ``"rtn"``, ``"gptq"``, ``"awq"`` or ``"smoothquant"``.
     scheme : Scheme or None
         Grid of the codes; None: by linear.
     schemes : mapping
@@ -64,6 +83,10 @@ class Settings:
         How RTN chooses scales, ``"minmax"`` or ``"mse"``; also AWQ after its clipping.
     scale_only : bool
         AWQ stops after folding its scales.
+    alpha : float, "auto" or None
+        SmoothQuant's, before SmoothQuant itself or GPTQ rounds the weights; None: nothing is smoothed.
+    observer : str or None
+        How static scales of activations are chosen; None: activations are quantized per token.
     """
 
     method: str
@@ -72,6 +95,23 @@ class Settings:
     gptq: GPTQConfig = field(default_factory=GPTQConfig)
     search: str = "minmax"
     scale_only: bool = False
+    alpha: float | str | None = None
+    observer: str | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether rounding the weights or activations needs to know the activations."""
+        return self.method in ("gptq", "awq") or self.observer is not None
+
+    @property
+    def folds(self) -> bool:
+        """Whether scales are folded before."""
+        return self.method == "awq" or self.alpha is not None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there have to be calibration texts."""
+        return self.measures or self.folds
 
     def scheme_of(self, name: str) -> Scheme:
         """Grid of the linear with this full name."""
@@ -93,17 +133,20 @@ class LayerRecord:
         Spelling of the scheme; ``"16-bit"`` when only scales were folded.
     error : float
         Squared error relative to what was there before: of the outputs over the calibration tokens for
-        GPTQ and AWQ, of the weights for RTN.
+        GPTQ and AWQ, of the weights for RTN and SmoothQuant.
     notes : tuple of str
         What did not go the plain way.
     seconds : float
         Time of the linear's quantizer.
+    alpha : float or None
+        SmoothQuant's, if it scaled the linear's input.
     """
 
     scheme: str
     error: float
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    alpha: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +186,7 @@ def quantize_layer(
     Parameters
     ----------
     stream : LayerStream
-        Embedded and advanced to this layer, unless the method is RTN.
+        Embedded and advanced to this layer, if the settings read text.
     structure : Structure
         Of the model.
     index : int
@@ -155,26 +198,42 @@ def quantize_layer(
     """
     finished = Finished()
     layer, prefix = stream.layers[index], stream.prefix(index)
-    if settings.method == "rtn":
-        for name in names:
-            _take(finished, layer, prefix, name, settings, None)
-        return finished
-    stages = stages_of(stream, structure.architecture, index, names)
-    if settings.method == "awq":
+    stages: Sequence[Stage] = [tuple((name,) for name in names)]
+    if settings.reads_text:
+        stages = stages_of(stream, structure.architecture, index, names)
+    alphas: dict[str, float | None] = {}
 
-        def search(linears: Sequence[str], statistics: HessianAccumulator, share: Tensor | None) -> Tensor:
-            weights = [column_weight(layer.get_submodule(name)) for name in linears]
-            schemes = [settings.scheme_of(prefix + name) for name in linears]
-            return search_scales(weights, statistics, schemes, share=share)
+    def scale(linears: Sequence[str], statistics: HessianAccumulator, share: Tensor | None) -> Tensor:
+        weights = [column_weight(layer.get_submodule(name)) for name in linears]
+        schemes = [settings.scheme_of(prefix + name) for name in linears]
+        return search_scales(weights, statistics, schemes, share=share)
 
-        fold_scales(stream, structure.architecture, index, names, stages, search)
+    def smooth(linears: Sequence[str], sample: ActivationSample, share: Tensor | None) -> Tensor | None:
+        weights = [column_weight(layer.get_submodule(name)) for name in linears]
+        schemes = [settings.scheme_of(prefix + name) for name in linears]
+        if all(scheme.act_bits is None for scheme in schemes):
+            return None
+        options: Any = {"alpha": settings.alpha, "search": settings.search, "observer": settings.observer}
+        found = search_smoothing(weights, sample, schemes, share=share, **options)
+        alphas.update(dict.fromkeys(linears, found.alpha))
+        return found.scales
+
+    if settings.folds:
+        where = stream, structure.architecture, index, names, stages
+        if settings.alpha is None:
+            fold_scales(*where, HessianAccumulator, scale)
+        else:
+            fold_scales(*where, ActivationSample, smooth)
         _store_changes(finished, stream, index, names, settings)
     if settings.scale_only:
         return finished
     for stage in stages:
-        for group, seen in capture(stream, index, stage).items():
+        seen: dict[tuple[str, ...], _Statistics | None] = dict.fromkeys(stage)
+        if settings.measures:
+            seen.update(capture(stream, index, stage, partial(_Statistics, settings)))
+        for group in stage:
             for name in group:
-                _take(finished, layer, prefix, name, settings, seen)
+                _take(finished, layer, prefix, name, settings, seen[group], alphas.get(name))
     return finished
 
 
@@ -186,12 +245,25 @@ def quantize_head(stream: LayerStream, head: str, settings: Settings) -> Finishe
     module = stream.model.get_submodule(head)
     where: dict[str, Any] = {"prefix": f"{head}.", "dtype": torch.float32, "device": stream.device}
     seen = None
-    if settings.method != "rtn":
-        seen = HessianAccumulator(module.in_features, stream.device)
+    if settings.measures:
+        seen = _Statistics(settings, module.in_features, stream.device)
         stream.watch_head(seen.add)
     with filled(module, stream.weights, **where):
         _take(finished, stream.model, "", head, settings, seen)
     return finished
+
+
+class _Statistics:
+    """What is measured of a linear's input: moments for GPTQ and AWQ, the range for a static scale."""
+
+    def __init__(self, settings: Settings, features: int, device: torch.device) -> None:
+        self.moments = HessianAccumulator(features, device) if settings.method in ("gptq", "awq") else None
+        self.range = None if settings.observer is None else ActivationRange(settings.observer, device)
+
+    def add(self, x: Tensor) -> None:
+        for part in (self.moments, self.range):
+            if part is not None:
+                part.add(x)
 
 
 def _take(
@@ -200,7 +272,8 @@ def _take(
     prefix: str,
     name: str,
     settings: Settings,
-    seen: HessianAccumulator | None,
+    seen: _Statistics | None,
+    alpha: float | None = None,
 ) -> None:
     """Quantize one linear, record it, and give it the value that its codes stand for."""
     started = time.monotonic()
@@ -209,28 +282,34 @@ def _take(
     notes: tuple[str, ...] = ()
     full = prefix + name
     scheme = settings.scheme_of(full)
-    if settings.method == "gptq" and seen is not None:
-        result = quantize_gptq(weight, seen.value, scheme, settings.gptq)
+    moments, values = (None, None) if seen is None else (seen.moments, seen.range)
+    if settings.method == "gptq" and moments is not None:
+        result = quantize_gptq(weight, moments.value, scheme, settings.gptq)
         quantized, error, notes = result.weight, result.error, result.notes
     else:
         clipped = weight
-        if settings.method == "awq" and seen is not None and seen.tokens:
-            clipped = search_clip(weight, seen, scheme)
+        if moments is not None and moments.tokens:
+            clipped = search_clip(weight, moments, scheme)
         search: Any = settings.search
         quantized = quantize_rtn(clipped, scheme, search=search)
-        if seen is not None and seen.tokens:
-            error = output_error(weight, quantized, seen.value)
+        if moments is not None and moments.tokens:
+            error = output_error(weight, quantized, moments.value)
         else:
             change = (weight - dequantize_groupwise(quantized)).square().sum()
             error = float(change / weight.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
-            if seen is not None:
+            if moments is not None:
                 notes = ("rounded to nearest: no calibration token reached it",)
+    if values is not None and scheme.act_bits is not None:
+        if values.count:
+            quantized = replace(quantized, input_scale=values.scale().to(quantized.device))
+        else:
+            notes += ("its activations stay dynamic: no calibration token reached it",)
     _set(module, quantized)
     for note in notes:
         logger.warning("%s%s: %s", prefix, name, note)
     finished.weights[full] = quantized.to("cpu")
     finished.records[full] = LayerRecord(
-        scheme=str(scheme), error=error, notes=notes, seconds=time.monotonic() - started
+        scheme=str(scheme), error=error, notes=notes, seconds=time.monotonic() - started, alpha=alpha
     )
 
 
@@ -251,15 +330,18 @@ def stages_of(
 
 
 def capture(
-    stream: LayerStream, index: int, groups: Iterable[tuple[str, ...]]
-) -> dict[tuple[str, ...], HessianAccumulator]:
-    """Statistics of each group's shared input with the layer as it is now."""
+    stream: LayerStream,
+    index: int,
+    groups: Iterable[tuple[str, ...]],
+    make: Callable[[int, torch.device], Seen],
+) -> dict[tuple[str, ...], Seen]:
+    """Show each group's shared input, with the layer as it is now, to what `make` gives for its features."""
     groups = tuple(groups)
     layer = stream.layers[index]
     seen = {}
     for group in groups:
         features = column_weight(layer.get_submodule(group[0])).shape[1]
-        seen[group] = HessianAccumulator(features, stream.device)
+        seen[group] = make(features, stream.device)
     stream.run(index, watch={group[0]: seen[group].add for group in groups})
     return seen
 
@@ -270,37 +352,49 @@ def fold_scales(
     index: int,
     names: Sequence[str],
     stages: Sequence[Stage],
-    search: Callable[[Sequence[str], HessianAccumulator, Tensor | None], Tensor],
+    make: Callable[[int, torch.device], Seen],
+    search: Callable[[Sequence[str], Seen, Tensor | None], Tensor | None],
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Search AWQ's scales with the layer as it was and fold them.
+    """Search the scales of AWQ or SmoothQuant with the layer as it was, fold them, and look that it still is.
 
-    Scores are the squared errors of the linears' own outputs, over all calibration tokens through their
-    second moments; they do not see the attention or MLP around the linears, which would have to run once
-    for each ratio and linear.
+    Scores are the squared errors of the linears' own outputs; they do not see the attention or MLP around
+    the linears, which would have to run once for each candidate and linear.
 
     Parameters
     ----------
     stream, architecture, index, names, stages
         As in `quantize_layer` and `stages_of`.
+    make : callable
+        From the features and the device of an input to what collects its statistics.
     search : callable
-        From linears that share an input, its statistics, and the channels that share a scale, to the scales.
+        From linears that share an input, its statistics, and the channels that share a scale, to the scales;
+        None: as they are.
     dtype : torch.dtype, optional
         Dtype in which norms will be stored; default: that of the checkpoint.
+
+    Raises
+    ------
+    UnsupportedError
+        If the layer computes something else afterwards: the data about its architecture does not fit it.
     """
     config = stream.model.config
     if architecture is None:
         return
     layer, prefix, weights = stream.layers[index], stream.prefix(index), stream.weights
-    seen: dict[str, HessianAccumulator] = {}
-    for group, statistics in capture(stream, index, chain.from_iterable(stages)).items():
+    seen: dict[str, Seen] = {}
+    for group, statistics in capture(stream, index, chain.from_iterable(stages), make).items():
         seen.update(dict.fromkeys(group, statistics))
+    sample = stream.states[:1]
+    before = stream.through(index, sample)[0]
     for entry in architecture.norm_linears:
         # A linear that stays 16-bit must stay as it is, so its norm does too.
         if not all(name in names for name in entry.linears):
             continue
         scales = search(entry.linears, seen[entry.linears[0]], None)
+        if scales is None:
+            continue
         fold_norm(
             layer.get_submodule(entry.norm),
             [layer.get_submodule(name) for name in entry.linears],
@@ -314,7 +408,16 @@ def fold_scales(
         first, second = layer.get_submodule(pair.first), layer.get_submodule(pair.second)
         rows, share = pair_channels(config, pair, first, second)
         scales = search((pair.second,), seen[pair.second], share)
-        fold_linear(first, second, scales, rows=rows, share=share)
+        if scales is not None:
+            fold_linear(first, second, scales, rows=rows, share=share)
+    added = (before - sample[0]).norm().clamp(min=torch.finfo(torch.float32).tiny)
+    change = float((stream.through(index, sample)[0] - before).norm() / added)
+    if not change <= _UNCHANGED:
+        raise UnsupportedError(
+            f"{prefix[:-1]} computes something else after folding scales into it ({change:.1%} of what it "
+            f"adds to its input changed): qkern's data about {architecture.model_type} does not fit this "
+            "model; use a method that folds nothing, rtn or gptq without alpha"
+        )
 
 
 def _store_changes(

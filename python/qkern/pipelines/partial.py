@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from qkern.checkpoints import read_json
 from qkern.errors import InputError, OutputError, QkernError, advice_on_writing, reason_of
+from qkern.nn.state import FORM
 from qkern.pipelines.layerwise import Finished, LayerRecord
 from qkern.schemes import QuantizedWeight, Scheme
 
@@ -34,7 +35,6 @@ _HASHES: Final = {
     "config": "of a model with another config.json",
     "sha256": "with other calibration tokens",
 }
-_PARTS: Final = ("codes", "scales", "zeros", "offsets", "group_index")
 
 
 def partial_folder(output: Path) -> Path:
@@ -138,7 +138,7 @@ class Partial:
         """
         tensors = {f"tensor:{key}": value.contiguous() for key, value in finished.tensors.items()}
         for key, weight in finished.weights.items():
-            for part in _PARTS:
+            for part in FORM:
                 value = getattr(weight, part)
                 if value is not None:
                     tensors[f"{part}:{key}"] = value.contiguous()
@@ -167,7 +167,7 @@ class Partial:
             raise QkernError(f"{path} is damaged ({error}): remove it and run again") from error
         weights = {}
         for key, (scheme, shape) in facts["weights"].items():
-            parts: dict[str, Any] = {part: tensors.get(f"{part}:{key}") for part in _PARTS}
+            parts: dict[str, Any] = {part: tensors.get(f"{part}:{key}") for part in FORM}
             weights[key] = QuantizedWeight(scheme=Scheme.parse(scheme), shape=tuple(shape), **parts)
         return Finished(
             weights=weights,

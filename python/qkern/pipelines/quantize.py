@@ -70,6 +70,9 @@ def quantize(
     block_size: int = 128,
     search: str | None = None,
     scale_only: bool = False,
+    alpha: float | str | None = None,
+    activations: str = "dynamic",
+    observer: str | None = None,
     tokenizer: Any = None,
     device: str = "auto",
     max_shard_size: int | str = "5GB",
@@ -81,10 +84,11 @@ def quantize(
     ----------
     model : str, Path or PreTrainedModel
         Folder with config.json and safetensors, hub id, or a model in memory, which is not modified.
-    method : {"gptq", "awq", "rtn"}
-        ``"rtn"`` needs no calibration.
+    method : {"gptq", "awq", "rtn", "smoothquant"}
+        ``"rtn"`` needs no calibration, unless `activations` are static. ``"smoothquant"`` moves range from
+        int8 activations to the weights that read them, then rounds these to nearest.
     scheme : Scheme or str, optional
-        Default: w4g128, for AWQ w4g128z.
+        Default: w4g128, for AWQ w4g128z, for SmoothQuant w8a8.
     assignment : MixedPrecision, mapping, str or Path, optional
         Scheme of every linear instead of one for all, or the JSON file that holds it; linears that it does
         not name stay 16-bit.
@@ -110,6 +114,15 @@ def quantize(
         symmetric group a negative scale, which every format stores and every reader multiplies by.
     scale_only : bool
         AWQ: fold the scales and write (or return) the 16-bit model.
+    alpha : float or str, optional
+        SmoothQuant's share of the range that the weights take over, 0 to 1; ``"auto"`` (its default) finds
+        the best for each group of linears that share an input. With method ``"gptq"`` the model is smoothed
+        first.
+    activations : {"dynamic", "static"}
+        Of schemes with ``a8``: a scale for each token as it comes, or one for all, found on the calibration
+        texts (``w8a8`` alone).
+    observer : {"minmax", "percentile", "mse"}, optional
+        How static scales are chosen, see `qkern.quantizers.ActivationRange`; default ``"mse"``.
     tokenizer : optional
         For calibration texts, when `model` is in memory.
     device : str
@@ -133,8 +146,8 @@ def quantize(
         If the model's files are damaged.
     UnsupportedError
         If the format cannot hold a layer, before any work; on experts stored as 3-D parameters; or on
-        `scale_only` for an architecture without data. Only whether a zero point is 0, which GPTQ v1 cannot
-        store, is known at the end: finished layers are then kept for the same call with
+        `scale_only` or SmoothQuant for an architecture without data. Only whether a zero point is 0, which
+        GPTQ v1 cannot store, is known at the end: finished layers are then kept for the same call with
         ``format="gptq_v2"``.
     QkernError
         If the disk is full; finished layers are kept in ``<output>.partial``.
@@ -144,7 +157,18 @@ def quantize(
     skip, include = ((names,) if isinstance(names, str) else names for names in (skip, include))
     mixed = None if assignment is None else MixedPrecision.of(assignment)
     settings = checked_settings(
-        method, scheme, damp, act_order, static_groups, block_size, search, scale_only, mixed
+        method,
+        scheme,
+        damp,
+        act_order,
+        static_groups,
+        block_size,
+        search,
+        scale_only,
+        mixed,
+        alpha=alpha,
+        activations=activations,
+        observer=observer,
     )
     if mixed is not None and (skip or include):
         raise InputError("the assignment says which linears are quantized: leave skip and include out")
@@ -158,8 +182,8 @@ def quantize(
     target_device = usable_device(device)
     source = open_source(model)
     structure = describe(source.model)
-    if method == "awq" and structure.architecture is None:
-        _say_no_folding(source.model.config.model_type, scale_only)
+    if settings.folds and structure.architecture is None:
+        _say_no_folding(source.model.config.model_type, settings)
     if mixed is None:
         targets = choose_targets(source.model, structure, skip, include)
     else:
@@ -168,9 +192,9 @@ def quantize(
         format = checked_format(source.model, structure, targets, settings, format)
     _refuse_nonfinite(source, set(target_names(structure, targets)))
     ids = None
-    if method == "rtn" and calibration is not None:
+    if not settings.reads_text and calibration is not None:
         logger.warning("method rtn does not use the calibration texts: they are not read")
-    if method != "rtn":
+    if settings.reads_text:
         ids = calibration_ids(source, calibration, tokenizer, samples, length, seed)
     arguments: dict[str, Any] = {
         "method": method,
@@ -189,6 +213,9 @@ def quantize(
         }
     if scale_only:
         arguments["scale_only"] = True
+    for name in ("alpha", "observer"):
+        if getattr(settings, name) is not None:
+            arguments[name] = getattr(settings, name)
     if mixed is not None:
         arguments["assignment"] = dict(mixed.choices)
     facts: dict[str, Any] = {
@@ -247,11 +274,12 @@ def _refuse_nonfinite(source: Source, quantized: set[str]) -> None:
             source.weights.get(name)
 
 
-def _say_no_folding(model_type: str, scale_only: bool) -> None:
-    if scale_only:
+def _say_no_folding(model_type: str, settings: Settings) -> None:
+    if settings.scale_only or settings.alpha is not None:
+        what = "scale_only folds AWQ's scales" if settings.scale_only else "SmoothQuant folds scales"
         raise UnsupportedError(
-            f"scale_only folds AWQ's scales, and qkern has no data for the architecture {model_type} to fold "
-            f"them by; known are {', '.join(known_architectures())}"
+            f"{what}, and qkern has no data for the architecture {model_type} to fold them by; known are "
+            f"{', '.join(known_architectures())}"
         )
     logger.warning(
         "qkern has no data for the architecture %s: AWQ's scales are skipped (norm to linears, linear to "
@@ -272,8 +300,9 @@ def calibration_ids(
     """
     if calibration is None:
         raise InputError(
-            "calibration is missing: GPTQ and AWQ measure activations on text; give a .txt or .jsonl file "
-            "(--calibration FILE), a list of texts or token ids, or use method='rtn'"
+            "calibration is missing: every method but rtn, and static scales, measure activations on text; "
+            "give a .txt or .jsonl file (--calibration FILE), a list of texts or token ids, or use "
+            "method='rtn'"
         )
     check_source(calibration)
     length = bounded_length(source.model.config, length)

@@ -74,6 +74,11 @@ class QuantizationReport:
 def recipe_layers(records: Mapping[str, LayerRecord]) -> dict[str, dict[str, Any]]:
     """Per-layer part of the recipe; without times, so that the same run gives the same bytes."""
     return {
-        name: {"scheme": record.scheme, "error": record.error, "notes": list(record.notes)}
+        name: {
+            "scheme": record.scheme,
+            "error": record.error,
+            "notes": list(record.notes),
+            **({} if record.alpha is None else {"alpha": record.alpha}),
+        }
         for name, record in records.items()
     }

@@ -10,13 +10,19 @@ from qkern.quantizers.awq import (
 from qkern.quantizers.gptq import GPTQConfig, LayerResult, output_error, quantize_gptq
 from qkern.quantizers.gptq_gguf import GGUFResult, gguf_output_error, quantize_gptq_gguf
 from qkern.quantizers.hessian import HessianAccumulator
+from qkern.quantizers.observers import OBSERVERS, ActivationRange, ActivationSample
 from qkern.quantizers.rtn import quantize_rtn
+from qkern.quantizers.smoothquant import Smoothing, search_smoothing, smoothing_scales
 
 __all__ = [
+    "OBSERVERS",
+    "ActivationRange",
+    "ActivationSample",
     "GGUFResult",
     "GPTQConfig",
     "HessianAccumulator",
     "LayerResult",
+    "Smoothing",
     "gguf_output_error",
     "grouped_query_share",
     "output_error",
@@ -27,4 +33,6 @@ __all__ = [
     "search_clip",
     "search_gguf_scales",
     "search_scales",
+    "search_smoothing",
+    "smoothing_scales",
 ]

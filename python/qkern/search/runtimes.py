@@ -59,6 +59,10 @@ class Runtime:
         if self.name == "vllm":
             if choice.zero_point and choice.bits not in (4, 8):
                 return f"vLLM takes zero points with 4 and 8 bits alone: got {spelling}"
+            if choice.act_bits is not None and (choice.zero_point or not choice.has_plain_sums):
+                return (
+                    f"vLLM takes int8 activations with symmetric 8-bit channels alone, w8a8: got {spelling}"
+                )
             if N % _TILE[0] or K % _TILE[1]:
                 return (
                     f"vLLM's kernels take multiples of {_TILE[0]} rows and {_TILE[1]} columns: got {N} x {K}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,7 +73,7 @@ def pack_weight(qw: QuantizedWeight, *, backend: str = "auto") -> PackedWeight:
         )
     request = Request(device=qw.device, scheme=qw.scheme)
     packed: PackedWeight = select("dequant_matmul", backend, request).call(qw)
-    return packed
+    return replace(packed, input_scale=qw.input_scale)
 
 
 def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
@@ -88,6 +89,10 @@ def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
     InputError
         If the blob is corrupt or does not hold what `packed` says.
     """
+    return replace(_unpack(packed), input_scale=packed.input_scale)
+
+
+def _unpack(packed: PackedWeight) -> QuantizedWeight:
     if packed.layout == cpu.LAYOUT:
         return cpu.unpack(packed)
     if packed.layout.startswith(cuda.PREFIX):
@@ -145,9 +150,9 @@ def dequant_matmul(
         ``[N]`` of x's dtype or fp32; gradients flow to it.
     compute : str
         ``"float"`` keeps the activations (fp32 sums; bf16 products for bf16 input where the CPU has them);
-        ``"int8"`` quantizes them per token and group of at most 128 columns (for ``w8a8`` per token, as
-        `int8_linear` does) and sums the products exactly; ``"auto"`` is int8 on a CPU when no gradient is
-        taken or when the scheme says a8.
+        ``"int8"`` quantizes them per token and group of at most 128 columns (for ``w8a8`` per token, or with
+        the weight's `input_scale`, as `int8_linear` does) and sums the products exactly; ``"auto"`` is int8
+        on a CPU when no gradient is taken or when the scheme says a8.
     backend : str
         ``"auto"`` or a `Backend`.
 
@@ -178,7 +183,7 @@ def dequant_matmul(
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     compute = resolve_compute(compute, x, weight.scheme, needs_grad=needs_grad)
     out: Tensor = torch.ops.qkern.dequant_matmul(
-        x, packed.blob, bias, packed.layout, N, K, packed.spelling, compute
+        x, packed.blob, bias, packed.layout, N, K, packed.spelling, compute, packed.input_scale
     )
     return out
 
@@ -193,7 +198,7 @@ def packed_for(op: str, weight: PackedWeight | QuantizedWeight, x: Tensor, backe
     if chosen.backend == _backend_of(weight.layout):
         return weight
     repacked: PackedWeight = chosen.call(unpack_weight(weight))
-    return repacked
+    return replace(repacked, input_scale=weight.input_scale)
 
 
 def _backend_of(layout: str) -> Backend:

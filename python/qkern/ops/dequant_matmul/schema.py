@@ -18,8 +18,8 @@ __all__: list[str] = []
 
 _LIBRARY: Final[Any] = torch.library.Library("qkern", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "dequant_matmul(Tensor x, Tensor blob, Tensor? bias, str layout, int N, int K, str scheme, str compute)"
-    " -> Tensor",
+    "dequant_matmul(Tensor x, Tensor blob, Tensor? bias, str layout, int N, int K, str scheme, str compute,"
+    " Tensor? input_scale=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Several weights that read the same x.
@@ -36,8 +36,23 @@ _LIBRARY.define(
 
 
 def _forward(
-    x: Tensor, blob: Tensor, bias: Tensor | None, layout: str, N: int, K: int, scheme: str, compute: str
+    x: Tensor,
+    blob: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    N: int,
+    K: int,
+    scheme: str,
+    compute: str,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
+    if input_scale is not None and compute == "int8":
+        # By name: int8_matmul imports this package.
+        codes, scales = torch.ops.qkern.quantize_activations(x, None, input_scale)
+        out: Tensor = torch.ops.qkern.int8_matmul(
+            codes, scales, blob, bias, None, layout, N, K, scheme, x.dtype
+        )
+        return out
     bias = None if bias is None else bias.contiguous()
     if layout == cpu.LAYOUT:
         return cpu.matmul(x, blob, bias, N, K, compute)
@@ -95,7 +110,15 @@ def _backward(grad: Tensor, blob: Tensor, layout: str, N: int, K: int, scheme: s
 
 
 def _forward_fake(
-    x: Tensor, blob: Tensor, bias: Tensor | None, layout: str, N: int, K: int, scheme: str, compute: str
+    x: Tensor,
+    blob: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    N: int,
+    K: int,
+    scheme: str,
+    compute: str,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], N))
 
@@ -105,7 +128,7 @@ def _backward_fake(grad: Tensor, blob: Tensor, layout: str, N: int, K: int, sche
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, blob, bias, *static, _ = inputs
+    _, blob, bias, *static, _, _ = inputs
     ctx.save_for_backward(blob)
     ctx.static = static
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -118,7 +141,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = torch.ops.qkern.dequant_matmul_backward(grad, blob, *ctx.static)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, ctx.static[1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, grad_bias, None, None, None, None, None
+    return grad_x, None, grad_bias, None, None, None, None, None, None
 
 
 def _setup_group(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -125,8 +125,8 @@ def int8_linear(
 ) -> Tensor:
     """Quantize activations to int8 and multiply them by an 8-bit weight: ``y = x @ W.T + bias``.
 
-    Without `x_scale` each token has its own scale, and the result is that of `dequant_matmul` on a ``w8a8``
-    weight, which does both in one call and has a gradient.
+    The result is that of `dequant_matmul` on a ``w8a8`` weight, which does both in one call and has a
+    gradient.
 
     Parameters
     ----------
@@ -137,7 +137,8 @@ def int8_linear(
     bias : Tensor or None
         ``[N]`` of x's dtype or fp32.
     x_scale : Tensor, float or None
-        Static scale of the activations; see `quantize_activations`.
+        Static scale of the activations, see `quantize_activations`; default: the weight's `input_scale`, and
+        without one each token's own.
     x_zero : int
         Zero point that goes with `x_scale`, -128..127.
     backend : str
@@ -157,6 +158,7 @@ def int8_linear(
     """
     check_input(x, weight.K)
     _check_no_gradient("int8_linear", x, bias)
+    x_scale = weight.input_scale if x_scale is None else x_scale
     codes, scales = quantize_activations(x, scale=x_scale, zero=x_zero, backend=backend)
     return int8_matmul(codes, scales, weight, bias, out_dtype=x.dtype, x_zero=x_zero or None, backend=backend)
 
