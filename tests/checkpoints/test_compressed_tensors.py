@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
 from qkern.checkpoints import FORMATS, Entry
 from qkern.errors import FormatError
@@ -136,3 +139,106 @@ def test_bits_after_the_last_code_are_dropped() -> None:
     again = FORMAT.decode("m", tensors, Entry(scheme=scheme))
     assert torch.equal(again.codes, qw.codes)
     assert torch.equal(unpack_bits(again.codes, 3, (4, 13), layout="dense"), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("static", [False, True])
+def test_the_package_reads_our_w8a8(static: bool, dtype: torch.dtype) -> None:
+    qw, codes = quantized(Scheme.parse("w8a8"), 24, 40, dtype)
+    if static:
+        qw = replace(qw, input_scale=torch.tensor([0.25]))
+    tensors = {key.removeprefix("m."): value for key, value in FORMAT.encode("m", qw).items()}
+    config = FORMAT.config({"m": qw.scheme}, static=["m"] * static)
+    theirs = QuantizationConfig(**config)
+    assert theirs.format == "int-quantized"
+    group = theirs.config_groups["group_0"]
+    assert isinstance(group, QuantizationScheme)
+    arguments = group.input_activations
+    assert arguments is not None
+    assert (arguments.num_bits, arguments.symmetric) == (8, True)
+    assert (arguments.strategy, arguments.dynamic) == (("tensor", False) if static else ("token", True))
+    expected = {*IntQuantizationCompressor.compression_param_names(group), *(["input_scale"] * static)}
+    assert set(tensors) == expected
+    assert torch.equal(tensors["weight"].int(), codes.int() - 128)
+    weight = IntQuantizationCompressor.decompress(tensors, group)["weight"]
+    assert torch.equal(weight, dequantize_groupwise(qw, dtype))
+    entry = FORMAT.entry(config, "m")
+    assert entry == Entry(scheme=qw.scheme, int8=True, static=static)
+    again = FORMAT.decode("m", {f"m.{key}": value for key, value in tensors.items()}, entry)
+    assert torch.equal(again.codes, qw.codes)
+    assert torch.equal(again.scales, qw.scales)
+    assert (again.input_scale is None) == (not static)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_we_decode_the_packages_int_quantized(symmetric: bool, group: int | None, bits: int) -> None:
+    """Also what we write packed: fewer bits in bytes, groups, zero points."""
+    N, K = 24, 48
+    generator = torch.Generator().manual_seed(1)
+    groups = 1 if group is None else K // group
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if group is None else "group",
+        "group_size": group,
+    }
+    activations = {"num_bits": 8, "strategy": "token", "dynamic": True}
+    package = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(**weights),
+        input_activations=QuantizationArgs(**activations),
+    )
+    state = {
+        "weight": torch.randn(N, K, generator=generator),
+        "weight_scale": torch.rand(N, groups, generator=generator) * 4 / 2**bits + 0.01,
+    }
+    if not symmetric:
+        half = 2 ** (bits - 1)
+        zeros = torch.randint(-half, half, (N, groups), generator=generator)
+        state["weight_zero_point"] = zeros.to(torch.int8)
+    stored = IntQuantizationCompressor.compress(state, package)
+    config = {
+        "format": "int-quantized",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+        },
+    }
+    entry = FORMAT.entry(config, "m")
+    spelling = f"w{bits}{'' if group is None else f'g{group}'}{'' if symmetric else 'z'}a8"
+    assert str(entry.scheme) == spelling
+    qw = FORMAT.decode("m", {f"m.{key}": value for key, value in stored.items()}, entry)
+    theirs = IntQuantizationCompressor.decompress(stored, package)["weight"]
+    assert torch.equal(dequantize_groupwise(qw, torch.float32), theirs)
+    if bits == 4:
+        stored["weight"][3, 5] = 8
+        with pytest.raises(FormatError, match="outside 4 bits"):
+            FORMAT.decode("m", {f"m.{key}": value for key, value in stored.items()}, entry)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_activations": {"num_bits": 4}}, "input_activations .* are not read: symmetric int8 are"),
+        ({"input_activations": {"type": "float"}}, "are not read"),
+        ({"input_activations": {"symmetric": False}}, "are not read"),
+        ({"input_activations": {"strategy": "token"}}, "are not read"),
+        ({"input_activations": {"strategy": "group", "group_size": 32, "dynamic": True}}, "are not read"),
+        ({"input_activations": {"strategy": "tensor", "dynamic": "local"}}, "are not read"),
+        ({"input_activations": "int8"}, "are not read"),
+        ({"output_activations": {"num_bits": 8}}, "quantized outputs are not read"),
+        ({"format": "float-quantized"}, "format 'float-quantized' is not read"),
+        ({"weights": {"num_bits": 4, "group_size": 16, "strategy": "group"}}, "static activations are read"),
+    ],
+)
+def test_what_is_not_understood_is_refused(change: dict[str, object], message: str) -> None:
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 8, "strategy": "channel"},
+        "input_activations": {},  # static int8, by the package's defaults
+    }
+    assert FORMAT.entry({"format": "int-quantized", "config_groups": {"g": group}}, "m").static
+    with pytest.raises(FormatError, match=message):
+        FORMAT.entry({"format": "int-quantized", "config_groups": {"g": group | change}}, "m")

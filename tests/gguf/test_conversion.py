@@ -52,6 +52,7 @@ EXACT = [
     ("w4g64", "gptq", "q8_0"),
     ("w4g128z", "awq", "q5_0"),
     ("w4g64z", "gptq_v2", "q8_0"),
+    ("w8a8", "compressed-tensors", "q8_0"),
 ]
 
 

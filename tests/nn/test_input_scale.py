@@ -36,7 +36,7 @@ def inputs(*shape, dtype=torch.float32, seed=1):
 
 
 def make(packed=True):
-    layer = QuantLinear.from_quantized(weight(), torch.arange(N).float() / 10)
+    layer = QuantLinear.from_quantized(weight(), torch.arange(N).float() / 8)
     return layer.pack() if packed else layer
 
 
@@ -50,7 +50,7 @@ def expected(x, qw, bias=None):
 @pytest.mark.parametrize("scheme", ["w8a8", "w8za8", "w8ta8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_forward_rounds_by_the_one_scale(scheme, dtype):
-    layer = QuantLinear.from_quantized(weight(scheme), torch.arange(N).float() / 10)
+    layer = QuantLinear.from_quantized(weight(scheme), torch.arange(N).float() / 8)
     for shape in ((), (1,), (5,), (2, 3), (0,)):
         x = inputs(*shape, dtype=dtype)
         y = layer(x)
@@ -67,10 +67,31 @@ def test_forward_rounds_by_the_one_scale(scheme, dtype):
     assert torch.equal(layer(x), dequant_matmul(x, plain, layer.bias, compute="float"))
 
 
+@pytest.mark.parametrize("compute", ["auto", "float"])
+def test_the_direct_call_is_what_the_op_gives(compute):
+    layer = make()
+    layer.compute = compute
+    for x in (
+        inputs(3),
+        inputs(2, 3, dtype=torch.bfloat16),
+        inputs(),
+        inputs(0),
+        inputs(8)[::2],
+        inputs(4).T.T,
+    ):
+        direct = layer(x)
+        with torch.profiler.profile():  # which sees every op
+            assert torch.equal(layer(x), direct)
+    with pytest.raises(InputError, match=r"x has the wrong shape: got \[2, 79\], allowed is \[..., 80\]"):
+        layer(inputs(2)[:, 1:])
+    with pytest.raises(InputError, match=r"x has the wrong dtype: got torch.int64"):
+        layer(inputs(2).long())
+
+
 def test_values_beyond_the_range_are_clipped():
     x = torch.zeros(2, K)
     x[0, 3], x[1, 5] = 1000.0, -1000.0
-    y = make()(x) - torch.arange(N).float() / 10
+    y = make()(x) - torch.arange(N).float() / 8
     dense = dequantize_groupwise(weight(), torch.float32)
     torch.testing.assert_close(y[0], 127 * SCALE * dense[:, 3])
     torch.testing.assert_close(y[1], -128 * SCALE * dense[:, 5])
@@ -105,7 +126,10 @@ class TestStates:
         assert torch.equal(layer.input_scale, torch.tensor([SCALE]))
         assert torch.equal(layer.quantized().input_scale, torch.tensor([SCALE]))
         torch.testing.assert_close(
-            layer(inputs(3)).double(), expected(inputs(3), weight(), torch.arange(N) / 10), rtol=1e-3, atol=1e-3
+            layer(inputs(3)).double(),
+            expected(inputs(3), weight(), torch.arange(N) / 8),
+            rtol=1e-3,
+            atol=1e-3,
         )
 
     def test_state_dict(self, packed):
@@ -190,9 +214,9 @@ def test_linears_that_share_their_input_keep_their_scales():
 
 def test_what_does_not_go_together():
     plain = quantize_groupwise(torch.randn(N, K), "w4g16a8")
-    with pytest.raises(InputError, match="a static input_scale goes with w8a8.*: got w4g16a8"):
+    with pytest.raises(InputError, match=r"a static input_scale goes with w8a8.*: got w4g16a8"):
         replace(plain, input_scale=torch.tensor([1.0]))
-    with pytest.raises(InputError, match="goes with w8a8.*: got w8"):
+    with pytest.raises(InputError, match=r"goes with w8a8.*: got w8"):
         replace(quantize_groupwise(torch.randn(N, K), "w8"), input_scale=torch.tensor([1.0]))
     with pytest.raises(InputError, match=r"input_scale must be fp32 \(1,\): got torch.float16 \(1,\)"):
         replace(weight(), input_scale=torch.ones(1, dtype=torch.float16))

@@ -40,10 +40,10 @@ def measure(model, tokenizer):
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: WINDOWS * WINDOW]
     reference = window_logits(model, ids, window=WINDOW)
 
-    def run(method, scheme, source=model, samples=48):
-        options = {"calibration": CALIBRATION, "tokenizer": tokenizer, "samples": samples}
+    def run(method, scheme, source=model, samples=48, compute="float", **more):
+        options = {"calibration": CALIBRATION, "tokenizer": tokenizer, "samples": samples, **more}
         quantized = quantize(source, method=method, scheme=scheme, **options)
-        return kl_divergence(reference, quantized, ids, window=WINDOW)
+        return kl_divergence(reference, quantized, ids, window=WINDOW, compute=compute)
 
     return run
 
@@ -65,6 +65,16 @@ def test_awq_restores_what_outlier_channels_take(measure, model):
     assert awq.mean() <= 1.1 * plain.mean()
     # There was something to restore.
     assert paired_bootstrap(awq, spoilt).is_below
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_smoothquant_restores_what_outlier_channels_take(measure, model, activations):
+    injected = inject(copy.deepcopy(model))
+    options = {"compute": "int8", "activations": activations}
+    plain, spoilt = measure("rtn", "w8a8", **options), measure("rtn", "w8a8", injected, **options)
+    smooth = measure("smoothquant", "w8a8", injected, **options)
+    assert smooth.mean() <= 1.5 * plain.mean()
+    assert paired_bootstrap(smooth, spoilt).is_below
 
 
 def test_eight_bits_cost_next_to_nothing(measure):

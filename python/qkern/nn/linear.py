@@ -17,6 +17,7 @@ from qkern.ops import pack_weight, quantize_groupwise, unpack_weight
 from qkern.ops.dequant_matmul import LinearHandle, cuda, resolve_compute
 from qkern.ops.dequant_matmul.checks import check_input
 from qkern.ops.dequant_matmul.cpu import LAYOUT as CPU_LAYOUT
+from qkern.ops.int8_matmul.cpu import StaticHandle
 from qkern.schemes import PackedWeight, QuantizedWeight, Scheme, as_scheme
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ __all__ = ["COMPUTE", "QuantLinear", "is_conv1d", "is_plain_call", "needs_grad",
 
 COMPUTE: Final = ("auto", "float", "int8")
 
-Handle: TypeAlias = LinearHandle | cuda.LinearHandle
+Handle: TypeAlias = LinearHandle | StaticHandle | cuda.LinearHandle
 
 # Looked up once: each is asked in every call, and the way to it costs as much as the answer.
 _dispatch_modes: Final = torch._C._len_torch_dispatch_stack
@@ -457,7 +458,7 @@ def _outside_of_modes() -> Iterator[None]:
 
 def _handle_of(packed: PackedWeight) -> Handle | None:
     if packed.input_scale is not None:
-        return None  # two kernels, which the torch op calls in turn
+        return StaticHandle(packed) if packed.layout == CPU_LAYOUT and packed.K else None
     if packed.layout == CPU_LAYOUT:
         return LinearHandle(packed)
     return cuda.LinearHandle(packed) if packed.layout.startswith(cuda.PREFIX) else None

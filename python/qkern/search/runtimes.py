@@ -116,7 +116,7 @@ def stored_bits(spelling: str, N: int, K: int, *, kept: int = 16, in_file: bool 
         return 8 * (-(-size // 32) * 32 if in_file else size)
     rows, groups = choice.scale_shape(N, K)
     bits = N * K * choice.bits + 16 * rows * groups + choice.bits * rows * groups * choice.zero_point
-    if in_file:
+    if in_file and (choice.zero_point or not choice.has_plain_sums):  # those without are int-quantized
         bits += N * (32 * choice.code_words(K) - K * choice.bits) + 128
         bits += (32 * -(-rows * choice.bits // 32) - rows * choice.bits) * groups * choice.zero_point
     return bits

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from qkern.errors import InputError
 from qkern.ops._native import DTYPE_CODES, core, empty, pointer, rows_of, threads, why_not_cpu
 from qkern.ops.dequant_matmul import cpu as dequant_matmul
+from qkern.ops.dequant_matmul.checks import check_input
 from qkern.ops.int8_matmul.reference import why_not_scheme
+from qkern.ops.quantize_activations import cpu as quantize_activations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from qkern.ops.registry import Request
     from qkern.schemes import PackedWeight, QuantizedWeight
 
-__all__ = ["matmul", "pack", "why_not"]
+__all__ = ["StaticHandle", "matmul", "pack", "why_not"]
 
 
 def why_not(request: Request) -> str | None:
@@ -68,3 +70,39 @@ def matmul(
     except ValueError as error:
         raise InputError(f"int8_matmul cannot use this packed weight: {error}") from None
     return out
+
+
+class StaticHandle:
+    """A packed CPU weight with an `input_scale`, called without autograd and dispatch as `LinearHandle` is.
+
+    Parameters
+    ----------
+    packed : PackedWeight
+        In the layout of the native CPU kernels; its K is not 0.
+
+    Raises
+    ------
+    InputError
+        If the blob is corrupt or belongs to another layout.
+    """
+
+    __slots__ = ("_linear", "_packed")
+
+    device: Final = torch.device("cpu")
+    auto: Final = "int8"
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self._linear = dequant_matmul.LinearHandle(packed)
+        self._packed = packed
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None, compute: str = "int8") -> Tensor:
+        """``x [..., K] @ W.T + bias`` in x's dtype; arguments and errors are those of `LinearHandle`."""
+        if compute != "int8":
+            return self._linear(x, bias, compute)
+        packed = self._packed
+        check_input(x, packed.K, self.device)
+        lead, dtype = x.shape[:-1], x.dtype
+        rows = x.detach().reshape(lead.numel(), packed.K)
+        codes, scales = quantize_activations.quantize(rows, packed.K, packed.input_scale)
+        bias = None if bias is None else bias.detach().contiguous()
+        return matmul(codes, scales, packed.blob, bias, None, packed.N, dtype).view(*lead, packed.N)
