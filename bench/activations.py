@@ -1,7 +1,7 @@
 """What int8 activations cost in precision, for groups of 32, 64 and 128 columns and one scale a token.
 
     python bench/activations.py MODEL HELDOUT [--schemes w4g128 w8] [--windows 30]
-    python bench/activations.py --w8a8 MODEL HELDOUT [MODEL HELDOUT ...] [--samples 128]
+    python bench/activations.py --w8a8 MODEL HELDOUT [MODEL HELDOUT ...] [--samples 32]
 
 The first table is the error of one 4096 x 4096 product, ||y - y_float|| / ||y_float||, on Gaussian and on
 outlier-heavy activations (1 % of the channels 30 times as large); ``kernel`` is what `dequant_matmul` does,
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--schemes", nargs="+", default=["w4g128", "w3g128", "w8"])
     parser.add_argument("--windows", type=int, default=30, help="held-out windows of 512 tokens")
     parser.add_argument("--w8a8", action="store_true", help="W8A8 and SmoothQuant of whole models instead")
-    parser.add_argument("--samples", type=int, default=128, help="calibration sequences of 512 tokens")
+    parser.add_argument("--samples", type=int, default=32, help="calibration sequences of 512 tokens")
     chosen = parser.parse_args(arguments)
     if len(chosen.models) % 2 or (chosen.w8a8 and not chosen.models):
         parser.error("a model comes with its held-out text: MODEL HELDOUT [MODEL HELDOUT ...]")

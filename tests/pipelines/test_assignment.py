@@ -88,7 +88,7 @@ def test_the_command(folder, tmp_path, capsys):
         (
             {"assignment": {"up_proj": "w8a8"}, "format": "gptq"},
             UnsupportedError,
-            r"up_proj: gptq .* drop a8",
+            r"up_proj: GPTQ .* drop a8",
         ),
         ({"assignment": "missing.json"}, InputError, r"cannot read the assignment missing\.json"),
         ({"format": "awq"}, UnsupportedError, "awq does not hold"),

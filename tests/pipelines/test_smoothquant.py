@@ -151,6 +151,7 @@ def test_gptq_rounds_the_smoothed_weights(folder):
     plain, smooth = quantize(folder, **options), quantize(folder, **options, alpha="auto")
     assert error(logits(smooth), original) < error(logits(plain), original)
     assert smooth.qkern_report.recipe["arguments"]["alpha"] == "auto"
+    assert torch.equal(logits(quantize(folder, **options, alpha="auto", search="loss")), logits(smooth))
 
 
 def test_mixtures_say_what_each_linear_is(folder, tmp_path):

@@ -202,28 +202,8 @@ def quantize_layer(
     if settings.reads_text:
         stages = stages_of(stream, structure.architecture, index, names)
     alphas: dict[str, float | None] = {}
-
-    def scale(linears: Sequence[str], statistics: HessianAccumulator, share: Tensor | None) -> Tensor:
-        weights = [column_weight(layer.get_submodule(name)) for name in linears]
-        schemes = [settings.scheme_of(prefix + name) for name in linears]
-        return search_scales(weights, statistics, schemes, share=share)
-
-    def smooth(linears: Sequence[str], sample: ActivationSample, share: Tensor | None) -> Tensor | None:
-        weights = [column_weight(layer.get_submodule(name)) for name in linears]
-        schemes = [settings.scheme_of(prefix + name) for name in linears]
-        if all(scheme.act_bits is None for scheme in schemes):
-            return None
-        options: Any = {"alpha": settings.alpha, "search": settings.search, "observer": settings.observer}
-        found = search_smoothing(weights, sample, schemes, share=share, **options)
-        alphas.update(dict.fromkeys(linears, found.alpha))
-        return found.scales
-
     if settings.folds:
-        where = stream, structure.architecture, index, names, stages
-        if settings.alpha is None:
-            fold_scales(*where, HessianAccumulator, scale)
-        else:
-            fold_scales(*where, ActivationSample, smooth)
+        alphas = _fold(stream, structure, index, names, stages, settings)
         _store_changes(finished, stream, index, names, settings)
     if settings.scale_only:
         return finished
@@ -235,6 +215,45 @@ def quantize_layer(
             for name in group:
                 _take(finished, layer, prefix, name, settings, seen[group], alphas.get(name))
     return finished
+
+
+def _fold(
+    stream: LayerStream,
+    structure: Structure,
+    index: int,
+    names: Sequence[str],
+    stages: Sequence[Stage],
+    settings: Settings,
+) -> dict[str, float | None]:
+    """Fold scales of AWQ or SmoothQuant into the layer; return SmoothQuant's alpha by linear."""
+    layer, prefix = stream.layers[index], stream.prefix(index)
+    alphas: dict[str, float | None] = {}
+
+    def matrices(linears: Sequence[str]) -> tuple[list[Tensor], list[Scheme]]:
+        weights = [column_weight(layer.get_submodule(name)) for name in linears]
+        return weights, [settings.scheme_of(prefix + name) for name in linears]
+
+    def scale(linears: Sequence[str], statistics: HessianAccumulator, share: Tensor | None) -> Tensor:
+        weights, schemes = matrices(linears)
+        return search_scales(weights, statistics, schemes, share=share)
+
+    def smooth(linears: Sequence[str], sample: ActivationSample, share: Tensor | None) -> Tensor | None:
+        weights, schemes = matrices(linears)
+        if all(scheme.act_bits is None for scheme in schemes):
+            return None
+        options: Any = {"alpha": settings.alpha, "observer": settings.observer}
+        # GPTQ's own search needs more than a sample.
+        options["search"] = "mse" if settings.search == "mse" else "minmax"
+        found = search_smoothing(weights, sample, schemes, share=share, **options)
+        alphas.update(dict.fromkeys(linears, found.alpha))
+        return found.scales
+
+    where = stream, structure.architecture, index, names, stages
+    if settings.alpha is None:
+        fold_scales(*where, HessianAccumulator, scale)
+    else:
+        fold_scales(*where, ActivationSample, smooth)
+    return alphas
 
 
 def quantize_head(stream: LayerStream, head: str, settings: Settings) -> Finished:
