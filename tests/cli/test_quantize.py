@@ -105,10 +105,30 @@ def test_scale_only(capsys, folder, text, tmp_path):
     assert not quant_linears(load(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("alpha", ["auto", 0.25])
+def test_smoothquant(capsys, folder, text, tmp_path, alpha):
+    code, out, err = run(
+        capsys,
+        *("quantize", folder, "--method", "smoothquant", "--alpha", alpha, "--calibration", text),
+        *("--activations", "static", "--observer", "percentile", "--output", tmp_path / "out"),
+    )
+    assert code == 0, err
+    assert "w8a8" in out
+    assert "compressed-tensors" in out
+    recipe = json.loads((tmp_path / "out" / "qkern.json").read_text())
+    assert recipe["arguments"]["alpha"] == alpha
+    assert recipe["arguments"]["observer"] == "percentile"
+    layers = quant_linears(load(tmp_path / "out"))
+    assert len(layers) == 14
+    assert all(layer.input_scale is not None for layer in layers.values())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("--method", "obq"),
+        ("--observer", "max"),
+        ("--activations", "off"),
         ("--format", "gguf"),
         ("--samples", "0"),
         ("--act-order", "random"),
@@ -131,6 +151,12 @@ def test_usage_errors_exit_2(capsys, folder, tmp_path, arguments):
         ((), "calibration is missing"),
         (("--calibration", "no/such/file.txt"), "calibration file not found"),
         (("--method", "rtn", "--scheme", "w4g64z", "--format", "awq"), "no work was done"),
+        (
+            ("--method", "smoothquant", "--alpha", "much"),
+            "alpha must be 'auto' or a number from 0 to 1: got 'much'",
+        ),
+        (("--observer", "mse"), "use activations='static' (--activations static)"),
+        (("--method", "gptq", "--alpha", "0.5", "--scheme", "w4g128"), "SmoothQuant makes room for int8"),
     ],
 )
 def test_failures_exit_1_with_one_line(capsys, folder, tmp_path, arguments, message):

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qkern.cli import main
 from qkern.errors import FormatError, UnsupportedError
 from qkern.models import LinearPair, architecture_for, inject, known_architectures
 from qkern.nn import compute_mode, named_linears, quant_linears
@@ -258,21 +257,3 @@ def test_damaged_files(folder, tmp_path):
     save_file({**whole, f"{name}.input_zero_point": zero, f"{name}.input_scale": scale}, file)
     found = load(tmp_path / "out").get_submodule(name).input_scale
     assert torch.equal(found, whole[f"{name}.input_scale"])
-
-
-def test_the_command(folder, tmp_path, capsys):
-    tokens = tmp_path / "ids.jsonl"
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in folder.iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
-    arguments = ["quantize", str(model), "--method", "smoothquant", "--output", str(tmp_path / "out")]
-    for extra, message in (
-        (("--alpha", "much"), "alpha must be 'auto' or a number from 0 to 1: got 'much'"),
-        (("--observer", "mse"), "use activations='static' (--activations static)"),
-        (("--alpha", "0.5", "--scheme", "w4g128"), "SmoothQuant makes room for int8 activations"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            main([*arguments, "--calibration", str(tokens), *extra])
-        assert end.value.code == 1
-        assert message in " ".join(capsys.readouterr().err.split())
