@@ -97,7 +97,8 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
                 self._names.append(layer)
         if strays:
             raise FormatError(f"{self.folder}: {', '.join(strays[:8])} belong to layers without {fmt.marker}")
-        doubled = [layer for layer in layers if f"{layer}.weight" in self.tensors.keys() - codes]
+        plain = set(self._names)
+        doubled = [layer for layer in layers if f"{layer}.weight" in plain]
         if doubled:
             raise FormatError(
                 f"{self.folder}: {', '.join(sorted(doubled)[:8])} are there both quantized and plain"
