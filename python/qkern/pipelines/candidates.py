@@ -195,7 +195,7 @@ def _make_layer(
         made = {spelling: Finished() for spelling in missing}
         wanted = store.wanted(index)
         for stage in stages:
-            for group, seen in capture(stream, index, stage).items():
+            for group, seen in capture(stream, index, stage, HessianAccumulator).items():
                 names = [prefix + name for name in group]
                 for spelling, finished in made.items():
                     for name in names:
