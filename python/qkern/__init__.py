@@ -12,6 +12,7 @@ from qkern.schemes import QuantizedWeight, Scheme
 if TYPE_CHECKING:
     from qkern.models import fuse_forwards
     from qkern.nn import QuantEmbedding, QuantLinear, replace_linears
+    from qkern.pipelines.compare import compare
     from qkern.pipelines.export_gguf import export_gguf
     from qkern.pipelines.imatrix import imatrix
     from qkern.pipelines.load import load
@@ -25,6 +26,7 @@ _LAZY = {
     "MixedPrecision": "qkern.search",
     "QuantEmbedding": "qkern.nn",
     "QuantLinear": "qkern.nn",
+    "compare": "qkern.pipelines",
     "export_gguf": "qkern.pipelines",
     "fuse_forwards": "qkern.models",
     "imatrix": "qkern.pipelines",
@@ -48,6 +50,7 @@ __all__ = [
     "Scheme",
     "UnsupportedError",
     "__version__",
+    "compare",
     "export_gguf",
     "fuse_forwards",
     "imatrix",

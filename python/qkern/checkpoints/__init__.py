@@ -5,7 +5,7 @@ from qkern.checkpoints.folder import TensorFolder, model_folder, read_json
 from qkern.checkpoints.reader import QuantizedCheckpoint, read_quantized
 from qkern.checkpoints.registry import FORMATS, detect, format_named, refusals
 from qkern.checkpoints.shards import parse_size
-from qkern.checkpoints.writer import RECIPE_NAME, CheckpointWriter, check_output
+from qkern.checkpoints.writer import RECIPE_NAME, CheckpointWriter, check_output, new_folder
 
 __all__ = [
     "FORMATS",
@@ -19,6 +19,7 @@ __all__ = [
     "detect",
     "format_named",
     "model_folder",
+    "new_folder",
     "parse_size",
     "read_json",
     "read_quantized",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qkern.checkpoints.base import Format
     from qkern.schemes import QuantizedWeight, Scheme
 
-__all__ = ["RECIPE_NAME", "CheckpointWriter", "check_output"]
+__all__ = ["RECIPE_NAME", "CheckpointWriter", "check_output", "new_folder"]
 
 RECIPE_NAME: Final = "qkern.json"
 
@@ -100,6 +100,47 @@ def check_output(output: str | Path, *, source: str | Path | None = None) -> Pat
     return folder
 
 
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """Give a hidden folder that takes the output's name at the end of the block, or goes if the block fails.
+
+    Raises
+    ------
+    InputError
+        As `check_output` does.
+    OutputError
+        If nothing can be written there.
+    """
+    target = check_output(output)
+    folder = _hidden(target)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        _rename(folder, target)
+    except OSError as error:
+        raise _not_written(target, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hidden(output: Path) -> Path:
+    # Not the process id, which in containers is often that of a run that was killed.
+    return output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+
+
+def _rename(folder: Path, output: Path) -> None:
+    if output.is_dir():
+        output.rmdir()  # renaming onto an empty folder works on POSIX only
+    folder.rename(output)
+
+
+def _not_written(output: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write {output}: {reason_of(error)}; no half-written output was left; "
+        f"{advice_on_writing(error)}"
+    )
+
+
 class CheckpointWriter:
     """Writes a checkpoint, tensor by tensor; a context manager.
 
@@ -139,8 +180,7 @@ class CheckpointWriter:
         self._static: set[str] = set()
         self._finished = False
         max_bytes = parse_size(max_shard_size)
-        # Not the process id, which in containers is often that of a run that was killed.
-        self._folder = self.output.with_name(f".{self.output.name}.partial-{secrets.token_hex(4)}")
+        self._folder = _hidden(self.output)
         with self._writing():
             self._folder.mkdir(parents=True)
         self._shards = ShardWriter(self._folder, max_bytes)
@@ -241,9 +281,7 @@ class CheckpointWriter:
             self._write_json("config.json", fields)
             self._copy_companions(tokenizer_from, custom_files)
             self._write_json(RECIPE_NAME, self._recipe(recipe or {}))
-            if self.output.is_dir():
-                self.output.rmdir()  # renaming onto an empty folder works on POSIX only
-            self._folder.rename(self.output)
+            _rename(self._folder, self.output)
         self._finished = True
         return self.output
 
@@ -294,10 +332,7 @@ class CheckpointWriter:
             yield
         except OSError as error:
             self.abort()
-            raise OutputError(
-                f"cannot write {self.output}: {reason_of(error)}; no half-written output was left; "
-                f"{advice_on_writing(error)}"
-            ) from error
+            raise _not_written(self.output, error) from error
         except BaseException:
             self.abort()
             raise

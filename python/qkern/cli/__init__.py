@@ -36,6 +36,7 @@ COMMANDS: Final = (
     "imatrix",
     "export-gguf",
     "perplexity",
+    "compare",
     "generate",
     "bench",
 )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from qkern.plotting import Table
 
 
 def command(
@@ -15,37 +18,23 @@ def command(
 ) -> None:
     """Quantize the model that ships with qkern, run it, save it, reload it, export it; about two minutes."""
     import logging
-    import platform
     import time
 
-    import torch
     from rich.console import Console
-    from rich.table import Table
 
+    from qkern.cli._tables import print_table
     from qkern.demo import report, run, speed
-    from qkern.ops._native import core
+    from qkern.evaluation.machine import machine
 
     started = time.perf_counter()
     run.make_output(output)
     logging.getLogger("qkern.pipelines").setLevel(logging.WARNING)  # the demo's own bar says how far it is
     console = Console(markup=False)  # generated text may hold brackets
 
-    def show(title: str, table: report.Table) -> None:
-        header, rows = table
-        printed = Table(title=title, title_justify="left")
-        for name in header:
-            printed.add_column(
-                name, justify="left" if name in ("scheme", "method", "weights", "type") else "right"
-            )
-        for row in rows:
-            printed.add_row(*row)
-        console.print(printed)
+    def show(title: str, table: Table) -> None:
+        print_table(console, title, table, left=("scheme", "method", "weights", "type"))
 
-    machine = (
-        f"{platform.machine()}, CPU tier {core().active_tier()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}"
-    )
-    console.print(machine, highlight=False)
+    console.print(machine(), highlight=False)
     quality = run.run_quality(output)
     show(
         "The shipped model, quantized: KL in nats and perplexity on held-out text",
@@ -55,7 +44,7 @@ def command(
     show("One token through a 7B-shaped MLP", report.speed_table(mlp))
     gguf = run.run_gguf(output)
     show("GGUF", report.gguf_table(gguf))
-    path = report.write_report(output, quality, mlp, gguf, machine=machine)
+    path = report.write_report(output, quality, mlp, gguf, machine=machine())
     console.print(
         f"Every checkpoint was reloaded and gives the same logits. Written to {output}/; report: {path} "
         f"({time.perf_counter() - started:.0f} s)",

@@ -19,9 +19,9 @@ def command(
     """Generate text from a prompt, streaming to stdout."""
     import torch
 
-    from qkern.cli._loading import load_model
+    from qkern.pipelines.load import load_with_tokenizer
 
-    loaded, tokenizer = load_model(model, device)
+    loaded, tokenizer = load_with_tokenizer(model, device=device)
     inputs = _encode(tokenizer, prompt, chat).to(loaded.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +44,7 @@ def command(
     """
     from qkern.errors import InputError
     from qkern.evaluation import read_text, token_losses
+    from qkern.evaluation.perplexity import with_error
 
     is_gguf = model.endswith(".gguf")
     if runner is Runner.LLAMA_CPP and not is_gguf:
@@ -56,10 +56,10 @@ def command(
         else _open(model, content, device)
     )
     losses = token_losses(run, ids, window=window, bos=bos, compute=compute.value)
+    perplexity, error = with_error(losses)
     result = {
-        "perplexity": math.exp(losses.mean()),
-        # Scored tokens are taken as independent, which is what llama.cpp's own +/- does.
-        "standard_error": math.exp(losses.mean()) * losses.std() / math.sqrt(losses.size),
+        "perplexity": perplexity,
+        "standard_error": error,
         "tokens": int(ids.numel()),
         "scored_tokens": int(losses.size),
         "windows": len(losses),
@@ -77,10 +77,10 @@ def command(
 
 
 def _open(model: str, text: str, device: str) -> tuple[Any, Any, int | None, str]:
-    from qkern.cli._loading import load_model
     from qkern.evaluation import bos_if_added, token_ids
+    from qkern.pipelines.load import load_with_tokenizer
 
-    loaded, tokenizer = load_model(model, device)
+    loaded, tokenizer = load_with_tokenizer(model, device=device)
     return loaded, token_ids(tokenizer, text), bos_if_added(tokenizer), "qkern"
 
 

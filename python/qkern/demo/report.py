@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING
+
+from qkern.plotting import Table, has_matplotlib, markdown, plot_points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
     from qkern.demo.speed import SpeedRow
 
 __all__ = ["gguf_table", "quality_table", "speed_table", "write_picture", "write_report"]
-
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
-"""Header and rows, all text."""
 
 
 def quality_table(rows: Sequence[QualityRow]) -> Table:
@@ -58,12 +56,6 @@ def gguf_table(rows: Sequence[GgufRow]) -> Table:
     ]
 
 
-def _markdown(table: Table) -> str:
-    header, rows = table
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("\n", " ") for cell in line) + " |" for line in lines)
-
-
 def write_report(
     output: Path,
     quality: Sequence[QualityRow],
@@ -79,7 +71,7 @@ def write_report(
         machine,
         "## The shipped model, quantized",
         "KL(original || quantized) in nats and perplexity on held-out text, activations in float.",
-        _markdown(quality_table(quality)),
+        markdown(quality_table(quality)),
         "Saved, reloaded, and every logit is the same: "
         + ", ".join(f"{row.scheme} {row.method} as {row.format}" for row in quality if row.kl > 0)
         + ".",
@@ -87,9 +79,9 @@ def write_report(
         "## One token through a 7B-shaped MLP",
         "Random weights, rotated over more than 512 MB so that no cache holds them; int8 activations; "
         "medians of interleaved runs.",
-        _markdown(speed_table(speed)),
+        markdown(speed_table(speed)),
         "## GGUF",
-        _markdown(gguf_table(gguf)),
+        markdown(gguf_table(gguf)),
     ]
     path = output / "report.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -98,24 +90,16 @@ def write_report(
 
 def write_picture(output: Path, rows: Sequence[QualityRow]) -> Path | None:
     """Draw size against KL to ``size-kl.png``; None where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not has_matplotlib():
         return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    methods = dict.fromkeys(row.method for row in rows if row.kl > 0)
-    for method, marker in zip(methods, "os^Dv", strict=False):
-        chosen = [row for row in rows if row.method == method]
-        axes.plot([row.bpw_linear for row in chosen], [row.kl for row in chosen], marker, label=method)
-        for row in chosen:
-            axes.annotate(
-                row.scheme, (row.bpw_linear, row.kl), xytext=(4, 4), textcoords="offset points", fontsize=7
-            )
-    axes.set_yscale("log")
-    axes.set_xlabel("bits per weight of the linear layers")
-    axes.set_ylabel("KL(original || quantized), nats")
-    axes.legend()
-    path = output / "size-kl.png"
-    figure.savefig(path, dpi=150)
-    return path
+    groups: dict[str, list[tuple[str, float, float]]] = {}
+    for row in rows:
+        if row.kl > 0:
+            groups.setdefault(row.method, []).append((row.scheme, row.bpw_linear, row.kl))
+    return plot_points(
+        groups,
+        output / "size-kl.png",
+        x="bits per weight of the linear layers",
+        y="KL(original || quantized), nats",
+        is_log=True,
+    )

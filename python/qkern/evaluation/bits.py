@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qkern.errors import FormatError, InputError
+from qkern.gguf import GGUFFile
+from qkern.gguf.reader import gguf_parts
 from qkern.nn import QuantLinear, named_linears
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["bpw_file", "bpw_linear", "parameter_count"]
+__all__ = ["bpw_file", "bpw_linear", "file_bytes", "gguf_bpw_linear", "parameter_count"]
 
 
 def bpw_linear(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> float:
@@ -62,8 +65,8 @@ def bpw_file(path: str | Path, *, parameters: int | None = None) -> float:
     Parameters
     ----------
     path : str or Path
-        A ``.gguf`` file, a ``.safetensors`` file or a model folder (its ``*.safetensors`` count, headers
-        included; tokenizer and configuration do not).
+        A ``.gguf`` file (of a split one any part), a ``.safetensors`` file or a model folder (its
+        ``*.safetensors`` count, headers included; tokenizer and configuration do not).
     parameters : int, optional
         Parameters of the unquantized model, tied ones once; default: `parameter_count` of `path`.
 
@@ -77,16 +80,49 @@ def bpw_file(path: str | Path, *, parameters: int | None = None) -> float:
     InputError
         If there is nothing to weigh at `path`.
     """
-    path = Path(path)
-    size = sum(file.stat().st_size for file in _weight_files(path))
-    return 8 * size / (parameter_count(path) if parameters is None else parameters)
+    return 8 * file_bytes(path) / (parameter_count(path) if parameters is None else parameters)
+
+
+def file_bytes(path: str | Path) -> int:
+    """Bytes of the weight files that `bpw_file` counts; of a split GGUF all parts.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to weigh at `path`.
+    """
+    return sum(file.stat().st_size for file in _weight_files(Path(path)))
 
 
 def _weight_files(path: Path) -> list[Path]:
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if path.is_file():
+        return list(gguf_parts(path))
+    files = sorted(path.glob("*.safetensors"))
     if not files:
         raise InputError(f"no weight files at {path}: name a .gguf or .safetensors file or a model folder")
     return files
+
+
+def gguf_bpw_linear(path: str | Path) -> float:
+    """`bpw_linear` of a GGUF: the matrices in its layers, whether qkern decodes their types or not.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or no matrix in it.
+    FormatError
+        If it is damaged.
+    """
+    with GGUFFile(path) as file:
+        matrices = [
+            tensor
+            for name, tensor in file.tensors.items()
+            if name.startswith("blk.") and name.endswith(".weight") and len(tensor.shape) > 1
+        ]
+    if not matrices:
+        raise InputError(f"{path} has no matrix in its layers to count; name a causal LM")
+    bits = 8 * sum(matrix.bytes for matrix in matrices)
+    return bits / sum(math.prod(matrix.shape) for matrix in matrices)
 
 
 def parameter_count(path: str | Path) -> int:
@@ -104,12 +140,8 @@ def parameter_count(path: str | Path) -> int:
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
-        from gguf import GGUFReader
-
-        try:
-            return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
-        except (ValueError, KeyError, IndexError) as error:
-            raise FormatError(f"{path} is not a readable GGUF file: {error}; export it again") from error
+        with GGUFFile(path) as file:
+            return sum(math.prod(tensor.shape) for tensor in file.tensors.values())
     folder = path.parent if path.is_file() else path
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json to count parameters by; pass parameters=")

@@ -14,7 +14,15 @@ from qkern.evaluation.windows import Logits, Model, batches, log_probabilities, 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["MIN_POSITIONS", "Interval", "kl_divergence", "paired_bootstrap"]
+__all__ = [
+    "MIN_POSITIONS",
+    "Interval",
+    "check_finite",
+    "divergence",
+    "kl_divergence",
+    "kl_rows",
+    "paired_bootstrap",
+]
 
 MIN_POSITIONS: Final = 15_000
 """Positions below which a KL is refused: the mean is then too noisy to rank methods."""
@@ -86,14 +94,9 @@ def kl_divergence(
             raise InputError(
                 f"the models must share a vocabulary: got {expected.shape[-1]} and {found.shape[-1]} logits"
             )
-        result[rows] = _kl_rows(expected.to(found.device), found)
+        result[rows] = kl_rows(expected.to(found.device), found)
         done = rows.stop
-    broken = int((~np.isfinite(result)).sum())
-    if broken:
-        raise InputError(
-            f"the divergence is not finite at {broken} of {result.size} positions: logits have NaN or Inf, "
-            "or a token that is impossible for one model alone; check the weights, and load fp16 ones in fp32"
-        )
+    check_finite(result)
     return result
 
 
@@ -109,14 +112,34 @@ def _rows_of(logits: Tensor) -> Logits:
     return run
 
 
-def _kl_rows(expected: Tensor, found: Tensor) -> NDArray[np.float64]:
-    blocks = []
-    for (_, p), (_, q) in zip(log_probabilities(expected), log_probabilities(found), strict=True):
-        # 0 * log 0 is 0, also where q is 0 too; rounding may leave a hair below zero.
-        pointwise = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
-        blocks.append(pointwise.sum(-1).clamp(min=0).cpu())
-    result: NDArray[np.float64] = torch.cat(blocks).double().numpy()
+def kl_rows(expected: Tensor, found: Tensor) -> NDArray[np.float64]:
+    """KL of each row of logits ``[P, V]``, float64 ``[P]``."""
+    pairs = zip(log_probabilities(expected), log_probabilities(found), strict=True)
+    result: NDArray[np.float64] = torch.cat([divergence(p, q) for (_, p), (_, q) in pairs]).numpy()
     return result
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL of each row of log-probabilities, float64 on the CPU."""
+    # 0 * log 0 is 0, also where q is 0 too; rounding may leave a hair below zero.
+    pointwise = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
+    return pointwise.sum(-1).clamp(min=0).cpu().double()
+
+
+def check_finite(values: NDArray[np.float64]) -> None:
+    """Refuse divergences that are no numbers.
+
+    Raises
+    ------
+    InputError
+        If one is NaN or Inf.
+    """
+    broken = int((~np.isfinite(values)).sum())
+    if broken:
+        raise InputError(
+            f"the divergence is not finite at {broken} of {values.size} positions: logits have NaN or Inf, "
+            "or a token that is impossible for one model alone; check the weights, and load fp16 ones in fp32"
+        )
 
 
 class Interval(NamedTuple):

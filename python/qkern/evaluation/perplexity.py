@@ -15,7 +15,7 @@ from qkern.evaluation.windows import Model, batches, log_probabilities, runner, 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["perplexity", "token_losses"]
+__all__ = ["perplexity", "token_losses", "with_error"]
 
 
 def token_losses(
@@ -57,6 +57,15 @@ def token_losses(
             "NaN or Inf; check its weights, and load it in bf16 or fp32 if fp16 overflows"
         )
     return result
+
+
+def with_error(losses: NDArray[np.float64]) -> tuple[float, float]:
+    """Perplexity and its standard error from `token_losses`.
+
+    Scored tokens are taken as independent, which is what llama.cpp's own +/- does.
+    """
+    value = math.exp(losses.mean())
+    return value, value * float(losses.std()) / math.sqrt(losses.size)
 
 
 def perplexity(

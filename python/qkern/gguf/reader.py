@@ -27,7 +27,7 @@ from qkern.ops.gguf_types import GGUFType, gguf_type_by_id
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["GGUFFile", "TensorInfo"]
+__all__ = ["GGUFFile", "TensorInfo", "gguf_parts"]
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -69,6 +69,11 @@ class TensorInfo:
         """Its type; UnsupportedError if qkern does not decode it."""
         return gguf_type_by_id(self.type_id)
 
+    @property
+    def bytes(self) -> int:
+        """Its size in the file, padding left out; of types too that qkern does not decode."""
+        return _tensor_bytes(self.name, self.shape, self.type_id)
+
 
 class GGUFFile(Mapping[str, GGUFTensor]):
     """The tensors of a GGUF by llama.cpp's names, read when they are asked for; a context manager.
@@ -93,7 +98,7 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._data: list[Any] = []
-        parts = self._parts()
+        parts = gguf_parts(self.path)
         self._count = len(parts)
         for part in parts:
             try:
@@ -108,22 +113,6 @@ class GGUFFile(Mapping[str, GGUFTensor]):
                 f"{self.path}: the parts have {len(self.tensors)} tensors, but split.tensors.count is "
                 f"{count!r:.20}; fetch them again"
             )
-
-    def _parts(self) -> list[Path]:
-        """All files of the model, by the name of the one that was asked for."""
-        match = _SHARD.fullmatch(self.path.name)
-        if match is None:
-            return [self.path]
-        stem, count = match[1], int(match[3])
-        parts = []
-        for number in range(1, count + 1):
-            part = self.path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf")
-            if not part.is_file():
-                raise FormatError(
-                    f"{self.path} is one of {count} parts, and {part.name} is missing; fetch it"
-                )
-            parts.append(part)
-        return parts or [self.path]
 
     def _read(self, path: Path) -> None:
         size = path.stat().st_size
@@ -308,6 +297,27 @@ class GGUFFile(Mapping[str, GGUFTensor]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """All files of the model that `path` is, or is a part of.
+
+    Raises
+    ------
+    FormatError
+        If a part is missing.
+    """
+    match = _SHARD.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, count = match[1], int(match[3])
+    parts = []
+    for number in range(1, count + 1):
+        part = path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf")
+        if not part.is_file():
+            raise FormatError(f"{path} is one of {count} parts, and {part.name} is missing; fetch it")
+        parts.append(part)
+    return parts or [path]
 
 
 def _at_most(limit: int, count: int, what: str) -> int:

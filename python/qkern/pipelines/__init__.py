@@ -1,5 +1,6 @@
 """The public verbs: each checks, calls the packages below, and writes all or nothing."""
 
+from qkern.pipelines.compare import Comparison, compare
 from qkern.pipelines.export_gguf import GGUFReport, export_gguf
 from qkern.pipelines.imatrix import imatrix
 from qkern.pipelines.load import load
@@ -10,10 +11,12 @@ from qkern.pipelines.search import search_assignment, sensitivity
 from qkern.pipelines.search_report import SearchReport, SensitivityReport
 
 __all__ = [
+    "Comparison",
     "GGUFReport",
     "QuantizationReport",
     "SearchReport",
     "SensitivityReport",
+    "compare",
     "export_gguf",
     "imatrix",
     "load",

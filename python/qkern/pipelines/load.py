@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qkern.calibration import load_config, meta_model
-from qkern.checkpoints import QuantizedCheckpoint, read_json
+from qkern.calibration import load_config, load_tokenizer, meta_model
+from qkern.checkpoints import QuantizedCheckpoint, model_folder, read_json
 from qkern.errors import FormatError, InputError
+from qkern.gguf import read_tokenizer
 from qkern.gguf.checkpoint import GGUFCheckpoint
 from qkern.models import column_weight, fuse_forwards
 from qkern.nn import QuantEmbedding, QuantLinear, TiedHead, named_linears
@@ -27,7 +28,7 @@ from qkern.schemes import FLOAT_DTYPES, QuantizedWeight
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["config_dtype", "is_gguf", "load", "load_whole", "usable_device"]
+__all__ = ["config_dtype", "is_gguf", "load", "load_whole", "load_with_tokenizer", "usable_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,15 @@ def load(
             module.compute = compute or "auto"
     fuse_forwards(model)
     return model.eval().to(device)
+
+
+def load_with_tokenizer(path: str | Path, **options: Any) -> tuple[Any, Any]:
+    """Model, loaded by `load` with its options, and tokenizer of a folder, hub id or GGUF file."""
+    # The model first: its errors say what is wrong with a folder.
+    if is_gguf(path):
+        return load(path, **options), read_tokenizer(path)
+    folder = model_folder(path)
+    return load(folder, **options), load_tokenizer(folder)
 
 
 def is_gguf(path: str | Path) -> bool:
