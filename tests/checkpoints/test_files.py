@@ -17,12 +17,13 @@ from qkern.checkpoints import (
     TensorFolder,
     check_output,
     model_folder,
+    new_folder,
     parse_size,
     read_json,
     read_quantized,
 )
 from qkern.checkpoints.shards import ShardWriter
-from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
+from qkern.errors import FormatError, InputError, OutputError, QkernError, UnsupportedError
 from qkern.ops import quantize_groupwise
 
 if TYPE_CHECKING:
@@ -297,6 +298,30 @@ def test_disk_full_in_the_middle(tmp_path: Path, limit: int) -> None:
     assert "File too large" in str(error.value)
     assert str(tmp_path / "out") in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "report"
+    with new_folder(output) as folder:
+        (folder / "a.txt").write_text("a")
+        assert not output.exists()
+    assert [path.name for path in output.parent.iterdir()] == ["report"]
+    assert (output / "a.txt").read_text() == "a"
+    with pytest.raises(InputError, match="not empty"), new_folder(output):
+        pass
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError(), OSError(28, "No space left on device")])
+def test_a_new_folder_that_fails_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    def write() -> None:
+        with new_folder(tmp_path / "deep" / "report") as folder:
+            (folder / "half").write_text("half")
+            raise error
+
+    expected = OutputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected, match="disk is full" if isinstance(error, OSError) else None):
+        write()
+    assert not list((tmp_path / "deep").iterdir())
 
 
 def test_parent_that_cannot_be_written(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import qkern
 from qkern import FormatError, InputError, replace_linears
-from qkern.evaluation import bpw_file, bpw_linear, parameter_count
+from qkern.demo import MODEL
+from qkern.evaluation import bpw_file, bpw_linear, file_bytes, gguf_bpw_linear, parameter_count
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -94,6 +96,31 @@ def test_bpw_of_a_gguf(tmp_path):
     writer.close()
     assert parameter_count(file) == 8 * 64 + 4 * 64
     assert bpw_file(file) == 8 * file.stat().st_size / 768
+
+
+def test_a_split_gguf_counts_as_a_whole(tmp_path):
+    whole, first = tmp_path / "whole.gguf", tmp_path / "split.gguf"
+    qkern.export_gguf(MODEL, whole, "q4_k_m")
+    parts = qkern.export_gguf(MODEL, first, "q4_k_m", max_shard_size=500_000).files
+    assert len(parts) > 2
+    for part in (parts[0], parts[-1]):
+        assert parameter_count(part) == parameter_count(whole) == parameter_count(MODEL)
+        assert file_bytes(part) == sum(file.stat().st_size for file in parts) > file_bytes(whole)
+        assert bpw_file(part) == 8 * file_bytes(part) / parameter_count(MODEL)
+    parts[1].unlink()
+    with pytest.raises(FormatError, match="is missing; fetch it"):
+        file_bytes(parts[0])
+
+
+def test_bpw_linear_of_a_gguf_is_that_of_its_types(tmp_path):
+    qkern.export_gguf(MODEL, tmp_path / "q8.gguf", "q8_0")
+    assert gguf_bpw_linear(tmp_path / "q8.gguf") == 8.5
+    types = {"ffn_down": "q4_0", "": "q8_0"}
+    report = qkern.export_gguf(MODEL, tmp_path / "mixed.gguf", "q8_0", tensor_types=types)
+    matrices = [tensor for tensor in report.tensors if "blk" in tensor.name and len(tensor.shape) == 2]
+    weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in matrices)
+    expected = 8 * sum(tensor.bytes for tensor in matrices) / weights
+    assert 4.5 < gguf_bpw_linear(tmp_path / "mixed.gguf") == expected < 8.5
 
 
 def test_unreadable_inputs(tmp_path):

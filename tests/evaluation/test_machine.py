@@ -33,6 +33,8 @@ def test_free_memory_is_the_least_of_system_and_container(monkeypatch, tmp_path)
     (tmp_path / "memory.current").write_text("2000000\n")
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     assert machine.available_bytes() == 3_000_000
+    (tmp_path / "memory.stat").write_text("anon 7\nfile 9\nactive_file 200000\ninactive_file 50000\n")
+    assert machine.available_bytes() == 3_250_000
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.available_bytes() > 3_000_000
 

@@ -42,16 +42,22 @@ def available_bytes() -> int:
     if free is None:  # no Linux: what there is at all
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
-    return free if limit is None or used is None else max(0, min(free, limit - used))
+    if limit is None or used is None:
+        return free
+    # What the container keeps of files goes when memory is needed.
+    files = [_of_table(_CGROUP / "memory.stat", name) or 0 for name in ("active_file", "inactive_file")]
+    return max(0, min(free, limit - used + sum(files)))
 
 
 def _of_table(file: Path, name: str) -> int | None:
-    """Value of a line such as ``VmHWM:  1234 kB``."""
+    """Bytes that a line such as ``VmHWM:  1234 kB`` or ``active_file 1234`` says."""
     try:
         lines = file.read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), None)
+    rows = (line.split() for line in lines)
+    found = next((row for row in rows if row and row[0].rstrip(":") == name), None)
+    return None if found is None else int(found[1]) << (10 if found[-1] == "kB" else 0)
 
 
 def _number(file: Path) -> int | None:

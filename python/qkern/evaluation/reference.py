@@ -70,8 +70,9 @@ class ReferenceWriter:
             logits.float().cpu().numpy().tofile(self._file)
             return
         for _, log_probs in log_probabilities(logits):
-            top, tokens = log_probs.topk(self._kept)
-            row = torch.cat([top.float().view(torch.int32), tokens.int()], -1)
+            # Sorting would take as long again as finding them, which for large vocabularies is long.
+            top, tokens = log_probs.float().topk(self._kept, sorted=False)
+            row = torch.cat([top.view(torch.int32), tokens.int()], -1)
             row.cpu().numpy().tofile(self._file)
 
     def __enter__(self) -> Self:
@@ -138,7 +139,8 @@ class ReferenceReader:
         for rows, q in log_probabilities(logits):
             p, chosen = expected[rows].to(q), tokens[rows].long().to(q.device)
             blocks.append(divergence(_with_rest(p), _with_rest(q.gather(-1, chosen))))
-        return tokens[:, 0], torch.cat(blocks).numpy()
+        likeliest = tokens.gather(-1, expected.argmax(-1, keepdim=True))
+        return likeliest[:, 0], torch.cat(blocks).numpy()
 
     def _read(self, logits: Tensor, dtype: Any, width: int) -> Tensor:
         values = np.fromfile(self._path, dtype=dtype, count=len(logits) * width, offset=self._done)

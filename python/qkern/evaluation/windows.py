@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -102,11 +103,11 @@ def split_windows(ids: Tensor, window: int, bos: int | None) -> Tensor:
     return windows
 
 
-def runner(model: Model, compute: str) -> Logits:
+def runner(model: Model, compute: str | None) -> Logits:
     """Return a function from ids ``[B, T]`` to logits ``[B, T, V]`` on the model's device.
 
-    It runs the model in evaluation mode, without gradients, with `compute` in every `QuantLinear`, and
-    leaves the model as it was.
+    It runs the model in evaluation mode, without gradients, with `compute` in every `QuantLinear` (None: as
+    each is set), and leaves the model as it was.
     """
     if not isinstance(model, nn.Module):
         return _checked(model)
@@ -127,7 +128,8 @@ def runner(model: Model, compute: str) -> Logits:
         training = module.training
         module.eval()
         try:
-            with compute_mode(module, compute), torch.inference_mode():
+            mode = nullcontext() if compute is None else compute_mode(module, compute)
+            with mode, torch.inference_mode():
                 output = module(ids.to(device), **arguments)
         finally:
             module.train(training)

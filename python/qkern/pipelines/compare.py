@@ -150,7 +150,7 @@ def compare(
     The models run one after the other, each in a process of its own. One that cannot be loaded, runs out of
     memory or dies has the reason in its row, and the others go on. Speed, memory and samples are those of
     the defaults (int8 activations on a CPU, the checkpoint's dtype); the text is scored with float
-    activations in `dtype`. llama.cpp computes as it always does.
+    activations in `dtype`, but for schemes that say a8. llama.cpp computes as it always does.
 
     Parameters
     ----------

@@ -189,7 +189,8 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
         "## Size and quality",
         markdown(model_table(comparison)),
         f"The first {settings['tokens']} tokens of {settings['text']}, in windows of {settings['window']} as "
-        f"in `qkern perplexity`, float activations, {computed}; llama.cpp computes as it always does.",
+        f"in `qkern perplexity`, float activations (but for schemes that say a8), {computed}; llama.cpp "
+        "computes as it always does.",
         "\n".join(f"- {_line(remark)}" for remark in remarks(comparison)),
         "## Speed",
         markdown(speed_table(comparison)),
