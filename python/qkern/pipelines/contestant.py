@@ -268,7 +268,7 @@ def measure(task: Task) -> Iterator[dict[str, Any]]:
         except InputError as error:
             samples.append(None)
             notes.append(f"the prompt {prompt!r:.60} is not continued: {error}")
-        yield {"samples": samples, **_peaks(task)}
+        yield {"samples": samples, "notes": notes, **_peaks()}
     speeds: list[dict[str, Any]] = []
     for length in task.prompt_lengths:
         yield {"doing": f"reading a prompt of {length} tokens"}
@@ -277,10 +277,10 @@ def measure(task: Task) -> Iterator[dict[str, Any]]:
         except (QkernError, RuntimeError, MemoryError) as error:
             speed = Speed(prompt=length, absent=reason_of(error))
         speeds.append(asdict(speed))
-        yield {"speeds": speeds, **_peaks(task)}
+        yield {"speeds": speeds, **_peaks()}
     # From here on memory is taken that belongs to the comparison, not to the model.
     del decoder
-    yield {"doing": "scoring", "notes": notes}
+    yield {"doing": "scoring"}
     try:
         result = _score(task, model.scorer, ids, shared["bos"], comparable=shared["vocabulary"] == vocabulary)
         yield {"score": asdict(result)}
@@ -288,7 +288,7 @@ def measure(task: Task) -> Iterator[dict[str, Any]]:
         yield {"notes": [*notes, f"not scored: {reason_of(error)}"]}
 
 
-def _peaks(task: Task) -> dict[str, Any]:
+def _peaks() -> dict[str, Any]:
     on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "peak_bytes": peak_bytes(),
