@@ -1,6 +1,11 @@
 """`qkern compare` from the command line."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +79,21 @@ def test_json_without_the_original(capsys, quantized):
     assert found["models"][1]["score"]["perplexity"] > 1
     assert found["models"][1]["score"]["kl"] is None
     assert len(found["models"][1]["samples"]) == len(found["prompts"]) == 2
+
+
+def test_a_terminated_run_leaves_no_process_and_no_file(quantized, tmp_path):
+    command = [sys.executable, "-m", "qkern", "compare", MODEL, quantized, *OPTIONS]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, env=environment) as process:
+        listing = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (children := listing.read_text().split()):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 143
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_measured_is_a_failure(capsys):

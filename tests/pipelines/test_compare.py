@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from qkern.evaluation import (
     bpw_linear,
     gguf_bpw_linear,
     kl_divergence,
+    paired_bootstrap,
     perplexity,
     read_text,
     token_ids,
@@ -78,11 +80,17 @@ def test_scores_are_those_of_one_process(comparison, models, ids):
         assert row.score.perplexity == pytest.approx(perplexity(model, ids, window=WINDOW), rel=1e-5)
         assert row.score.positions == TOKENS
     assert (comparison.models[0].score.kl, comparison.models[0].score.agreement) == (None, None)
-    for row, model in zip(comparison.models[1:], (w4, llama), strict=False):
-        kl = kl_divergence(original, model, ids, window=WINDOW, allow_short=True)
+    values = [kl_divergence(original, model, ids, window=WINDOW, allow_short=True) for model in (w4, llama)]
+    for row, kl in zip(comparison.models[1:], values, strict=False):
         assert row.score.kl.mean == pytest.approx(kl.mean(), rel=1e-3)
         assert row.score.kl.low < row.score.kl.mean < row.score.kl.high
         assert 0.5 < row.score.agreement < 1
+    # The better one first, and both at the same positions.
+    difference = paired_bootstrap(values[1], values[0])
+    assert difference.is_below
+    assert comparison.notes[2].startswith("KL of model.gguf less that of w4: -0.0")
+    assert float(comparison.notes[2].split()[8]) == pytest.approx(difference.mean, abs=2e-5)
+    assert "includes zero" not in comparison.notes[2]
 
 
 def test_speed_at_the_lengths_that_the_model_reads(comparison):
@@ -120,11 +128,22 @@ def test_the_missing_one_says_so_and_everything_is_json(comparison):
     assert "noisy" in comparison.notes[1]
 
 
+def test_differences_within_chance_are_said(comparison, tmp_path):
+    rows = comparison.models[:3]
+    (tmp_path / "reference.json").write_text('{"vocabulary": 2048, "kept": 512}')
+    noise = np.random.default_rng(0).normal(size=(2, 4000))
+    for number in (1, 2):
+        np.save(contestant.kl_file(tmp_path, number), noise[number - 1])
+    notes = module._notes(rows, tmp_path)
+    assert notes[0].endswith("512 likeliest of 2048 tokens, all others as one: a lower bound.")
+    assert notes[2].endswith(": the interval includes zero.")
+
+
 def task_of(path, folder, **changed):
     return contestant.Task(
         **{
             "path": str(path),
-            "is_original": False,
+            "number": 1,
             "folder": str(folder),
             "threads": torch.get_num_threads(),
             "dtype": "float32",
@@ -154,7 +173,7 @@ def test_another_vocabulary_has_no_kl_and_other_tokens_are_said(models, tmp_path
     shared = {"ids": ids.tolist(), "bos": None, "vocabulary": 2048}
     tokens = tmp_path / "tokens.json"
     tokens.write_text(json.dumps({**shared, "ids": shared["ids"][::-1]}))
-    facts = merged(task_of(MODEL, tmp_path, is_original=True))
+    facts = merged(task_of(MODEL, tmp_path, number=0))
     assert facts["notes"] == [
         "its own tokenizer cuts the text differently: it reads the first model's tokens"
     ]

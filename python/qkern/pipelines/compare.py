@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import signal
@@ -13,18 +14,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 
 import qkern
 from qkern import _progress
 from qkern.checkpoints import model_folder
 from qkern.errors import InputError, QkernError
-from qkern.evaluation import MIN_POSITIONS, Interval, bpw_file, file_bytes, read_text
+from qkern.evaluation import MIN_POSITIONS, Interval, bpw_file, file_bytes, paired_bootstrap, read_text
 from qkern.evaluation.decoding import Speed
 from qkern.evaluation.machine import available_bytes, machine
 from qkern.evaluation.reference import ReferenceReader
 from qkern.evaluation.scoring import Score
-from qkern.pipelines.contestant import REFERENCE, Task, megabytes
+from qkern.pipelines.contestant import REFERENCE, Task, kl_file, megabytes
 from qkern.pipelines.load import is_gguf
 
 if TYPE_CHECKING:
@@ -215,7 +217,7 @@ def compare(
             elif row.failure is None:
                 task = Task(
                     path=path,
-                    is_original=number == 0,
+                    number=number,
                     folder=folder,
                     prompts=prompts,
                     threads=torch.get_num_threads(),
@@ -226,7 +228,7 @@ def compare(
                 logger.info("%s: %s", name, row.failure)
             found.append(row)
             progress.advance()
-        notes = _notes(found, Path(folder) / REFERENCE)
+        notes = _notes(found, Path(folder))
     return Comparison(
         models=tuple(found), prompts=tuple(prompts), settings=settings, machine=machine(), notes=notes
     )
@@ -334,8 +336,9 @@ def _end(code: int, said: str) -> str:
     return f"its process ended with code {code}: {said.splitlines()[-1] if said else 'it said nothing'}"
 
 
-def _notes(rows: Sequence[ComparedModel], reference: Path) -> tuple[str, ...]:
-    """Say what KL and agreement are of, or why there are none."""
+def _notes(rows: Sequence[ComparedModel], folder: Path) -> tuple[str, ...]:
+    """Say what KL and agreement are of, or why there are none, and which differences are beyond chance."""
+    reference = folder / REFERENCE
     if not ReferenceReader.is_there(reference):
         return ("No KL and no agreement: the original was not scored.",)
     reader = ReferenceReader(reference)
@@ -348,5 +351,18 @@ def _notes(rows: Sequence[ComparedModel], reference: Path) -> tuple[str, ...]:
     if positions < MIN_POSITIONS:
         notes.append(
             f"That is noisy: methods are ranked on at least {MIN_POSITIONS} positions; give a longer text."
+        )
+    scored = sorted(
+        (row.score.kl.mean, number)
+        for number, row in enumerate(rows)
+        if row.score is not None and row.score.kl is not None
+    )
+    for (_, first), (_, second) in itertools.pairwise(scored):
+        better, worse = (np.load(kl_file(folder, number)) for number in (first, second))
+        found = paired_bootstrap(better, worse)
+        chance = "" if found.is_below else ": the interval includes zero"
+        notes.append(
+            f"KL of {rows[first].name} less that of {rows[second].name}: "
+            f"{found.mean:.5f} ({found.low:.5f} to {found.high:.5f}){chance}."
         )
     return tuple(notes)

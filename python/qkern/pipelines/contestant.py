@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import numpy as np
 import torch
 
 from qkern.checkpoints import model_folder
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from qkern.evaluation.scoring import Score
     from qkern.evaluation.windows import Logits
 
-__all__ = ["REFERENCE", "REFERENCE_BYTES", "Task", "measure", "megabytes", "serve"]
+__all__ = ["REFERENCE", "REFERENCE_BYTES", "Task", "kl_file", "measure", "megabytes", "serve"]
 
 REFERENCE: Final = "reference.bin"
 """Name of the file in which the original's distributions are."""
@@ -60,8 +61,8 @@ class Task:
     ----------
     path : str
         The model.
-    is_original : bool
-        Keep its distributions for the others.
+    number : int
+        Which one it is; 0 is the original, whose distributions are kept for the others.
     folder : str
         Where what the models share is kept while they are compared.
     text : str
@@ -83,7 +84,7 @@ class Task:
     """
 
     path: str
-    is_original: bool
+    number: int
     folder: str
     text: str
     tokens: int
@@ -321,13 +322,21 @@ def _score(
 ) -> Score:
     path = Path(task.folder) / REFERENCE
     run = scorer()
-    if task.is_original:
+    if task.number == 0:
         positions = len(ids) // task.window * task.window
         limit = min(REFERENCE_BYTES, shutil.disk_usage(task.folder).free // 2)
         with ReferenceWriter(path, max(positions, 1), limit) as writer:
             return score(run, ids, window=task.window, bos=bos, reference=writer)
     reader = ReferenceReader(path) if comparable and ReferenceReader.is_there(path) else None
-    return score(run, ids, window=task.window, bos=bos, reference=reader)
+    result = score(run, ids, window=task.window, bos=bos, reference=reader)
+    if reader is not None:
+        np.save(kl_file(task.folder, task.number), reader.kl)
+    return result
+
+
+def kl_file(folder: str | Path, number: int) -> Path:
+    """Where the KL of model `number` at each position is kept, if it has one."""
+    return Path(folder) / f"kl-{number}.npy"
 
 
 def megabytes(count: int) -> str:
