@@ -89,7 +89,7 @@ def test_scores_are_those_of_one_process(comparison, models, ids):
     difference = paired_bootstrap(values[1], values[0])
     assert difference.is_below
     assert comparison.notes[2].startswith("KL of model.gguf less that of w4: -0.0")
-    assert float(comparison.notes[2].split()[8]) == pytest.approx(difference.mean, abs=2e-5)
+    assert float(comparison.notes[2].split()[7]) == pytest.approx(difference.mean, abs=2e-5)
     assert "includes zero" not in comparison.notes[2]
 
 
