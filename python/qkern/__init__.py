@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qkern.pipelines.export_gguf import export_gguf
     from qkern.pipelines.imatrix import imatrix
     from qkern.pipelines.load import load
+    from qkern.pipelines.plan import plan
     from qkern.pipelines.quantize import quantize
     from qkern.pipelines.save import save
     from qkern.pipelines.search import search_assignment, sensitivity
@@ -31,6 +32,7 @@ _LAZY = {
     "fuse_forwards": "qkern.models",
     "imatrix": "qkern.pipelines",
     "load": "qkern.pipelines",
+    "plan": "qkern.pipelines",
     "quantize": "qkern.pipelines",
     "replace_linears": "qkern.nn",
     "save": "qkern.pipelines",
@@ -55,6 +57,7 @@ __all__ = [
     "fuse_forwards",
     "imatrix",
     "load",
+    "plan",
     "quantize",
     "replace_linears",
     "save",

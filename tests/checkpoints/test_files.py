@@ -344,8 +344,8 @@ def test_hub_ids_are_asked_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     asked = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
+    def download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((name, allow_patterns, local_files_only))
         if name.startswith("nobody"):
             raise OSError("no such repository\nlong story")
         return str(tmp_path)
@@ -355,6 +355,9 @@ def test_hub_ids_are_asked_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert not any(pattern.endswith((".py", ".bin")) for pattern in asked[0][1])
     with pytest.raises(InputError, match=r"nobody/x .*: no such repository$"):
         model_folder("nobody/x")
+    with pytest.raises(InputError, match=r"nobody/x is no folder .* on this disk: .*hf download nobody/x"):
+        model_folder("nobody/x", fetch=False)
+    assert [local for _, _, local in asked] == [False, False, True]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"a": 1}}'])

@@ -65,6 +65,11 @@ class AwqFormat:
             )
         return plain_reason(scheme, "AWQ")
 
+    def stored_bytes(self, scheme: Scheme, N: int, K: int) -> int:
+        """See `Format.stored_bytes`."""
+        rows, groups = scheme.scale_shape(N, K)
+        return 4 * (K * (N // PER_WORD) + groups * (rows // PER_WORD)) + 2 * groups * rows
+
     def holds_together(self, schemes: Mapping[str, Scheme], skipped: Sequence[str] = ()) -> str | None:
         """See `Format.holds_together`; one group size, and no skipped name inside a quantized one."""
         sizes = {scheme.group_size for scheme in schemes.values()}

@@ -79,6 +79,10 @@ class Format(Protocol):
         """Why the format cannot hold an ``[N, K]`` layer quantized so; None if it can."""
         ...
 
+    def stored_bytes(self, scheme: Scheme, N: int, K: int) -> int:
+        """Bytes of the tensors that `encode` makes of an ``[N, K]`` layer, scales in fp16."""
+        ...
+
     def holds_together(self, schemes: Mapping[str, Scheme], skipped: Sequence[str] = ()) -> str | None:
         """Why layers with these schemes, and 16-bit linears `skipped`, cannot share a checkpoint."""
         ...

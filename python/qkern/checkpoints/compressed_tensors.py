@@ -104,6 +104,14 @@ class CompressedTensorsFormat:
             )
         return plain_reason(scheme.weight_only(), "compressed-tensors")
 
+    def stored_bytes(self, scheme: Scheme, N: int, K: int) -> int:
+        """See `Format.stored_bytes`."""
+        rows, groups = scheme.scale_shape(N, K)
+        if _stored(scheme) == INT:
+            return N * K + 2 * rows * groups
+        zeros = 4 * _words(rows, scheme.bits) * groups * scheme.zero_point
+        return 4 * N * _words(K, scheme.bits) + 2 * rows * groups + zeros + 16
+
     def holds_together(self, schemes: Mapping[str, Scheme], skipped: Sequence[str] = ()) -> str | None:
         """See `Format.holds_together`; a config group a scheme holds any mixture."""
         return None

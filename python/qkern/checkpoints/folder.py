@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from qkern.errors import FormatError, InputError, reason_of
@@ -20,18 +21,39 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "TensorFolder", "model_folder", "read_json"]
+__all__ = ["DTYPE_NAMES", "INDEX_NAME", "SINGLE_NAME", "TensorFolder", "model_folder", "read_json"]
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
+DTYPE_NAMES: Final = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Never weights in other formats, never code.
 _HUB_FILES: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
-def model_folder(path: str | Path) -> Path:
+def model_folder(path: str | Path, *, fetch: bool = True) -> Path:
     """Return the folder of a model: `path` itself, or the local copy of the hub model it names.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder or hub id.
+    fetch : bool
+        Fetch a hub model that is not on this disk.
 
     Raises
     ------
@@ -49,8 +71,13 @@ def model_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(str(path), allow_patterns=list(_HUB_FILES), local_files_only=not fetch))
     except (OSError, ValueError, RuntimeError) as error:
+        if not fetch:
+            raise InputError(
+                f"{path} is no folder here, and no hub model that is on this disk: fetch it first, "
+                f"hf download {path}"
+            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path} is no folder here, and the hub does not give it: {first}") from error
 
@@ -179,6 +206,20 @@ class TensorFolder(Mapping[str, "Tensor"]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, read from the header alone."""
         return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
+
+    def header(self, name: str) -> Tensor:
+        """Return a tensor on the meta device: its shape and dtype, read from the header alone.
+
+        Raises
+        ------
+        FormatError
+            If it is of a dtype that is not read.
+        """
+        kind = self._handle(self._file_of[name]).get_slice(name).get_dtype()
+        dtype = next((dtype for dtype, spelling in DTYPE_NAMES.items() if spelling == kind), None)
+        if dtype is None:
+            raise FormatError(f"{self.file_of(name)}: tensor {name} is of dtype {kind}, which is not read")
+        return torch.empty(self.shape(name), dtype=dtype, device="meta")
 
     def close(self) -> None:
         """Close the files; tensors that were read stay valid."""

@@ -88,6 +88,11 @@ class GptqFormat:
             )
         return reason
 
+    def stored_bytes(self, scheme: Scheme, N: int, K: int) -> int:
+        """See `Format.stored_bytes`."""
+        rows, groups = scheme.scale_shape(N, K)
+        return 4 * (N * scheme.code_words(K) + groups * scheme.code_words(rows) + K) + 2 * groups * rows
+
     def holds_together(self, schemes: Mapping[str, Scheme], skipped: Sequence[str] = ()) -> str | None:
         """See `Format.holds_together`; ``dynamic`` holds any mixture."""
         return None

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import torch
 
-from qkern.checkpoints.folder import INDEX_NAME, SINGLE_NAME
+from qkern.checkpoints.folder import DTYPE_NAMES, INDEX_NAME, SINGLE_NAME
 from qkern.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,20 +35,6 @@ _UNITS: Final = {
     "MIB": 2**20,
     "GIB": 2**30,
     "TIB": 2**40,
-}
-_DTYPE_NAMES: Final = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
 }
 _COPY_BYTES: Final = 8 << 20
 
@@ -101,7 +87,7 @@ class ShardWriter:
         """
         if name in self._shard_of:
             raise InputError(f"tensor {name} was written twice")
-        if tensor.dtype not in _DTYPE_NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise InputError(f"tensor {name}: safetensors has no {tensor.dtype}")
         if self._spool is not None and self._used + tensor.nbytes > self._max_bytes:
             self._close_shard()
@@ -123,7 +109,7 @@ class ShardWriter:
         offset = 0
         for name, meta, _ in order:
             header[name] = {
-                "dtype": _DTYPE_NAMES[meta.dtype],
+                "dtype": DTYPE_NAMES[meta.dtype],
                 "shape": list(meta.shape),
                 "data_offsets": [offset, offset + meta.nbytes],
             }

@@ -30,6 +30,7 @@ __all__ = ["COMMANDS", "app", "main"]
 COMMANDS: Final = (
     "info",
     "demo",
+    "plan",
     "quantize",
     "sensitivity",
     "search",

@@ -4,6 +4,7 @@ from qkern.pipelines.compare import Comparison, compare
 from qkern.pipelines.export_gguf import GGUFReport, export_gguf
 from qkern.pipelines.imatrix import imatrix
 from qkern.pipelines.load import load
+from qkern.pipelines.plan import Plan, plan
 from qkern.pipelines.quantize import quantize
 from qkern.pipelines.recipe import QuantizationReport
 from qkern.pipelines.save import save
@@ -13,6 +14,7 @@ from qkern.pipelines.search_report import SearchReport, SensitivityReport
 __all__ = [
     "Comparison",
     "GGUFReport",
+    "Plan",
     "QuantizationReport",
     "SearchReport",
     "SensitivityReport",
@@ -20,6 +22,7 @@ __all__ = [
     "export_gguf",
     "imatrix",
     "load",
+    "plan",
     "quantize",
     "save",
     "search_assignment",

@@ -38,6 +38,8 @@ __all__ = [
     "checked_settings",
     "choose_targets",
     "default_format",
+    "find_format",
+    "find_targets",
     "strangers",
     "target_names",
 ]
@@ -73,12 +75,12 @@ class Targets:
 def checked_settings(
     method: str,
     scheme: Scheme | str | None,
-    damp: float,
-    act_order: Any,
-    static_groups: bool,
-    block_size: int,
-    search: str | None,
-    scale_only: bool,
+    damp: float = 0.05,
+    act_order: Any = "group-aware",
+    static_groups: bool = False,
+    block_size: int = 128,
+    search: str | None = None,
+    scale_only: bool = False,
     assignment: MixedPrecision | None = None,
     *,
     alpha: float | str | None = None,
@@ -226,6 +228,30 @@ def assigned_schemes(
     return replace(settings, schemes=schemes), targets
 
 
+def find_targets(
+    model: Any,
+    structure: Structure,
+    settings: Settings,
+    assignment: MixedPrecision | None,
+    skip: Sequence[str],
+    include: Sequence[str],
+) -> tuple[Settings, Targets]:
+    """Say which linears are quantized, by an assignment or by names, and on which grids.
+
+    Raises
+    ------
+    InputError
+        If both are given, and as `assigned_schemes` and `choose_targets`.
+    UnsupportedError
+        As these.
+    """
+    if assignment is None:
+        return settings, choose_targets(model, structure, skip, include)
+    if skip or include:
+        raise InputError("the assignment says which linears are quantized: leave skip and include out")
+    return assigned_schemes(model, structure, assignment, settings)
+
+
 def _refuse_tied(structure: Structure) -> None:
     if structure.tied:
         raise UnsupportedError(
@@ -334,6 +360,21 @@ def checked_format(
     UnsupportedError
         If the wanted format, or every default one, cannot hold some layer.
     """
+    name, reasons = find_format(model, structure, targets, settings, wanted)
+    if name is None:
+        raise UnsupportedError(
+            f"no work was done: {'. '.join(reasons)}. Choose another scheme or format, or leave the layers "
+            "16-bit with skip (--skip)"
+        )
+    if reasons:
+        logger.info("writing %s: %s", name, "; ".join(reasons))
+    return name
+
+
+def find_format(
+    model: Any, structure: Structure, targets: Targets, settings: Settings, wanted: str | None
+) -> tuple[str | None, list[str]]:
+    """Return the format to write, None if there is none, and what those before it do not hold."""
     shapes = {}
     for name in target_names(structure, targets):
         N, K = column_weight(model.get_submodule(name)).shape
@@ -342,22 +383,17 @@ def checked_format(
     gptq = settings.gptq
     # Static groups keep each column in the group it lies in, whatever the order.
     act_order = settings.method == "gptq" and gptq.act_order == "desc_act" and not gptq.static_groups
-    reasons: dict[str, str] = {}
+    reasons: list[str] = []
     for name in (wanted,) if wanted else default_format(set(schemes.values())):
         candidate = format_named(name)
         refused = refusals(candidate, shapes, act_order=act_order)
         together = candidate.holds_together(schemes, list(targets.kept))
         if not refused and together is None:
-            if reasons:
-                logger.info("writing %s: %s", name, "; ".join(reasons.values()))
-            return name
+            return name, reasons
         first = [f"{layer}: {reason}" for layer, reason in list(refused.items())[:3]]
         more = f"; and {len(refused) - 3} more layers" if len(refused) > 3 else ""
-        reasons[name] = f"{name} does not hold {'; '.join(first) or together}{more}"
-    raise UnsupportedError(
-        f"no work was done: {'. '.join(reasons.values())}. Choose another scheme or format, or leave the "
-        "layers 16-bit with skip (--skip)"
-    )
+        reasons.append(f"{name} does not hold {'; '.join(first) or together}{more}")
+    return None, reasons
 
 
 def target_names(structure: Structure, targets: Targets) -> list[str]:

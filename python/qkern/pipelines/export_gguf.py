@@ -14,7 +14,7 @@ import torch
 
 from qkern import __version__
 from qkern.calibration import load_config
-from qkern.checkpoints import QuantizedCheckpoint, parse_size
+from qkern.checkpoints import QuantizedCheckpoint, model_folder, parse_size
 from qkern.errors import InputError
 from qkern.gguf import PlannedTensor, add_tokenizer, architecture_for, mixture_for, write_gguf
 from qkern.gguf.imatrix import Imatrix, read_imatrix
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from qkern.gguf.overrides import Override
     from qkern.pipelines.gguf_sources import Source
 
-__all__ = ["GGUFReport", "TensorReport", "export_gguf"]
+__all__ = ["GGUFReport", "TensorReport", "export_gguf", "planned_export"]
 
 logger = logging.getLogger(__name__)
 
@@ -225,10 +225,7 @@ def export_gguf(
         architecture = architecture_for(str(checkpoint.config.get("model_type")))
         if calibration is not None:
             check_calibration(checkpoint, method)
-        config: dict[str, Any] = load_config(checkpoint.folder).to_dict()
-        architecture.check(config)
-        if architecture.is_encoder:
-            config["pooling"] = pooling_of(checkpoint.folder)
+        config = _checked_config(checkpoint, architecture)
         importance = calibration is not None or imatrix is not None
         plan = _plan(
             checkpoint, architecture, config, mixture, overrides, mixed, pure=pure, importance=importance
@@ -273,6 +270,36 @@ def export_gguf(
             write_whole(path.with_name("Modelfile"), text.encode())
         _hint(checkpoint, mixture, plan.quantized, written)
     return report(written, size, errors=errors)
+
+
+def planned_export(
+    model: str | Path, type: str, *, method: str = "rtn", assignment: MixedPrecision | None = None
+) -> tuple[list[PlannedTensor], int]:
+    """Tensors of the file that `export_gguf` would write, and its size to the byte; weights are not read.
+
+    Parameters and errors are those of `export_gguf`; a calibration is taken for granted where the method
+    needs one, and the model must be on this disk.
+    """
+    mixture = mixture_for(type)
+    importance = method != "rtn"
+    with QuantizedCheckpoint(model_folder(model, fetch=False)) as checkpoint:
+        architecture = architecture_for(str(checkpoint.config.get("model_type")))
+        if importance:
+            check_calibration(checkpoint, method)
+        config = _checked_config(checkpoint, architecture)
+        overrides = partial(_overrides, {}, None, None)
+        options: dict[str, Any] = {"pure": False, "importance": importance}
+        plan = _plan(checkpoint, architecture, config, mixture, overrides, assignment, **options)
+        add_metadata = _metadata(checkpoint, architecture, config, mixture, model, None)
+        return plan.tensors, gguf_bytes(architecture.name, plan.tensors, add_metadata)
+
+
+def _checked_config(checkpoint: QuantizedCheckpoint, architecture: GGUFArchitecture) -> dict[str, Any]:
+    config: dict[str, Any] = load_config(checkpoint.folder).to_dict()
+    architecture.check(config)
+    if architecture.is_encoder:
+        config["pooling"] = pooling_of(checkpoint.folder)
+    return config
 
 
 def _refuse_idle_calibration(tensors: Sequence[PlannedTensor]) -> None:

@@ -28,15 +28,39 @@ from qkern.quantizers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
 
     from qkern.gguf import PlannedTensor
 
-__all__ = ["CalibratedLayers"]
+__all__ = ["CalibratedLayers", "check_types"]
 
 logger = logging.getLogger(__name__)
+
+
+def check_types(method: str, linears: Iterable[PlannedTensor]) -> None:
+    """Refuse types of linears that leave a method nothing to choose, or that it does not encode.
+
+    Raises
+    ------
+    InputError
+        If no linear gets a type that has codes.
+    UnsupportedError
+        If one gets a type that GPTQ does not encode.
+    """
+    kinds = sorted({tensor.type.name for tensor in linears if tensor.type.block > 1})
+    if not kinds:
+        raise InputError(
+            f"method {method} chooses codes, and no linear gets any: choose a quantized type (--type), or "
+            "use method='rtn'"
+        )
+    others = [kind for kind in kinds if kind not in LAYOUTS]
+    if method == "gptq" and others:
+        raise UnsupportedError(
+            f"GPTQ encodes {', '.join(LAYOUTS)}, and linears get {', '.join(others)}: choose another type "
+            "(--type), or use method='rtn' or 'awq'"
+        )
 
 
 @dataclass(slots=True)
@@ -141,7 +165,7 @@ class CalibratedLayers:
                 "none; use method='rtn'"
             )
         self._linears = {name: planned[name] for name in linears}
-        self._check_types()
+        check_types(self.method, self._linears.values())
         head = None if self.structure.tied else f"{self.structure.head}.weight"
         prefix = f"{self.structure.layers}."
         result = []
@@ -155,20 +179,6 @@ class CalibratedLayers:
                 blocks = partial(self._head_blocks, tensor)
             result.append(replace(tensor, blocks=blocks))
         return result
-
-    def _check_types(self) -> None:
-        kinds = sorted({tensor.type.name for tensor in self._linears.values() if tensor.type.block > 1})
-        if not kinds:
-            raise InputError(
-                f"method {self.method} chooses codes, and no linear gets any: choose a quantized type "
-                "(--type), or use method='rtn'"
-            )
-        others = [kind for kind in kinds if kind not in LAYOUTS]
-        if self.method == "gptq" and others:
-            raise UnsupportedError(
-                f"GPTQ encodes {', '.join(LAYOUTS)}, and linears get {', '.join(others)}: choose another "
-                "type (--type), or use method='rtn' or 'awq'"
-            )
 
     def _blocks(self, name: str, to_file: Callable[[str, Tensor], Tensor]) -> Tensor:
         return to_file(name, self._layer_of(name).blocks.pop(name))

@@ -41,10 +41,12 @@ __all__ = [
     "Finished",
     "LayerRecord",
     "Settings",
+    "Statistics",
     "capture",
     "fold_scales",
     "quantize_head",
     "quantize_layer",
+    "quantize_linear",
     "stages_of",
 ]
 
@@ -208,12 +210,12 @@ def quantize_layer(
     if settings.scale_only:
         return finished
     for stage in stages:
-        seen: dict[tuple[str, ...], _Statistics | None] = dict.fromkeys(stage)
+        seen: dict[tuple[str, ...], Statistics | None] = dict.fromkeys(stage)
         if settings.measures:
-            seen.update(capture(stream, index, stage, partial(_Statistics, settings)))
+            seen.update(capture(stream, index, stage, partial(Statistics, settings)))
         for group in stage:
             for name in group:
-                _take(finished, layer, prefix, name, settings, seen[group], alphas.get(name))
+                quantize_linear(finished, layer, prefix, name, settings, seen[group], alphas.get(name))
     return finished
 
 
@@ -265,14 +267,14 @@ def quantize_head(stream: LayerStream, head: str, settings: Settings) -> Finishe
     where: dict[str, Any] = {"prefix": f"{head}.", "dtype": torch.float32, "device": stream.device}
     seen = None
     if settings.measures:
-        seen = _Statistics(settings, module.in_features, stream.device)
+        seen = Statistics(settings, module.in_features, stream.device)
         stream.watch_head(seen.add)
     with filled(module, stream.weights, **where):
-        _take(finished, stream.model, "", head, settings, seen)
+        quantize_linear(finished, stream.model, "", head, settings, seen)
     return finished
 
 
-class _Statistics:
+class Statistics:
     """What is measured of a linear's input: moments for GPTQ and AWQ, the range for a static scale."""
 
     def __init__(self, settings: Settings, features: int, device: torch.device) -> None:
@@ -285,13 +287,13 @@ class _Statistics:
                 part.add(x)
 
 
-def _take(
+def quantize_linear(
     finished: Finished,
     layer: nn.Module,
     prefix: str,
     name: str,
     settings: Settings,
-    seen: _Statistics | None,
+    seen: Statistics | None,
     alpha: float | None = None,
 ) -> None:
     """Quantize one linear, record it, and give it the value that its codes stand for."""

@@ -23,10 +23,9 @@ from qkern.models import Structure, describe, known_architectures
 from qkern.nn import QuantLinear
 from qkern.pipelines.checks import (
     Targets,
-    assigned_schemes,
     checked_format,
     checked_settings,
-    choose_targets,
+    find_targets,
     target_names,
 )
 from qkern.pipelines.layerwise import Finished, LayerRecord, Settings, quantize_head, quantize_layer
@@ -170,8 +169,6 @@ def quantize(
         activations=activations,
         observer=observer,
     )
-    if mixed is not None and (skip or include):
-        raise InputError("the assignment says which linears are quantized: leave skip and include out")
     parse_size(max_shard_size)
     read_from = model if isinstance(model, (str, Path)) else getattr(model, "name_or_path", None)
     folder = None if output is None else check_output(output, source=read_from)
@@ -184,10 +181,7 @@ def quantize(
     structure = describe(source.model)
     if settings.folds and structure.architecture is None:
         _say_no_folding(source.model.config.model_type, settings)
-    if mixed is None:
-        targets = choose_targets(source.model, structure, skip, include)
-    else:
-        settings, targets = assigned_schemes(source.model, structure, mixed, settings)
+    settings, targets = find_targets(source.model, structure, settings, mixed, skip, include)
     if folder is not None and not scale_only:
         format = checked_format(source.model, structure, targets, settings, format)
     _refuse_nonfinite(source, set(target_names(structure, targets)))

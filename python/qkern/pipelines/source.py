@@ -6,8 +6,9 @@ import hashlib
 import logging
 import re
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +26,9 @@ from qkern.errors import InputError
 from qkern.gguf import ARCHITECTURES
 from qkern.pipelines.gguf_sources import parameter_sources
 from qkern.pipelines.load import COMPUTED, config_dtype, load_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Source", "open_source"]
 
@@ -88,6 +92,14 @@ class Source:
                 names.setdefault(id(tensor), name)
         return list(names.values())
 
+    def headers(self, name: str) -> list[Tensor]:
+        """Tensors on the meta device that hold a parameter: one, or the pieces of a stack."""
+        stored, tensors = self.weights.names[name], self.weights.tensors
+        pieces = [stored] if isinstance(stored, str) else list(chain.from_iterable(stored.matrices))
+        if isinstance(tensors, TensorFolder):
+            return [tensors.header(piece) for piece in pieces]
+        return [tensors[piece].to("meta") for piece in pieces]
+
     def tokenizer(self) -> Any:
         """Load the tokenizer that lies beside the model.
 
@@ -106,13 +118,15 @@ class Source:
         return load_tokenizer(self.folder)
 
 
-def open_source(model: Any) -> Source:
+def open_source(model: Any, *, headers: bool = False) -> Source:
     """Open a model for layer-by-layer work.
 
     Parameters
     ----------
     model : str, Path or PreTrainedModel
         Folder with config.json and safetensors, hub id, or a model in memory, which is not modified.
+    headers : bool
+        Only to look at its headers: what would be fetched or loaded whole is not, and has no values.
 
     Raises
     ------
@@ -122,7 +136,7 @@ def open_source(model: Any) -> Source:
         If a file is damaged or a tensor is missing.
     """
     if isinstance(model, (str, Path)):
-        return _open_folder(model_folder(model))
+        return _open_folder(model_folder(model, fetch=not headers), headers)
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise InputError(
             f"a model is a folder, a hub id or a transformers causal LM: got {type(model).__name__}"
@@ -161,7 +175,7 @@ def _with_architectures(model: Any) -> dict[str, Any]:
     return config
 
 
-def _open_folder(folder: Path) -> Source:
+def _open_folder(folder: Path, headers: bool) -> Source:
     raw = read_json(folder / "config.json")
     if not raw.get("architectures"):
         raise InputError(
@@ -184,6 +198,8 @@ def _open_folder(folder: Path) -> Source:
     if not missing:
         weights = Weights(tensors, names, str(folder))
         _warn_of_unused(model, weights, tensors, folder)
+    elif headers:
+        weights = _converted_headers(folder, model, dtype)
     else:
         logger.info(
             "%s stores tensors under other names than the model (%s): loading all of it at once",
@@ -218,7 +234,10 @@ def _holds_own_head(model: Any, tensors: TensorFolder) -> bool:
     names = (name for name, value in model.named_parameters(remove_duplicate=False) if value is tied)
     prefix = f"{model.base_model_prefix}."
     spellings = {spelling for name in names for spelling in (name, name.removeprefix(prefix), prefix + name)}
-    stored = [tensors[name] for name in sorted(spellings) if name in tensors]
+    found = sorted(spellings.intersection(tensors))
+    if len(found) < 2:
+        return False
+    stored = [tensors[name] for name in found]
     return any(value.dtype != stored[0].dtype or not torch.equal(value, stored[0]) for value in stored[1:])
 
 
@@ -242,6 +261,15 @@ def _warn_of_unused(model: Any, weights: Weights, tensors: TensorFolder, folder:
             ", ".join(unused[:4]),
             ", ..." if len(unused) > 4 else "",
         )
+
+
+def _converted_headers(folder: Path, model: Any, dtype: torch.dtype | None) -> Weights:
+    """As `_load_converted`, on the meta device."""
+    tensors = {
+        name: tensor.to(device="meta", dtype=dtype if tensor.is_floating_point() else None)
+        for name, tensor in model.state_dict().items()
+    }
+    return Weights(tensors, {name: name for name in tensors}, str(folder))
 
 
 def _load_converted(folder: Path, config: Any) -> Weights:

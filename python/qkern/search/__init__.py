@@ -5,7 +5,7 @@ from qkern.search.budget import check_budget, fill, greedy, is_full, lagrangian,
 from qkern.search.cache import CachedLosses, Evaluates
 from qkern.search.evaluator import ORIGINAL, Candidates, Evaluator, candidate_key
 from qkern.search.genetic import Generation, Losses, check_population, evolve, pareto_front, random_search
-from qkern.search.runtimes import RUNTIMES, Runtime, make_space, runtime_named, stored_bits
+from qkern.search.runtimes import RUNTIMES, Runtime, make_space, runtime_named, stored_bits, tied_linears
 from qkern.search.sensitivity import sensitivities, single_changes
 from qkern.search.space import Gene, Genome, Space
 
@@ -43,4 +43,5 @@ __all__ = [
     "sensitivities",
     "single_changes",
     "stored_bits",
+    "tied_linears",
 ]

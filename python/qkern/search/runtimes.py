@@ -14,11 +14,11 @@ from qkern.search.assignment import KEPT, parse_choice
 from qkern.search.space import Gene, Space
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from qkern.models import Structure
 
-__all__ = ["RUNTIMES", "Runtime", "make_space", "runtime_named", "stored_bits"]
+__all__ = ["RUNTIMES", "Runtime", "make_space", "runtime_named", "stored_bits", "tied_linears"]
 
 # vLLM's kernels for packed weights take whole tiles of these sizes.
 _TILE: Final = (64, 128)
@@ -44,8 +44,11 @@ class Runtime:
     alleles: tuple[str, ...]
     is_fused: bool = False
 
-    def refusal(self, spelling: str, N: int, K: int) -> str | None:
-        """Why the runtime cannot load a matrix ``[N, K]`` stored so; None if it can."""
+    def refusal(self, spelling: str, N: int, K: int, *, format: str = "compressed-tensors") -> str | None:
+        """Why the runtime cannot load a matrix ``[N, K]`` stored so; None if it can.
+
+        Schemes are those of a checkpoint in `format`.
+        """
         choice = parse_choice(spelling)
         if choice is None:
             return None
@@ -67,7 +70,7 @@ class Runtime:
                 return (
                     f"vLLM's kernels take multiples of {_TILE[0]} rows and {_TILE[1]} columns: got {N} x {K}"
                 )
-        return format_named("compressed-tensors").holds(choice, N, K)
+        return format_named(format).holds(choice, N, K)
 
 
 RUNTIMES: Final = {
@@ -114,12 +117,10 @@ def stored_bits(spelling: str, N: int, K: int, *, kept: int = 16, in_file: bool 
     if isinstance(choice, GGUFType):
         size = N * choice.row_bytes(K)
         return 8 * (-(-size // 32) * 32 if in_file else size)
+    if in_file:
+        return 8 * format_named("compressed-tensors").stored_bytes(choice, N, K)
     rows, groups = choice.scale_shape(N, K)
-    bits = N * K * choice.bits + 16 * rows * groups + choice.bits * rows * groups * choice.zero_point
-    if in_file and (choice.zero_point or not choice.has_plain_sums):  # those without are int-quantized
-        bits += N * (32 * choice.code_words(K) - K * choice.bits) + 128
-        bits += (32 * -(-rows * choice.bits // 32) - rows * choice.bits) * groups * choice.zero_point
-    return bits
+    return N * K * choice.bits + 16 * rows * groups + choice.bits * rows * groups * choice.zero_point
 
 
 def make_space(
@@ -169,7 +170,7 @@ def make_space(
     genes = []
     usable: set[str] = set()
     reasons: dict[str, str] = {}
-    for layer, names in _tied(linears, structure, runtime, head=head, kept=kept):
+    for layer, names in tied_linears(linears, structure, runtime, head=head, kept=kept):
         sizes: dict[str, int] = {}
         for spelling in tried if alleles or runtime.name != "gguf" else (*tried, *_SMALL_TYPES):
             refusals = [runtime.refusal(spelling, *linears[name].shape) for name in names]
@@ -207,10 +208,10 @@ def make_space(
     return Space(tuple(genes)), kept
 
 
-def _tied(
-    linears: dict[str, Any], structure: Structure, runtime: Runtime, *, head: bool, kept: dict[str, str]
+def tied_linears(
+    linears: Iterable[str], structure: Structure, runtime: Runtime, *, head: bool, kept: dict[str, str]
 ) -> list[tuple[int, tuple[str, ...]]]:
-    """Layer and names of each gene; what is none goes into `kept`."""
+    """Layer and names of the linears that share a choice; what has none goes into `kept`."""
     inside = f"{structure.layers}."
     fused = structure.architecture.fused if runtime.is_fused and structure.architecture is not None else ()
     found: dict[tuple[int, str], list[str]] = {}
