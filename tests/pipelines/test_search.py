@@ -291,7 +291,8 @@ def test_simulated_and_real_losses_agree(folder, store):
             assert one.kl[spelling] == pytest.approx(other.kl[spelling], rel=1e-3, abs=1e-8)
 
 
-def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped):
+@pytest.mark.parametrize("embedding", [False, True])
+def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped, embedding):
     LlamaCpp = pytest.importorskip("qkern.evaluation.llama_cpp").LlamaCpp
     pytest.importorskip("llama_cpp")
     texts = load_texts(shipped / "search.txt", tokenizer=load_tokenizer(shipped))
@@ -303,13 +304,16 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped)
         runtime="gguf",
         method="rtn",
         alleles=("q2_k", "q4_k", "q6_k"),
-        target_bpw_linear=3.5,
+        target_bytes=1_500_000 if embedding else None,
+        target_bpw_linear=None if embedding else 3.5,
+        embedding=embedding,
         type="q8_0",
         population=2,
         generations=1,
         output=tmp_path / "a.json",
     )
-    assert report.best.assignment.choices["model.embed_tokens"] == "q8_0"
+    table = report.best.assignment.choices["model.embed_tokens"]
+    assert table in ("q2_k", "q4_k", "q6_k") if embedding else table == "q8_0"
     assert {"q2_k", "q4_k"} < set(report.best.assignment.choices.values())
     made = export_gguf(
         shipped, tmp_path / "a.gguf", "q4_k_m", assignment=tmp_path / "a.json", calibration=ids[6:]
@@ -336,6 +340,12 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped)
         ({"target_bpw_linear": 9.0}, InputError, "no assignment has 9.0000 bits"),
         ({"target_compression": 0.01}, InputError, "0.0100 of the original's bytes: the smallest"),
         ({"target_bytes": 10}, InputError, "no assignment has 10 bytes"),
+        (
+            {"target_bpw_linear": 5, "runtime": "gguf", "alleles": ("q4_0", "q8_0"), "embedding": True},
+            InputError,
+            "target_bpw_linear counts linears, and the embedding is none",
+        ),
+        ({"target_bpw": 3, "embedding": True}, UnsupportedError, "no checkpoint format holds quantized"),
         ({"target_bpw": 3, "pareto": True}, InputError, "leave the target out"),
         ({"target_bpw": 3, "runtime": "exl3"}, InputError, "unknown runtime"),
         ({"target_bpw": 3, "runtime": "vllm"}, UnsupportedError, "in runtime vllm"),

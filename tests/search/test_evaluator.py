@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from qkern.evaluation import kl_divergence, perplexity
-from qkern.models import column_weight
+from qkern.models import column_weight, describe
 from qkern.nn import QuantLinear, compute_mode
-from qkern.ops import dequantize_groupwise
-from qkern.search import ORIGINAL, Evaluator, candidate_key
+from qkern.ops import dequantize_groupwise, gguf_decode, gguf_encode
+from qkern.search import EMBEDDING, ORIGINAL, RUNTIMES, Evaluator, candidate_key, make_space
 
 
 @pytest.fixture(autouse=True)
@@ -149,3 +149,48 @@ def test_perplexity_is_that_of_the_whole_model(tiny, problem, ids):
         for genome in genomes
     ]
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_the_embedding_is_a_gene_too(tiny, problem, ids, model_type):
+    model = tiny(model_type).eval()
+    stream, _, _ = problem(model)
+    structure = describe(model)
+    assert structure.tied == (model_type != "llama")
+    alleles = ("q4_0", "q8_0")
+    space, _ = make_space(model, structure, RUNTIMES["gguf"], alleles, embedding=True)
+    assert space.genes[0].layer == EMBEDDING
+    (name,) = space.genes[0].names
+    assert model.get_submodule(name) is model.get_input_embeddings()
+
+    class Encoded:
+        def layer(self, index):
+            return {
+                candidate_key(name, kind): gguf_encode(column_weight(model.get_submodule(name)), kind)
+                for gene in space.genes
+                if gene.layer == index
+                for name in gene.names
+                for kind in gene.alleles
+            }
+
+    evaluator = Evaluator(stream, space, Encoded(), ids)
+    rest = len(space) - 1
+    genomes = [
+        (0,) + (ORIGINAL,) * rest,
+        (1,) * (1 + rest),
+        (ORIGINAL,) + (1,) * rest,
+        (ORIGINAL,) * (1 + rest),
+    ]
+    found = evaluator.kl(genomes)
+    assert found[3] == 0 < found[1] < found[0]
+    for genome, kl in zip(genomes, found, strict=True):
+        dense = copy.deepcopy(model)
+        for gene, allele in zip(space.genes, genome, strict=True):
+            for name in gene.names if allele != ORIGINAL else ():
+                weight = column_weight(dense.get_submodule(name))  # tied, the head's too
+                weight.copy_(gguf_decode(gguf_encode(weight, gene.alleles[allele]), gene.alleles[allele]))
+        expected = kl_divergence(model, dense, ids.flatten(), window=ids.shape[1], allow_short=True)
+        assert kl == pytest.approx(float(expected.mean()), rel=1e-3, abs=1e-8)
+    assert evaluator.kl(genomes, slice(1, 2)) != found
+    assert model.get_input_embeddings() is not stream.model.get_input_embeddings()
+    assert all(parameter.is_meta for parameter in stream.model.parameters())

@@ -82,3 +82,20 @@ def test_rows_without_super_blocks_get_the_small_types(tiny):
     by_name = {gene.names[0].rpartition(".")[2]: gene.alleles for gene in space.genes}
     assert by_name["q_proj"] == ("q4_0", "q5_0", "q8_0", "16")
     assert set(by_name["down_proj"]) >= set(RUNTIMES["gguf"].alleles)
+
+
+def test_the_embedding_of_a_gguf_is_a_gene(tiny):
+    model = tiny("qwen2")
+    space, kept = space_of(model, "gguf", ("q4_0", "q8_0"), embedding=True)
+    first = space.genes[0]
+    assert (first.layer, first.names, first.alleles) == (-1, ("model.embed_tokens",), ("q4_0", "q8_0"))
+    assert first.bits[1] == 8 * gguf_encode(model.model.embed_tokens.weight.detach(), "q8_0").numel()
+    assert not kept  # the head is the embedding
+    space, kept = space_of(tiny("llama"), "gguf", ("q4_0",), embedding=True, head=True)
+    assert [gene.names for gene in (space.genes[0], space.genes[-1])] == [
+        ("model.embed_tokens",),
+        ("lm_head",),
+    ]
+    assert space_of(tiny("llama"), "gguf", ("q4_0",), embedding=True)[1] == {"lm_head": "output head"}
+    with pytest.raises(UnsupportedError, match=r"no checkpoint format holds quantized .* got runtime vllm"):
+        space_of(model, "vllm", embedding=True)

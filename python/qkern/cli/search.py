@@ -16,6 +16,7 @@ from qkern.cli.sensitivity import (
     Calibration,
     CandidateMethod,
     Device,
+    Embedding,
     Head,
     Length,
     MethodOption,
@@ -60,6 +61,7 @@ def command(
     runtime: RuntimeOption = RuntimeName.TORCH,
     alleles: Alleles = None,
     head: Head = False,
+    embedding: Embedding = False,
     type: Annotated[
         str, typer.Option("--type", help="GGUF: mixture for what is not searched, as in export-gguf.")
     ] = "q4_k_m",
@@ -97,6 +99,7 @@ def command(
         runtime=runtime.value,
         alleles=split(alleles),
         head=head,
+        embedding=embedding,
         type=type,
         method=method.value,
         samples=samples,

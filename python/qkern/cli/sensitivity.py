@@ -50,6 +50,9 @@ Alleles = Annotated[
     ),
 ]
 Head = Annotated[bool, typer.Option("--head", help="The output head too.")]
+Embedding = Annotated[
+    bool, typer.Option("--embedding", help="GGUF: the embedding too, and a head that is tied to it.")
+]
 MethodOption = Annotated[CandidateMethod, typer.Option(help="How codes are chosen.")]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens of a sequence, at most the model's.")]
@@ -85,6 +88,7 @@ def command(
     runtime: RuntimeOption = RuntimeName.TORCH,
     alleles: Alleles = None,
     head: Head = False,
+    embedding: Embedding = False,
     method: MethodOption = CandidateMethod.GPTQ,
     samples: Samples = 128,
     length: Length = 2048,
@@ -121,6 +125,7 @@ def command(
         runtime=runtime.value,
         alleles=split(alleles),
         head=head,
+        embedding=embedding,
         method=method.value,
         samples=samples,
         length=length,

@@ -30,7 +30,7 @@ from qkern.quantizers import (
     quantize_gptq_gguf,
     quantize_rtn,
 )
-from qkern.search import KEPT, candidate_key, parse_choice
+from qkern.search import EMBEDDING, KEPT, candidate_key, parse_choice
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -153,6 +153,7 @@ def make_candidates(
         close. Default: the original's activations, for what is changed by itself.
     """
     store = CandidateStore(partial, space, base)
+    _make_embedding(stream, store)
     last = max((index for index in store.genes if store.missing(index)), default=-1)
     if last < 0:
         return store
@@ -227,6 +228,19 @@ def _put(
             set_column_weight(module, gguf_decode(candidate, spelling).to(device))
         else:
             set_column_weight(module, dequantize_groupwise(candidate.to(device)))
+
+
+def _make_embedding(stream: LayerStream, store: CandidateStore) -> None:
+    """Round the embedding to nearest, which no text weighs."""
+    for gene in store.genes.get(EMBEDDING, ()):
+        (name,) = gene.names
+        table = stream.weights.get(f"{name}.weight").float()
+        seen = HessianAccumulator(table.shape[1])
+        seen.value.fill_diagonal_(1)  # the error is that of the weights
+        for spelling in store.missing(EMBEDDING):
+            finished = Finished()
+            _make(finished, name, table, seen, spelling, "rtn")
+            store.save(EMBEDDING, spelling, finished)
 
 
 def _make_head(stream: LayerStream, head: str, method: str, store: CandidateStore, index: int) -> None:

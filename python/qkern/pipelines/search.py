@@ -69,6 +69,7 @@ def sensitivity(
     runtime: str = "torch",
     alleles: Sequence[str] | None = None,
     head: bool = False,
+    embedding: bool = False,
     method: str = "gptq",
     samples: int = 128,
     length: int = 2048,
@@ -97,8 +98,8 @@ def sensitivity(
     alleles : sequence of str, optional
         Schemes such as ``"w3g128"`` (``"w3g128a8"``: with int8 activations), GGUF types such as ``"q4_k"``
         or ``"16"``; default: the runtime's.
-    head : bool
-        The output head too.
+    head, embedding : bool
+        The output head too; the input embedding, which GGUF alone holds quantized, and a head tied to it.
     method : {"gptq", "rtn"}
         How codes are chosen.
     samples, length, seed : int
@@ -133,7 +134,8 @@ def sensitivity(
     started = time.monotonic()
     path = _new_file(output)
     export = {"model": model, "method": "rtn"}
-    plan = _plan(model, runtime, alleles, method, head=head, device=device, export=export)
+    searched: dict[str, Any] = {"head": head, "embedding": embedding}
+    plan = _plan(model, runtime, alleles, method, device=device, export=export, **searched)
     texts = _Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens, seed)
     with _opened(plan, texts, path, store, resume=resume, top_k=top_k, simulate=simulate) as problem:
         report = problem.sensitivity_report(started)
@@ -158,6 +160,7 @@ def search_assignment(
     runtime: str = "torch",
     alleles: Sequence[str] | None = None,
     head: bool = False,
+    embedding: bool = False,
     type: str = "q4_k_m",
     method: str = "gptq",
     samples: int = 128,
@@ -175,7 +178,9 @@ def search_assignment(
 
     Parameters
     ----------
-    model, calibration, text, runtime, alleles, head, method, samples, length, tokens, top_k, simulate
+    model, calibration, text, runtime, alleles, head, embedding, method, samples, length, tokens, top_k
+        As in `sensitivity`.
+    simulate
         As in `sensitivity`.
     target_bpw : float, optional
         Bits of all tensors (of a GGUF: of the whole file) over all weights, at most. One target is given.
@@ -232,7 +237,8 @@ def search_assignment(
         "length": length,
         "seed": seed,
     }
-    plan = _plan(model, runtime, alleles, method, head=head, device=device, export=export, target=target)
+    searched: dict[str, Any] = {"head": head, "embedding": embedding}
+    plan = _plan(model, runtime, alleles, method, device=device, export=export, target=target, **searched)
     budget = None if target is None else plan.sizes.budget(target, plan.space)
     texts = _Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens, seed)
     with _opened(plan, texts, path, store, resume=resume, top_k=top_k, simulate=simulate) as problem:
@@ -281,6 +287,7 @@ def _plan(
     method: str,
     *,
     head: bool,
+    embedding: bool = False,
     device: str,
     export: Mapping[str, Any],
     target: Target | None = None,
@@ -292,7 +299,14 @@ def _plan(
     structure = describe(source.model)
     in_file = target is None or target.kind != "bpw_linear"
     sizes, space, kept = Sizes.of(
-        source, structure, runtime_named(runtime), alleles, head=head, in_file=in_file, export=export
+        source,
+        structure,
+        runtime_named(runtime),
+        alleles,
+        head=head,
+        embedding=embedding,
+        in_file=in_file,
+        export=export,
     )
     return _Plan(
         source=source,

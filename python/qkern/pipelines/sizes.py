@@ -93,9 +93,9 @@ class Sizes:
     parameters : int
         Weights of the model, tied ones once.
     shapes : dict
-        Rows and columns of every linear that is assigned.
+        Rows and columns of every matrix that is assigned.
     stored : dict
-        Bytes of the weight of every linear as it is.
+        Bytes of the weight of every module as it is.
     counted : dict
         Weights of every linear that `bpw_linear` counts.
     outside : dict
@@ -119,6 +119,7 @@ class Sizes:
         alleles: Sequence[str] | None,
         *,
         head: bool,
+        embedding: bool,
         in_file: bool,
         export: Mapping[str, Any],
     ) -> tuple[Self, Space, dict[str, str]]:
@@ -129,15 +130,22 @@ class Sizes:
         """
         linears = {name: column_weight(linear) for name, linear in named_linears(source.model).items()}
         bytes_ = {name: source.weights.get(name).nbytes for name in source.stored_once()}
-        stored = {name: bytes_.get(f"{name}.weight", 0) for name in linears}
+        stored = {name.removesuffix(".weight"): size for name, size in bytes_.items()}
+        stored = {**dict.fromkeys(linears, 0), **stored}
         space, kept = make_space(
-            source.model, structure, runtime, alleles, stored=stored, head=head, in_file=in_file
+            source.model,
+            structure,
+            runtime,
+            alleles,
+            stored=stored,
+            head=head,
+            embedding=embedding,
+            in_file=in_file,
         )
-        shapes = {
-            name: (linears[name].shape[0], linears[name].shape[1])
-            for gene in space.genes
-            for name in gene.names
-        }
+        shapes = {}
+        for name in (name for gene in space.genes for name in gene.names):
+            N, K = column_weight(source.model.get_submodule(name)).shape
+            shapes[name] = (N, K)
         fixed = sum(bytes_.values()) - sum(stored[name] for name in shapes)
         outside: dict[str, str] = {}
         if runtime.name == "gguf":
@@ -188,8 +196,13 @@ class Sizes:
         Raises
         ------
         InputError
-            If no genome meets the target, or all do.
+            If no genome meets the target, or all do, or it does not count what is searched.
         """
+        if target.kind == "bpw_linear" and not self.shapes.keys() <= self.counted.keys():
+            raise InputError(
+                "target_bpw_linear counts linears, and the embedding is none: choose another target, or leave "
+                "the embedding out of the search"
+            )
         rest = 8 * self.fixed
         if target.kind == "bpw_linear":
             rest = sum(8 * self.stored[name] for name in self.counted if name not in self.shapes)

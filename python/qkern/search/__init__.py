@@ -7,9 +7,10 @@ from qkern.search.evaluator import ORIGINAL, Candidates, Evaluator, candidate_ke
 from qkern.search.genetic import Generation, Losses, check_population, evolve, pareto_front, random_search
 from qkern.search.runtimes import RUNTIMES, Runtime, make_space, runtime_named, stored_bits, tied_linears
 from qkern.search.sensitivity import sensitivities, single_changes
-from qkern.search.space import Gene, Genome, Space
+from qkern.search.space import EMBEDDING, Gene, Genome, Space
 
 __all__ = [
+    "EMBEDDING",
     "KEPT",
     "ORIGINAL",
     "RUNTIMES",

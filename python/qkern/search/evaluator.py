@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import contextmanager
 from itertools import product
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from qkern.nn import QuantLinear
 from qkern.ops import dequantize_groupwise, gguf_decode
 from qkern.search.assignment import KEPT
+from qkern.search.space import EMBEDDING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,33 +88,51 @@ class Evaluator:
         self.candidates = candidates
         self.simulate = simulate
         self._limit = states
-        stream.embed(ids, tokens=_CHUNK_TOKENS)
         self._ids = ids
-        self._first = stream.states
-        self.chunks = [len(state) * ids.shape[1] for state in self._first]
+        self._first = self._embedded()
+        self._sizes = [len(state) for state in stream.states]
+        self.chunks = [size * ids.shape[1] for size in self._sizes]
         """Tokens of each chunk of sequences that `kl` can be asked for."""
         count = len(stream.layers)
         # Genes come in the order of the layers: where those of a layer end.
         self._ends = [sum(gene.layer <= index for gene in space.genes) for index in range(count + 1)]
         original = (ORIGINAL,) * len(space)
-        self._reference = self._walk([original], self._first)[original[: self._ends[-2]]]
+        self._reference = self._walk([original])[original[: self._ends[-2]]]
 
     def kl(self, genomes: Sequence[Genome], chunks: slice = slice(None)) -> list[float]:
         """KL of each genome in nats, over some chunks of sequences."""
-        first, expected = self._first[chunks], self._reference[chunks]
-        each = sum(state.nbytes for state in first)
+        expected = self._reference[chunks]
+        each = sum(state.nbytes for state in expected)
         portion = max(1, self._limit // (2 * each))
         result: list[float] = []
         for start in range(0, len(genomes), portion):
             some = genomes[start : start + portion]
-            result += self._compare(some, self._walk(some, first), expected)
+            result += self._compare(some, self._walk(some, chunks), expected)
         return result
 
+    def _embedded(self) -> dict[Genome, list[Tensor]]:
+        """Compute what the first layer receives, by allele of the embedding if that is a gene."""
+        stream, first = self.stream, {}
+        for gene in self._genes(EMBEDDING):
+            (name,) = gene.names
+            embedding = stream.model.get_submodule(name)
+            for allele in range(len(gene.alleles)):
+                make = self._maker(EMBEDDING, {name: embedding})
+                _set_submodule(stream.model, name, make(gene, name, allele))
+                try:
+                    stream.embed(self._ids, tokens=_CHUNK_TOKENS)
+                finally:
+                    _set_submodule(stream.model, name, embedding)
+                first[allele,] = stream.states
+        stream.embed(self._ids, tokens=_CHUNK_TOKENS)
+        first[(ORIGINAL,) * len(self._genes(EMBEDDING))] = stream.states
+        return first
+
     @torch.no_grad()
-    def _walk(self, genomes: Sequence[Genome], first: list[Tensor]) -> dict[Genome, list[Tensor]]:
+    def _walk(self, genomes: Sequence[Genome], chunks: slice = slice(None)) -> dict[Genome, list[Tensor]]:
         """Return the outputs of the last layer by genome without the head's genes."""
-        states: dict[Genome, list[Tensor]] = {(): first}
-        done = 0
+        states = {prefix: first[chunks] for prefix, first in self._first.items()}
+        done = len(self._genes(EMBEDDING))
         for index, end in enumerate(self._ends[:-1]):
             with self.stream.layer(index) as layer, self._places(layer, index) as place:
                 after: dict[Genome, list[Tensor]] = {}
@@ -164,17 +184,17 @@ class Evaluator:
     def _module(self, linear: Any, candidate: QuantizedWeight | Tensor, spelling: str) -> nn.Module:
         device = self.stream.device
         if isinstance(candidate, Tensor):
-            return _Dense(linear, gguf_decode(candidate, spelling).to(device))
-        if self.simulate:
-            return _Dense(linear, dequantize_groupwise(candidate.to(device)))
+            return _dense(linear, gguf_decode(candidate, spelling).to(device))
+        if self.simulate or isinstance(linear, nn.Embedding):
+            return _dense(linear, dequantize_groupwise(candidate.to(device)))
         made = QuantLinear.from_quantized(candidate.to(device), linear.bias)
         made.compute = "int8" if candidate.scheme.act_bits else "float"
         return made
 
     def perplexity(self, genomes: Sequence[Genome]) -> list[float]:
         """Perplexity of each genome, sequences being the windows of `qkern.evaluation.perplexity`."""
-        outputs, last = self._walk(genomes, self._first), self._ends[-2]
-        chunks = torch.split(self._ids, [len(state) for state in self._first])
+        outputs, last = self._walk(genomes), self._ends[-2]
+        chunks = torch.split(self._ids, self._sizes)
         sums = dict.fromkeys(genomes, 0.0)
         with self._ending() as through:
             for chunk, sequences in enumerate(chunks):
@@ -184,7 +204,7 @@ class Evaluator:
                         some = slice(start, min(start + _ROWS, len(ids) - 1))
                         following = ids[some.start + 1 : some.stop + 1, None].to(self.stream.device)
                         for genome in sums:
-                            logs = through(outputs[genome[:last]][chunk][sequence, some], genome[last:])
+                            logs = through(outputs[genome[:last]][chunk][sequence, some], genome)
                             sums[genome] -= float(logs.gather(1, following).double().sum())
         count = len(self._ids) * (self._ids.shape[1] - self._ids.shape[1] // 2 - 1)
         return [math.exp(sums[genome] / count) for genome in genomes]
@@ -194,7 +214,7 @@ class Evaluator:
     ) -> list[float]:
         """KL of genomes from the outputs of the last layer and those of the original's."""
         last = self._ends[-2]
-        left = [ORIGINAL] * (len(self.space) - last)
+        left = [ORIGINAL] * len(self.space)
         sums = dict.fromkeys(genomes, 0.0)
         positions = 0
         with self._ending() as through:
@@ -207,7 +227,7 @@ class Evaluator:
                     p = _merged(p, top)
                     positions += len(p)
                     for genome in sums:
-                        q = through(outputs[genome[:last]][chunk][sequence, some], genome[last:])
+                        q = through(outputs[genome[:last]][chunk][sequence, some], genome)
                         q = _merged(q, top)
                         # Rounding may leave a hair below zero.
                         sums[genome] += float((p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum())
@@ -215,17 +235,21 @@ class Evaluator:
 
     @contextmanager
     def _ending(self) -> Iterator[Callable[[Tensor, Sequence[int]], Tensor]]:
-        """Give what goes from outputs of the last layer and alleles of the head to log-probabilities."""
+        """Give what goes from outputs of the last layer and a genome's head to log-probabilities."""
         stream, name = self.stream, str(self.stream.head)
-        count = len(stream.layers)
-        head, genes = stream.model.get_submodule(name), self._genes(count)
+        head = stream.model.get_submodule(name)
+        # A tied head is the embedding, and so is its gene.
+        tied = head.weight is stream.model.get_input_embeddings().weight
+        layer = EMBEDDING if tied else len(stream.layers)
+        places = [place for place, gene in enumerate(self.space.genes) if gene.layer == layer]
         with stream.ending() as logits:
-            make = self._maker(count, dict.fromkeys(_names(genes), head))
+            make = self._maker(layer, dict.fromkeys(_names(self._genes(layer)), head))
 
             @torch.no_grad()
-            def through(rows: Tensor, alleles: Sequence[int]) -> Tensor:
-                for gene, allele in zip(genes, alleles, strict=True):
-                    _set_submodule(stream.model, name, make(gene, name, allele))
+            def through(rows: Tensor, genome: Sequence[int]) -> Tensor:
+                for place in places:
+                    gene = self.space.genes[place]
+                    _set_submodule(stream.model, name, make(gene, gene.names[0], genome[place]))
                 return torch.log_softmax(logits(rows), -1)
 
             try:
@@ -251,6 +275,15 @@ def _set_submodule(module: nn.Module, name: str, child: nn.Module) -> None:
 
 def _names(genes: Sequence[Gene]) -> list[str]:
     return [name for gene in genes for name in gene.names]
+
+
+def _dense(module: Any, weight: Tensor) -> nn.Module:
+    """Give a linear, or an embedding with all that it does beside, another weight ``[N, K]``."""
+    if not isinstance(module, nn.Embedding):
+        return _Dense(module, weight)
+    made = copy.copy(module)
+    made._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    return made
 
 
 class _Dense(nn.Module):

@@ -11,7 +11,7 @@ from qkern.models import column_weight, is_router
 from qkern.nn import named_linears
 from qkern.ops.gguf_types import GGUFType
 from qkern.search.assignment import KEPT, parse_choice
-from qkern.search.space import Gene, Space
+from qkern.search.space import EMBEDDING, Gene, Space
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -131,6 +131,7 @@ def make_space(
     *,
     stored: Mapping[str, int] | None = None,
     head: bool = False,
+    embedding: bool = False,
     in_file: bool = False,
 ) -> tuple[Space, dict[str, str]]:
     """Genes of a model for a runtime, and the linears that stay as they are with the reason.
@@ -146,9 +147,11 @@ def make_space(
     alleles : sequence of str, optional
         Spellings to try; default: the runtime's. Of each gene those are left that all of it can have.
     stored : mapping, optional
-        Bytes of each linear's weight as it is stored now; default: as `model` holds it.
+        Bytes of weights as they are stored now; default: as `model` holds them.
     head : bool
         Search the output head too.
+    embedding : bool
+        Search the input embedding too, which GGUF alone holds quantized; a tied head is part of it.
     in_file : bool
         See `stored_bits`.
 
@@ -157,7 +160,7 @@ def make_space(
     InputError
         If no linear is left, or an allele is not understood.
     UnsupportedError
-        If no linear at all can have some allele, or on a tied head.
+        If no linear at all can have some allele, on a tied head, or on an embedding for another runtime.
     """
     tried = tuple(dict.fromkeys(alleles or runtime.alleles))
     for spelling in tried:
@@ -165,12 +168,17 @@ def make_space(
     if head and structure.tied:
         raise UnsupportedError(f"{structure.head} is tied to the input embedding: leave it out of the search")
     linears = {name: column_weight(linear) for name, linear in named_linears(model).items()}
-    now = {name: weight.nbytes for name, weight in linears.items()} if stored is None else stored
     kept: dict[str, str] = {}
+    groups = tied_linears(linears, structure, runtime, head=head, kept=kept)
+    if embedding:
+        groups.insert(0, (EMBEDDING, (_add_embedding(model, runtime, linears),)))
+        if structure.tied:
+            kept.pop(str(structure.head), None)
+    now = {**{name: weight.nbytes for name, weight in linears.items()}, **(stored or {})}
     genes = []
     usable: set[str] = set()
     reasons: dict[str, str] = {}
-    for layer, names in tied_linears(linears, structure, runtime, head=head, kept=kept):
+    for layer, names in groups:
         sizes: dict[str, int] = {}
         for spelling in tried if alleles or runtime.name != "gguf" else (*tried, *_SMALL_TYPES):
             refusals = [runtime.refusal(spelling, *linears[name].shape) for name in names]
@@ -206,6 +214,19 @@ def make_space(
             "out"
         )
     return Space(tuple(genes)), kept
+
+
+def _add_embedding(model: Any, runtime: Runtime, matrices: dict[str, Any]) -> str:
+    """Take the input embedding in among matrices; return its name."""
+    if runtime.name != "gguf":
+        raise UnsupportedError(
+            f"no checkpoint format holds quantized embeddings: got runtime {runtime.name}; leave the "
+            "embedding out of the search, or choose runtime gguf"
+        )
+    table = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is table)
+    matrices[name] = table.weight.detach()
+    return name
 
 
 def tied_linears(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["Gene", "Genome", "Space"]
+__all__ = ["EMBEDDING", "Gene", "Genome", "Space"]
+
+EMBEDDING: Final = -1
+"""Layer of the gene that is the input embedding, and a head that is tied to it."""
 
 Genome = tuple[int, ...]
 """Index of the chosen allele, gene by gene."""
@@ -30,7 +33,8 @@ class Gene:
     names : tuple of str
         Names in the model.
     layer : int
-        Their decoder layer; what comes after the last one (the head) has the number of layers.
+        Their decoder layer; what comes after the last one (the head) has the number of layers, the input
+        embedding `EMBEDDING`.
     weights : int
         Weights of all of them.
     alleles : tuple of str
