@@ -340,11 +340,6 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
         ({"target_bpw_linear": 9.0}, InputError, "no assignment has 9.0000 bits"),
         ({"target_compression": 0.01}, InputError, "0.0100 of the original's bytes: the smallest"),
         ({"target_bytes": 10}, InputError, "no assignment has 10 bytes"),
-        (
-            {"target_bpw_linear": 5, "runtime": "gguf", "alleles": ("q4_0", "q8_0"), "embedding": True},
-            InputError,
-            "target_bpw_linear counts linears, and the embedding is none",
-        ),
         ({"target_bpw": 3, "embedding": True}, UnsupportedError, "no checkpoint format holds quantized"),
         ({"target_bpw": 3, "pareto": True}, InputError, "leave the target out"),
         ({"target_bpw": 3, "runtime": "exl3"}, InputError, "unknown runtime"),
@@ -394,3 +389,9 @@ def test_each_way_of_scoring_has_its_own_losses(folder, store):
         (new,) = after - before
         assert len(new.read_text().splitlines()) == 14 * len(options["alleles"])
         before = after
+
+
+def test_bits_of_linears_do_not_bound_an_embedding(shipped):
+    options = {"runtime": "gguf", "alleles": ("q4_0", "q8_0"), "embedding": True}
+    with pytest.raises(InputError, match="target_bpw_linear counts linears, and the embedding is none"):
+        search_assignment(shipped, calibration=IDS, text=TEXT, target_bpw_linear=5, **options)

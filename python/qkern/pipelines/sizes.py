@@ -200,8 +200,8 @@ class Sizes:
         """
         if target.kind == "bpw_linear" and not self.shapes.keys() <= self.counted.keys():
             raise InputError(
-                "target_bpw_linear counts linears, and the embedding is none: choose another target, or leave "
-                "the embedding out of the search"
+                "target_bpw_linear counts linears, and the embedding is none: choose another target, or "
+                "leave the embedding out of the search"
             )
         rest = 8 * self.fixed
         if target.kind == "bpw_linear":
