@@ -112,7 +112,8 @@ class Evaluator:
 
     def _embedded(self) -> dict[Genome, list[Tensor]]:
         """Compute what the first layer receives, by allele of the embedding if that is a gene."""
-        stream, first = self.stream, {}
+        stream = self.stream
+        first: dict[Genome, list[Tensor]] = {}
         for gene in self._genes(EMBEDDING):
             (name,) = gene.names
             embedding = stream.model.get_submodule(name)

@@ -224,7 +224,7 @@ def _add_embedding(model: Any, runtime: Runtime, matrices: dict[str, Any]) -> st
             "embedding out of the search, or choose runtime gguf"
         )
     table = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is table)
+    name: str = next(name for name, module in model.named_modules() if module is table)
     matrices[name] = table.weight.detach()
     return name
 
