@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qkern.search import MixedPrecision
 
 __all__ = [
+    "GGUF_METHODS",
     "METHODS",
     "Targets",
     "assigned_schemes",
@@ -47,7 +48,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 METHODS: Final = ("gptq", "awq", "rtn", "smoothquant")
-_GGUF_METHODS: Final = ("gptq", "awq", "rtn")
+GGUF_METHODS: Final = ("gptq", "awq", "rtn")
 ACTIVATIONS: Final = ("dynamic", "static")
 # How calibration texts are drawn where nothing else is said.
 _DRAW: Final = {"samples": 128, "length": 2048, "seed": 0, "device": "auto"}
@@ -421,8 +422,8 @@ def check_gguf_request(method: str, calibration: Any, imatrix: Any, draw: Mappin
     InputError
         If so.
     """
-    if method not in _GGUF_METHODS:
-        raise InputError(f"unknown method {method!r}: allowed are {', '.join(_GGUF_METHODS)}")
+    if method not in GGUF_METHODS:
+        raise InputError(f"unknown method {method!r}: allowed are {', '.join(GGUF_METHODS)}")
     if method != "rtn":
         needs = f"method {method} measures activations layer by layer, of causal LMs without experts"
         if imatrix is not None:

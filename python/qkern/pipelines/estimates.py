@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from qkern.calibration.streaming import CHUNK_TOKENS
 from qkern.models import Structure, column_weight
 from qkern.ops import gguf_decode, gguf_encode
 from qkern.ops.gguf_types import GGUFType
-from qkern.pipelines.layerwise import Finished, Settings, capture, quantize_linear, stages_of
+from qkern.pipelines.layerwise import Finished, Settings, Statistics, capture, quantize_linear, stages_of
 from qkern.quantizers import (
     HessianAccumulator,
     gguf_output_error,
@@ -27,6 +27,7 @@ from qkern.quantizers import (
     search_gguf_scales,
     search_scales,
 )
+from qkern.schemes import Scheme
 from qkern.search import parse_choice, stored_bits
 
 if TYPE_CHECKING:
@@ -253,9 +254,9 @@ def _passes(job: Job, stream: LayerStream, index: int, names: list[str]) -> None
     with stream.layer(index):
         stages = stages_of(stream, job.structure.architecture, index, names)
         if job.method == "awq":
-            capture(stream, index, chain.from_iterable(stages))
+            capture(stream, index, chain.from_iterable(stages), HessianAccumulator)
         for stage in stages:
-            capture(stream, index, stage)
+            capture(stream, index, stage, HessianAccumulator)
         stream.through(index, stream.states)
 
 
@@ -292,23 +293,20 @@ def _sample(job: Job, spelling: str, N: int, K: int, device: torch.device) -> fl
     generator = torch.Generator().manual_seed(0)
     holder = nn.ModuleDict({"linear": nn.Linear(K, N, bias=False)})
     stored = (torch.randn(N, K, generator=generator) / K**0.5).to(torch.bfloat16)
-    seen = None
-    if job.method != "rtn":
-        seen = HessianAccumulator(K, device)
-        seen.add(torch.randn(min(K, 512), K, generator=generator))
     choice = parse_choice(spelling)
+    base = job.settings or Settings(method=job.method, scheme=None)
+    settings = replace(base, scheme=choice if isinstance(choice, Scheme) else None)
+    seen = Statistics(settings, K, device)
+    seen.add(torch.randn(min(K, 512), K, generator=generator).to(device))
 
     def run() -> None:
-        holder["linear"].weight = nn.Parameter(stored.to(device, torch.float32), requires_grad=False)
+        weight = stored.to(device, torch.float32)
+        holder["linear"].weight = nn.Parameter(weight, requires_grad=False)
         if isinstance(choice, GGUFType):
-            _encode(job.method, holder["linear"].weight, seen, choice.name)
+            _encode(job.method, weight, seen.moments, choice.name)
             return
-        assert job.settings is not None
-        settings = Settings(
-            method=job.method, scheme=choice, gptq=job.settings.gptq, search=job.settings.search
-        )
-        if job.method == "awq" and seen is not None and choice is not None:
-            search_scales([holder["linear"].weight], seen, [choice])
+        if job.method == "awq" and seen.moments is not None and choice is not None:
+            search_scales([weight], seen.moments, [choice])
         quantize_linear(Finished(), holder, "", "linear", settings, seen)
 
     return _timed(run, device)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.checkpoints import check_output, parse_size
-from qkern.errors import InputError
+from qkern.errors import InputError, UnsupportedError
 from qkern.ops.gguf_types import GGUFType
-from qkern.pipelines.checks import METHODS, check_gguf_output, checked_settings
+from qkern.pipelines.checks import GGUF_METHODS, check_gguf_output, checked_settings
 from qkern.pipelines.estimates import available_memory, encode_seconds, run_seconds
 from qkern.pipelines.load import usable_device
 from qkern.pipelines.outcomes import Outcome, StoredTensor, checkpoint_outcome, gguf_outcome
@@ -161,7 +161,8 @@ def plan(
     type : str, optional
         Mixture of `export_gguf`, with or without such an assignment; default: q4_k_m.
     method : str, optional
-        Default: that of the verb, ``"gptq"`` for `quantize` and ``"rtn"`` for `export_gguf`.
+        ``"gptq"``, ``"awq"`` or ``"rtn"``; default: that of the verb, ``"gptq"`` for `quantize` and ``"rtn"``
+        for `export_gguf`.
     runtime : str, optional
         ``"torch"``, ``"vllm"`` or ``"gguf"``, which is to load the result; default: what is written for.
     output : str or Path, optional
@@ -195,6 +196,11 @@ def plan(
     skip, include = ((names,) if isinstance(names, str) else names for names in (skip, include))
     if type is None:
         method = method or "gptq"
+        if method == "smoothquant":
+            raise UnsupportedError(
+                "smoothquant is not estimated: plan method='rtn' with the same scheme, for example w8a8, which "
+                "writes tensors of the same sizes"
+            )
         wanted = wanted or runtime_named("torch")
         settings = checked_settings(method, scheme, assignment=mixed)
         if output is not None:
@@ -278,8 +284,8 @@ def _check_export(
             f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for checkpoints, and a GGUF ({type}) "
             "was asked for: leave one of the two out"
         )
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}: allowed are {', '.join(METHODS)}")
+    if method not in GGUF_METHODS:
+        raise InputError(f"unknown method {method!r}: allowed are {', '.join(GGUF_METHODS)}")
     if not isinstance(model, (str, Path)):
         raise InputError(
             f"a GGUF is made from a folder or hub id: got {model.__class__.__name__}; save the model first"
