@@ -282,6 +282,7 @@ class Statistics:
         self.range = None if settings.observer is None else ActivationRange(settings.observer, device)
 
     def add(self, x: Tensor) -> None:
+        """Take in activations ``[..., K]``."""
         for part in (self.moments, self.range):
             if part is not None:
                 part.add(x)

@@ -198,8 +198,8 @@ def plan(
         method = method or "gptq"
         if method == "smoothquant":
             raise UnsupportedError(
-                "smoothquant is not estimated: plan method='rtn' with the same scheme, for example w8a8, which "
-                "writes tensors of the same sizes"
+                "smoothquant is not estimated: plan method='rtn' with the same scheme, for example w8a8, "
+                "which writes tensors of the same sizes"
             )
         wanted = wanted or runtime_named("torch")
         settings = checked_settings(method, scheme, assignment=mixed)
