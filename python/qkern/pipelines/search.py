@@ -16,13 +16,20 @@ from typing import TYPE_CHECKING, Any, Final
 from qkern import _progress
 from qkern.calibration import LayerStream, bounded_length, calibration_hash
 from qkern.errors import InputError
-from qkern.gguf.writer import check_new_file, write_whole
+from qkern.gguf.writer import write_whole
 from qkern.models import describe
 from qkern.pipelines.candidates import METHODS, CandidateStore, make_candidates
 from qkern.pipelines.load import usable_device
 from qkern.pipelines.partial import Partial, partial_folder
 from qkern.pipelines.quantize import calibration_ids, run_key
-from qkern.pipelines.search_report import Assigned, SearchReport, Sensitivity, SensitivityReport
+from qkern.pipelines.search_report import (
+    Assigned,
+    SearchReport,
+    Sensitivity,
+    SensitivityReport,
+    new_file,
+    new_folder,
+)
 from qkern.pipelines.sizes import Sizes, Target
 from qkern.pipelines.source import Source, open_source
 from qkern.search import (
@@ -132,7 +139,7 @@ def sensitivity(
         If the disk is full; what is done is kept.
     """
     started = time.monotonic()
-    path = _new_file(output)
+    path = new_file(output)
     export = {"model": model, "method": "rtn"}
     searched: dict[str, Any] = {"head": head, "embedding": embedding}
     plan = _plan(model, runtime, alleles, method, device=device, export=export, **searched)
@@ -178,9 +185,7 @@ def search_assignment(
 
     Parameters
     ----------
-    model, calibration, text, runtime, alleles, head, embedding, method, samples, length, tokens, top_k
-        As in `sensitivity`.
-    simulate
+    model, calibration, text, runtime, alleles, head, embedding, method, samples, length, tokens
         As in `sensitivity`.
     target_bpw : float, optional
         Bits of all tensors (of a GGUF: of the whole file) over all weights, at most. One target is given.
@@ -196,7 +201,7 @@ def search_assignment(
         Of the genetic algorithm; the seed is the calibration's too.
     type : str
         Mixture for what is not searched in a GGUF, as in `qkern.export_gguf`.
-    tokenizer, device, store, resume
+    top_k, simulate, tokenizer, device, store, resume
         As in `sensitivity`.
     output : str or Path, optional
         The assignment's JSON file, which must not exist; with `pareto` a folder of them.
@@ -227,7 +232,7 @@ def search_assignment(
             raise InputError("a front has every size: leave the target out, or pareto (--pareto)")
     else:
         target = Target.one_of(given)
-    path = _new_folder(output) if pareto else _new_file(output)
+    path = new_folder(output) if pareto else new_file(output)
     export = {
         "model": model,
         "type": type,
@@ -246,24 +251,8 @@ def search_assignment(
         found = problem.front(options) if budget is None else problem.search(budget, options)
         report = problem.search_report(found, target, seed, started, path)
         if path is not None:
-            _write(path, report)
+            report.write(path)
     return report
-
-
-def _new_file(output: str | Path | None) -> Path | None:
-    if output is None:
-        return None
-    check_new_file(Path(output))
-    return Path(output)
-
-
-def _new_folder(output: str | Path | None) -> Path | None:
-    if output is None:
-        return None
-    path = Path(output)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is no empty folder: remove it or choose another --output")
-    return path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -608,13 +597,3 @@ def _joined(kinds: Sequence[str]) -> str:
     first, _, _ = kinds[0].rpartition(".")
     same = [kind.removeprefix(f"{first}.") for kind in kinds[1:]]
     return "+".join([kinds[0], *same])
-
-
-def _write(path: Path, report: SearchReport) -> None:
-    if report.best is not None:
-        report.best.assignment.write(path)
-        return
-    path.mkdir(parents=True, exist_ok=True)
-    for index, point in enumerate(report.others):
-        point.assignment.write(path / f"{index:03}-{point.bpw_linear:.3f}.json")
-    write_whole(path / "front.json", (json.dumps(report.as_dict(), indent=2) + "\n").encode())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from qkern.errors import InputError
+from qkern.gguf.writer import check_new_file, write_whole
 
+if TYPE_CHECKING:
     from qkern.search import Generation, MixedPrecision
 
-__all__ = ["Assigned", "SearchReport", "Sensitivity", "SensitivityReport"]
+__all__ = ["Assigned", "SearchReport", "Sensitivity", "SensitivityReport", "new_file", "new_folder"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,3 +160,31 @@ class SearchReport:
             "history": [{"number": g.number, "kl": g.loss, "mean": g.mean} for g in self.history],
             "output": None if self.output is None else str(self.output),
         }
+
+    def write(self, path: Path) -> None:
+        """Write the assignment, or a folder of the whole front."""
+        if self.best is not None:
+            self.best.assignment.write(path)
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        for index, point in enumerate(self.others):
+            point.assignment.write(path / f"{index:03}-{point.bpw_linear:.3f}.json")
+        write_whole(path / "front.json", (json.dumps(self.as_dict(), indent=2) + "\n").encode())
+
+
+def new_file(output: str | Path | None) -> Path | None:
+    """Return the path of a file to write, if any; refuse one that no new file can have."""
+    if output is None:
+        return None
+    check_new_file(Path(output))
+    return Path(output)
+
+
+def new_folder(output: str | Path | None) -> Path | None:
+    """Return the path of a folder to write, if any; refuse one that holds something."""
+    if output is None:
+        return None
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is no empty folder: remove it or choose another --output")
+    return path
