@@ -21,11 +21,13 @@ from qkern.ops import gguf_decode, gguf_encode
 from qkern.ops.gguf_types import GGUFType
 from qkern.pipelines.layerwise import Finished, Settings, Statistics, capture, quantize_linear, stages_of
 from qkern.quantizers import (
+    ActivationSample,
     HessianAccumulator,
     gguf_output_error,
     quantize_gptq_gguf,
     search_gguf_scales,
     search_scales,
+    search_smoothing,
 )
 from qkern.schemes import Scheme
 from qkern.search import parse_choice, stored_bits
@@ -43,6 +45,9 @@ _COLUMNS: Final = 1024
 # What the timed layer may cost: operations, and tokens beyond which nothing is learnt.
 _OPERATIONS: Final = 2e11
 _TOKENS: Final = 8192
+# Methods that need second moments, and the tokens of a sample that do for the other one.
+_MOMENTS: Final = ("gptq", "awq")
+_SAMPLE_TOKENS: Final = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +61,7 @@ class Job:
     structure : Structure
         Of it.
     method : str
-        ``"rtn"``, ``"gptq"`` or ``"awq"``.
+        One of `qkern.pipelines.checks.METHODS`.
     linears : mapping
         Full name of every linear to quantize to the spelling of its scheme or GGUF type.
     settings : Settings or None
@@ -145,9 +150,12 @@ def _chunk(job: Job, names: list[str]) -> int:
 
 
 def _moments(job: Job, index: int) -> int:
-    """Bytes of second moments that are alive at once: those of a stage; for AWQ's scales of all stages."""
+    """Bytes of what is measured at once: second moments of a stage, of all for AWQ; SmoothQuant's tokens."""
     prefix = f"{job.structure.layers}.{index}."
-    squares = [4 * job.shape(prefix + group[0])[1] ** 2 for group in _groups(job, index)]
+    columns = [job.shape(prefix + group[0])[1] for group in _groups(job, index)]
+    if job.method == "smoothquant":
+        return sum(4 * _SAMPLE_TOKENS * K for K in columns)
+    squares = [4 * K * K for K in columns]
     return sum(squares) if job.method == "awq" else max(squares, default=0)
 
 
@@ -253,9 +261,10 @@ def _layer_seconds(job: Job, device: torch.device) -> float:
 def _passes(job: Job, stream: LayerStream, index: int, names: list[str]) -> None:
     with stream.layer(index):
         stages = stages_of(stream, job.structure.architecture, index, names)
-        if job.method == "awq":
-            capture(stream, index, chain.from_iterable(stages), HessianAccumulator)
-        for stage in stages:
+        if job.method in ("awq", "smoothquant"):
+            make = HessianAccumulator if job.method == "awq" else ActivationSample
+            capture(stream, index, chain.from_iterable(stages), make)
+        for stage in stages if job.method in _MOMENTS else ():
             capture(stream, index, stage, HessianAccumulator)
         stream.through(index, stream.states)
 
@@ -276,7 +285,7 @@ class _Constant(Weights):
 def _matrix_seconds(job: Job, spelling: str, N: int, K: int, device: torch.device) -> float:
     rows, columns = min(N, _ROWS), min(K, _COLUMNS)
     seconds = _sample(job, spelling, rows, columns, device)
-    if columns == K or job.method == "rtn":
+    if columns == K or job.method not in _MOMENTS:
         return seconds * (N * K) / (rows * columns)
     # a N K + b (N K K + K K K / 20), from two widths.
     half = columns // 2
@@ -296,8 +305,10 @@ def _sample(job: Job, spelling: str, N: int, K: int, device: torch.device) -> fl
     choice = parse_choice(spelling)
     base = job.settings or Settings(method=job.method, scheme=None)
     settings = replace(base, scheme=choice if isinstance(choice, Scheme) else None)
-    seen = Statistics(settings, K, device)
-    seen.add(torch.randn(min(K, 512), K, generator=generator).to(device))
+    seen, sample = Statistics(settings, K, device), ActivationSample(K, device)
+    tokens = torch.randn(min(K, _SAMPLE_TOKENS), K, generator=generator).to(device)
+    seen.add(tokens)
+    sample.add(tokens)
 
     def run() -> None:
         weight = stored.to(device, torch.float32)
@@ -307,6 +318,9 @@ def _sample(job: Job, spelling: str, N: int, K: int, device: torch.device) -> fl
             return
         if job.method == "awq" and seen.moments is not None and choice is not None:
             search_scales([weight], seen.moments, [choice])
+        if settings.alpha is not None and choice is not None and choice.act_bits is not None:
+            alpha: Any = settings.alpha
+            search_smoothing([weight], sample, [choice], alpha=alpha)
         quantize_linear(Finished(), holder, "", "linear", settings, seen)
 
     return _timed(run, device)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.checkpoints import check_output, parse_size
-from qkern.errors import InputError, UnsupportedError
+from qkern.errors import InputError
 from qkern.ops.gguf_types import GGUFType
 from qkern.pipelines.checks import GGUF_METHODS, check_gguf_output, checked_settings
 from qkern.pipelines.estimates import available_memory, encode_seconds, run_seconds
@@ -161,8 +161,8 @@ def plan(
     type : str, optional
         Mixture of `export_gguf`, with or without such an assignment; default: q4_k_m.
     method : str, optional
-        ``"gptq"``, ``"awq"`` or ``"rtn"``; default: that of the verb, ``"gptq"`` for `quantize` and ``"rtn"``
-        for `export_gguf`.
+        ``"gptq"``, ``"awq"``, ``"rtn"`` or ``"smoothquant"``; default: that of the verb, ``"gptq"`` for
+        `quantize` and ``"rtn"`` for `export_gguf`.
     runtime : str, optional
         ``"torch"``, ``"vllm"`` or ``"gguf"``, which is to load the result; default: what is written for.
     output : str or Path, optional
@@ -196,11 +196,6 @@ def plan(
     skip, include = ((names,) if isinstance(names, str) else names for names in (skip, include))
     if type is None:
         method = method or "gptq"
-        if method == "smoothquant":
-            raise UnsupportedError(
-                "smoothquant is not estimated: plan method='rtn' with the same scheme, for example w8a8, "
-                "which writes tensors of the same sizes"
-            )
         wanted = wanted or runtime_named("torch")
         settings = checked_settings(method, scheme, assignment=mixed)
         if output is not None:
