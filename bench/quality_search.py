@@ -115,7 +115,8 @@ def searched(source: str | Path, form: str, arguments: argparse.Namespace, work:
         means = {name: np.mean([kl for kl, _ in measured], axis=0) for name, measured in values.items()}
         for name, measured in values.items():
             rivals = [AGAINST[name]] if name in AGAINST else []
-            rivals += [UNIFORM[target]] if target in UNIFORM and name in ("genetic", "lagrangian") else []
+            if UNIFORM.get(target) in values and name in AGAINST:
+                rivals.append(UNIFORM[target])
             gaps = [(rival, paired_bootstrap(means[name], means[rival])) for rival in rivals]
             kls = [float(kl.mean()) for kl, _ in measured]
             row = Row(

@@ -105,11 +105,11 @@ def test_a_sensitivity_is_the_kl_of_that_change(folder, store):
 
 def test_the_text_is_set_aside(tiny):
     model = tiny("llama")
-    drawn = module._Texts.draw(module.open_source(model), IDS, None, None, 128, 32, 64, 0)
+    drawn = module.Texts.draw(module.open_source(model), IDS, None, None, 128, 32, 64)
     assert (len(drawn.calibration), len(drawn.scored)) == (6, 2)
     both = torch.cat([drawn.calibration, drawn.scored])
     assert torch.equal(both[both[:, 0].argsort()], IDS[IDS[:, 0].argsort()])
-    drawn = module._Texts.draw(module.open_source(model), IDS[:2], None, None, 128, 32, 9999, 0)
+    drawn = module.Texts.draw(module.open_source(model), IDS[:2], None, None, 128, 32, 9999)
     assert (len(drawn.calibration), len(drawn.scored)) == (1, 1)
 
 
@@ -174,7 +174,7 @@ def test_what_is_written_has_the_size(folder, store, tmp_path, target):
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_candidates_behind_a_base_are_those_of_quantize(folder, tmp_path, method):
     plan = module._plan(folder, "torch", ALLELES, method, head=True, device="cpu", export={})
-    texts = module._Texts(calibration=IDS, scored=TEXT)
+    texts = module.Texts(calibration=IDS, scored=TEXT)
     rng = np.random.default_rng(0)
     genome = tuple(int(a) for a in rng.integers(0, 4, size=len(plan.space)))
     base = plan.space.assignment(genome)
@@ -250,21 +250,47 @@ def test_known_losses_are_not_computed_again(folder, store, monkeypatch):
     monkeypatch.setattr(Evaluator, "kl", never)
     second = search_assignment(folder, **options)
     assert (first.best, first.others, first.history) == (second.best, second.others, second.history)
+    assert first.evaluations == second.evaluations
     with pytest.raises(AssertionError):
         search_assignment(folder, **options, seed=1)
 
 
-def test_a_front(folder, store, tmp_path):
-    report = search_assignment(folder, **SMALL, pareto=True, store=store, output=tmp_path / "front")
+def test_a_front(folder, store, tmp_path, monkeypatch):
+    output = tmp_path / "front"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.SearchReport, "as_dict", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            search_assignment(folder, **SMALL, pareto=True, store=store, output=output)
+    assert list(tmp_path.iterdir()) == []  # all of it, or nothing
+    report = search_assignment(folder, **SMALL, pareto=True, store=store, output=output)
     assert report.best is None
-    sizes = [point.bytes for point in report.others]
-    assert len(sizes) >= 6
-    assert sizes == sorted(set(sizes))
-    kls = [point.kl for point in report.others]
-    assert kls == sorted(kls, reverse=True)
-    files = sorted((tmp_path / "front").glob("0*.json"))
-    assert [MixedPrecision.read(file) for file in files] == [point.assignment for point in report.others]
-    assert json.loads((tmp_path / "front" / "front.json").read_text())["target"] == "every size"
+    found = {
+        name: [point for point in report.others if point.found_by == name]
+        for name in ("pareto", "lagrangian", "greedy", "random")
+    }
+    assert sum(map(len, found.values())) == len(report.others)
+    assert len(found["pareto"]) >= 6
+    for name in ("pareto", "random"):
+        sizes = [point.bytes for point in found[name]]
+        assert sizes == sorted(set(sizes))
+        kls = [point.kl for point in found[name]]
+        assert kls == sorted(kls, reverse=True)
+    largest = found["pareto"][-1].bytes
+    assert all(point.bytes <= largest for points in found.values() for point in points)
+    files = sorted(output.glob("0*.json"))
+    assert [MixedPrecision.read(file) for file in files] == [point.assignment for point in found["pareto"]]
+    assert json.loads((output / "front.json").read_text())["target"] == "every size"
+
+
+def test_a_store_serves_other_alleles_and_runtimes(folder, tmp_path):
+    options = {"calibration": IDS, "text": TEXT, "store": tmp_path / "store", "method": "rtn"}
+    # w4g64 and w4 have the same size where a row has 64 columns: one of them goes there.
+    first = sensitivity(folder, **options, alleles=("w4g64", "w4"))
+    again = sensitivity(folder, **options, alleles=("w4", "w4g64"))
+    assert {tuple(gene.kl) for gene in first.genes} != {tuple(gene.kl) for gene in again.genes}
+    for one, other in zip(first.genes, again.genes, strict=True):
+        for spelling in one.kl.keys() & other.kl.keys():
+            assert one.kl[spelling] == other.kl[spelling]
 
 
 def test_the_head_and_int8_activations(folder):
@@ -348,6 +374,8 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
         ({"target_bpw_linear": 4, "population": 1}, InputError, "population of 2"),
         ({"target_bpw_linear": 4, "top_k": 0}, InputError, "top_k must be at least 1"),
         ({"target_bpw_linear": 4, "tokens": 1}, InputError, "tokens must be at least 2"),
+        ({"target_bpw_linear": 4, "length": 2}, InputError, "sequences of 4 tokens: got length 2"),
+        ({"target_bpw_linear": 4, "alleles": ["16"]}, InputError, "nothing to choose: got 16 alone"),
         (
             {"target_bpw_linear": 4, "calibration": [[5]], "text": None},
             InputError,

@@ -97,6 +97,8 @@ def test_int8_activations_are_run(tiny, problem, ids):
         (found[allele],) = Evaluator(stream, space, candidates, ids).kl([genome])
         expected = expected_kl(model, space, candidates, genome, ids, compute=compute)
         assert found[allele] == pytest.approx(expected, rel=1e-3)
+        (simulated,) = Evaluator(stream, space, candidates, ids, simulate=True).kl([genome])
+        assert simulated == pytest.approx(found[allele], rel=1e-3)
     assert found["w4g32"] != pytest.approx(found["w4g32a8"], rel=1e-3)
 
 

@@ -25,7 +25,6 @@ from qkern.cli.sensitivity import (
     RuntimeName,
     RuntimeOption,
     Samples,
-    Seed,
     Simulate,
     Store,
     Text,
@@ -57,7 +56,9 @@ def command(
     pareto: Annotated[bool, typer.Option("--pareto", help="Every size in one run (NSGA-II).")] = False,
     population: Annotated[int, typer.Option(min=2, help="Assignments in a generation.")] = 20,
     generations: Annotated[int, typer.Option(min=1, help="Generations, the first included.")] = 12,
-    seed: Seed = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the genetic and the random search; texts are drawn alike.")
+    ] = 0,
     runtime: RuntimeOption = RuntimeName.TORCH,
     alleles: Alleles = None,
     head: Head = False,
@@ -118,14 +119,17 @@ def command(
     _print(report)
     typer.echo(f"written to {output}")
     if not pareto:
-        common = [model, "--assignment", str(output), "--method", method.value, "--calibration", calibration]
-        if method is CandidateMethod.RTN:
-            common = common[:-2]
-        verb = ["export-gguf", "--type", type] if runtime is RuntimeName.GGUF else ["quantize"]
-        rest = ["--output", "OUTPUT.gguf"] if runtime is RuntimeName.GGUF else [
-            "--format", "compressed-tensors", "--output", "OUTPUT",
-        ]  # fmt: skip
-        typer.echo("next: " + shlex.join(["qkern", verb[0], *common, *verb[1:], *rest]))
+        gguf = runtime is RuntimeName.GGUF
+        words = ["export-gguf" if gguf else "quantize", model, "--assignment", str(output)]
+        words += ["--method", method.value]
+        if gguf or method is CandidateMethod.GPTQ:
+            drawn = {"calibration": calibration, "samples": samples, "length": length, "device": device}
+            usual = {"samples": 128, "length": 2048, "device": "auto"}
+            for name, value in drawn.items():
+                words += [] if usual.get(name) == value else [f"--{name}", str(value)]
+        words += ["--type", type] if gguf else ["--format", "compressed-tensors"]
+        words += ["--output", "OUTPUT.gguf" if gguf else "OUTPUT"]
+        typer.echo("next: " + shlex.join(["qkern", *words]))
 
 
 def _print(report: SearchReport) -> None:

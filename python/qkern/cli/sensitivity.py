@@ -55,9 +55,8 @@ Embedding = Annotated[
 ]
 MethodOption = Annotated[CandidateMethod, typer.Option(help="How codes are chosen.")]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens of a sequence, at most the model's.")]
+Length = Annotated[int, typer.Option(min=4, help="Tokens of a sequence, at most the model's.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens that KL is measured on.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
 TopK = Annotated[
     int | None,
     typer.Option(min=1, help="KL over the original's likeliest tokens alone.", show_default="all tokens"),
@@ -93,7 +92,6 @@ def command(
     samples: Samples = 128,
     length: Length = 2048,
     tokens: Tokens = 12288,
-    seed: Seed = 0,
     top_k: TopK = None,
     simulate: Simulate = False,
     device: Device = "auto",
@@ -114,6 +112,9 @@ def command(
     """
     from qkern.pipelines import sensitivity
 
+    named = split(alleles)
+    if allele is not None and named is not None and allele not in named:
+        raise InputError(f"no linear has the choice {allele!r}: there are {', '.join(named)}")
     if plot is not None:
         from qkern.plotting import check_picture
 
@@ -123,14 +124,13 @@ def command(
         calibration=calibration,
         text=text,
         runtime=runtime.value,
-        alleles=split(alleles),
+        alleles=named,
         head=head,
         embedding=embedding,
         method=method.value,
         samples=samples,
         length=length,
         tokens=tokens,
-        seed=seed,
         top_k=top_k,
         simulate=simulate,
         device=device,

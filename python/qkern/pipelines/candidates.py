@@ -117,7 +117,9 @@ class CandidateStore:
         return finished
 
     def _file(self, index: int, spelling: str) -> str:
-        return f"{self._prefix}-{index:05}.{spelling}"
+        # Which linears an allele has depends on the runtime and on the other alleles.
+        names = hashlib.sha256(" ".join(self.wanted(index)[spelling]).encode()).hexdigest()[:8]
+        return f"{self._prefix}-{index:05}.{spelling}.{names}"
 
 
 @torch.no_grad()
@@ -220,9 +222,9 @@ def _put(
     """Give linears the values that the base's choice for them stands for."""
     for name, module in modules.items():
         spelling = base.get(name, KEPT)
-        candidate = candidates.get(candidate_key(name, spelling))
-        if candidate is None:
-            continue  # stays 16-bit
+        if spelling == KEPT:
+            continue
+        candidate = candidates[candidate_key(name, spelling)]
         device = column_weight(module).device
         if isinstance(candidate, Tensor):
             set_column_weight(module, gguf_decode(candidate, spelling).to(device))

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from qkern import _progress
-from qkern.calibration import LayerStream, bounded_length, calibration_hash
+from qkern.calibration import LayerStream, calibration_hash
 from qkern.errors import InputError
 from qkern.gguf.writer import write_whole
 from qkern.models import describe
 from qkern.pipelines.candidates import METHODS, CandidateStore, make_candidates
 from qkern.pipelines.load import usable_device
 from qkern.pipelines.partial import Partial, partial_folder
-from qkern.pipelines.quantize import calibration_ids, run_key
+from qkern.pipelines.quantize import run_key
 from qkern.pipelines.search_report import (
     Assigned,
     SearchReport,
@@ -30,6 +32,7 @@ from qkern.pipelines.search_report import (
     new_file,
     new_folder,
 )
+from qkern.pipelines.search_texts import Texts
 from qkern.pipelines.sizes import Sizes, Target
 from qkern.pipelines.source import Source, open_source
 from qkern.search import (
@@ -44,16 +47,16 @@ from qkern.search import (
     greedy,
     lagrangian,
     pareto_front,
+    random_genome,
     random_search,
     runtime_named,
     sensitivities,
     single_changes,
+    undominated,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import Tensor
 
     from qkern.models import Structure
     from qkern.search import Genome
@@ -81,7 +84,6 @@ def sensitivity(
     samples: int = 128,
     length: int = 2048,
     tokens: int = 12288,
-    seed: int = 0,
     top_k: int | None = None,
     simulate: bool = False,
     tokenizer: Any = None,
@@ -109,8 +111,8 @@ def sensitivity(
         The output head too; the input embedding, which GGUF alone holds quantized, and a head tied to it.
     method : {"gptq", "rtn"}
         How codes are chosen.
-    samples, length, seed : int
-        Calibration sequences, tokens in each (at most what the model takes), seed of the draw.
+    samples, length : int
+        Calibration sequences, tokens in each (at most what the model takes).
     tokens : int
         Tokens that whole assignments are scored on; a linear by itself is scored on the first half of them.
     top_k : int, optional
@@ -143,7 +145,7 @@ def sensitivity(
     export = {"model": model, "method": "rtn"}
     searched: dict[str, Any] = {"head": head, "embedding": embedding}
     plan = _plan(model, runtime, alleles, method, device=device, export=export, **searched)
-    texts = _Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens, seed)
+    texts = Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens)
     with _opened(plan, texts, path, store, resume=resume, top_k=top_k, simulate=simulate) as problem:
         report = problem.sensitivity_report(started)
         if path is not None:
@@ -198,7 +200,7 @@ def search_assignment(
     pareto : bool
         No target: search all sizes at once (NSGA-II).
     population, generations, seed : int
-        Of the genetic algorithm; the seed is the calibration's too.
+        Of the genetic algorithm; the texts are drawn alike for all seeds.
     type : str
         Mixture for what is not searched in a GGUF, as in `qkern.export_gguf`.
     top_k, simulate, tokenizer, device, store, resume
@@ -240,12 +242,11 @@ def search_assignment(
         "calibration": calibration,
         "samples": samples,
         "length": length,
-        "seed": seed,
     }
     searched: dict[str, Any] = {"head": head, "embedding": embedding}
     plan = _plan(model, runtime, alleles, method, device=device, export=export, target=target, **searched)
     budget = None if target is None else plan.sizes.budget(target, plan.space)
-    texts = _Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens, seed)
+    texts = Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens)
     with _opened(plan, texts, path, store, resume=resume, top_k=top_k, simulate=simulate) as problem:
         options: dict[str, Any] = {"population": population, "generations": generations, "seed": seed}
         found = problem.front(options) if budget is None else problem.search(budget, options)
@@ -309,52 +310,10 @@ def _plan(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Texts:
-    """Sequences that codes are chosen by, and those that assignments are scored on."""
-
-    calibration: Tensor
-    scored: Tensor
-
-    @classmethod
-    def draw(
-        cls,
-        source: Source,
-        calibration: Any,
-        text: Any,
-        tokenizer: Any,
-        samples: int,
-        length: int,
-        tokens: int,
-        seed: int,
-    ) -> _Texts:
-        bounded = bounded_length(source.model.config, length)
-        count = max(1, tokens // bounded)
-        if tokens < 2:
-            raise InputError(f"tokens must be at least 2: got {tokens}; the default is 12288")
-        if text is not None:
-            return cls(
-                calibration=calibration_ids(source, calibration, tokenizer, samples, length, seed),
-                scored=calibration_ids(source, text, tokenizer, count, length, seed),
-            )
-        ids = calibration_ids(source, calibration, tokenizer, samples + count, length, seed)
-        if len(ids) < 2:
-            raise InputError(
-                f"the calibration text holds one sequence of {ids.shape[1]} tokens, and a search needs one "
-                "to choose codes by and another to score them on: give more text, another one to score on "
-                "(--text FILE), or a smaller length"
-            )
-        # At most half of them, evenly spread.
-        count = min(count, len(ids) // 2)
-        aside = {round((index + 0.5) * len(ids) / count - 0.5) for index in range(count)}
-        rest = [index for index in range(len(ids)) if index not in aside]
-        return cls(calibration=ids[rest][:samples], scored=ids[sorted(aside)])
-
-
 @contextmanager
 def _opened(
     plan: _Plan,
-    texts: _Texts,
+    texts: Texts,
     output: Path | None,
     store: str | Path | None,
     *,
@@ -397,7 +356,7 @@ def _opened(
         except BaseException as error:
             if partial.count == 0:
                 partial.remove()
-            elif isinstance(error, KeyboardInterrupt):
+            elif isinstance(error, KeyboardInterrupt) and (store is not None or output is not None):
                 logger.warning("interrupted%s", partial.kept())
             raise
         if store is None:
@@ -420,7 +379,7 @@ class _Problem:
     """What is known of a model's alleles, and what finds out more."""
 
     plan: _Plan
-    texts: _Texts
+    texts: Texts
     partial: Partial
     stream: LayerStream
     top_k: int | None
@@ -538,7 +497,7 @@ class _Problem:
         return self._found(found, evaluate, history)
 
     def front(self, options: dict[str, Any]) -> _Found:
-        """All sizes at once."""
+        """All sizes at once, and beside them what simpler searches find at the same sizes."""
         space = self.plan.space
         _, evaluate = self.opened()
         losses = self.single(evaluate)
@@ -550,7 +509,17 @@ class _Problem:
                 progress.advance(note=note)
 
             front = pareto_front(space, losses, evaluate, see=see, **options)
-        return self._found({f"pareto {index}": genome for index, (genome, _) in enumerate(front)}, evaluate)
+        found = {f"pareto {index}": genome for index, (genome, _) in enumerate(front)}
+        sizes = [space.bits(genome) for genome, _ in front]
+        for name, search in (("lagrangian", lagrangian), ("greedy", greedy)):
+            genomes = dict.fromkeys(search(space, losses, size) for size in sizes)
+            found |= {f"{name} {index}": genome for index, genome in enumerate(genomes)}
+        rng = np.random.default_rng([options["seed"], 2])
+        budgets = np.linspace(sizes[0], sizes[-1], options["population"] * options["generations"])
+        drawn = list(dict.fromkeys(random_genome(space, int(budget), rng) for budget in budgets))
+        best = undominated(space, dict(zip(drawn, evaluate(drawn), strict=True)))
+        found |= {f"random {index}": genome for index, (genome, _) in enumerate(best)}
+        return self._found(found, evaluate)
 
     def _found(
         self, genomes: dict[str, Genome], evaluate: CachedLosses, history: Sequence[Generation] = ()

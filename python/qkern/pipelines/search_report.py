@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkern.errors import InputError
+from qkern.errors import InputError, OutputError, advice_on_writing, reason_of
 from qkern.gguf.writer import check_new_file, write_whole
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ class SearchReport:
     best : Assigned or None
         The result; None of a whole front.
     others : tuple of Assigned
-        What simpler searches found within the same size; everything on the front.
+        What simpler searches found within the same size; of a front its points, and those of simpler
+        searches.
     perplexity : float
         Of the original over the same text.
     target : str
@@ -166,10 +168,23 @@ class SearchReport:
         if self.best is not None:
             self.best.assignment.write(path)
             return
-        path.mkdir(parents=True, exist_ok=True)
-        for index, point in enumerate(self.others):
-            point.assignment.write(path / f"{index:03}-{point.bpw_linear:.3f}.json")
-        write_whole(path / "front.json", (json.dumps(self.as_dict(), indent=2) + "\n").encode())
+        temporary = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            front = [point for point in self.others if point.found_by == "pareto"]
+            for index, point in enumerate(front):
+                point.assignment.write(temporary / f"{index:03}-{point.bpw_linear:.3f}.json")
+            write_whole(temporary / "front.json", (json.dumps(self.as_dict(), indent=2) + "\n").encode())
+            if path.is_dir():
+                path.rmdir()  # empty, as was checked
+            temporary.replace(path)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {path}: {reason_of(error)}; {advice_on_writing(error)}"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def new_file(output: str | Path | None) -> Path | None:

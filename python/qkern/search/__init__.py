@@ -1,10 +1,18 @@
 """Mixed precision: what may be chosen, what a choice costs, and the search for the best one."""
 
-from qkern.search.assignment import KEPT, Choice, MixedPrecision, parse_choice
+from qkern.search.assignment import KEPT, Choice, MixedPrecision, parse_choice, spell_choice
 from qkern.search.budget import check_budget, fill, greedy, is_full, lagrangian, random_genome, repair
 from qkern.search.cache import CachedLosses, Evaluates
 from qkern.search.evaluator import ORIGINAL, Candidates, Evaluator, candidate_key
-from qkern.search.genetic import Generation, Losses, check_population, evolve, pareto_front, random_search
+from qkern.search.genetic import (
+    Generation,
+    Losses,
+    check_population,
+    evolve,
+    pareto_front,
+    random_search,
+    undominated,
+)
 from qkern.search.runtimes import RUNTIMES, Runtime, make_space, runtime_named, stored_bits, tied_linears
 from qkern.search.sensitivity import sensitivities, single_changes
 from qkern.search.space import EMBEDDING, Gene, Genome, Space
@@ -43,6 +51,8 @@ __all__ = [
     "runtime_named",
     "sensitivities",
     "single_changes",
+    "spell_choice",
     "stored_bits",
     "tied_linears",
+    "undominated",
 ]

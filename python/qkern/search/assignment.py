@@ -15,7 +15,7 @@ from qkern.schemes import Scheme
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["KEPT", "Choice", "MixedPrecision", "parse_choice"]
+__all__ = ["KEPT", "Choice", "MixedPrecision", "parse_choice", "spell_choice"]
 
 KEPT: Final = "16"
 """Spelling of a tensor that stays as it is."""
@@ -44,7 +44,8 @@ def parse_choice(spelling: str) -> Choice:
         ) from error
 
 
-def _spell(choice: Choice) -> str:
+def spell_choice(choice: Choice) -> str:
+    """Return what `parse_choice` reads as this choice."""
     return KEPT if choice is None else choice.name if isinstance(choice, GGUFType) else str(choice)
 
 
@@ -69,7 +70,7 @@ class MixedPrecision:
     def __post_init__(self) -> None:
         if not self.choices:
             raise InputError("the assignment is empty: it maps names of tensors to schemes or GGUF types")
-        spelled = {pattern: _spell(parse_choice(choice)) for pattern, choice in self.choices.items()}
+        spelled = {pattern: spell_choice(parse_choice(choice)) for pattern, choice in self.choices.items()}
         kinds = {type(parse_choice(choice)) for choice in spelled.values()} - {type(None)}
         if len(kinds) > 1:
             first = {
@@ -113,7 +114,7 @@ class MixedPrecision:
             return cls.read(given)
         return cls(
             {
-                pattern: choice if isinstance(choice, str) else _spell(choice)
+                pattern: choice if isinstance(choice, str) else spell_choice(choice)
                 for pattern, choice in given.items()
             }
         )

@@ -58,10 +58,14 @@ class CachedLosses:
         self._space = space
         self._path = path
         self._known: dict[str, dict[tuple[int, int], float]] = {}
-        self.evaluated = 0
-        """Genomes that were evaluated, now or before, each once however many chunks it went through."""
+        self._asked: set[Genome] = set()
         if path is not None:
             self._read(path)
+
+    @property
+    def evaluated(self) -> int:
+        """Genomes that were asked for, each once, whether or not an earlier run had evaluated them."""
+        return len(self._asked)
 
     @property
     def tokens(self) -> list[int]:
@@ -82,6 +86,7 @@ class CachedLosses:
     ) -> list[float]:
         """Loss of each genome over the first `stop` chunks (None: all); `see` is told how many came new."""
         stop = self.chunks if stop is None else min(stop, self.chunks)
+        self._asked.update(genomes)
         for start in range(stop):
             # Those that have gone as far as `start` and no further, whatever they were asked for before.
             missing = [g for g in dict.fromkeys(genomes) if self._reached(g, stop) == start]
@@ -144,7 +149,6 @@ class CachedLosses:
                 ) from error
 
     def _take(self, spelled: str, part: tuple[int, int], loss: float) -> None:
-        self.evaluated += spelled not in self._known
         self._known.setdefault(spelled, {})[part] = loss
 
     def _read(self, path: Path) -> None:

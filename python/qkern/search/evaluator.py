@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern.nn import QuantLinear
-from qkern.ops import dequantize_groupwise, gguf_decode
+from qkern.ops import dequant_matmul, dequantize_groupwise, gguf_decode
 from qkern.search.assignment import KEPT
 from qkern.search.space import EMBEDDING
 
@@ -102,13 +102,16 @@ class Evaluator:
     def kl(self, genomes: Sequence[Genome], chunks: slice = slice(None)) -> list[float]:
         """KL of each genome in nats, over some chunks of sequences."""
         expected = self._reference[chunks]
-        each = sum(state.nbytes for state in expected)
-        portion = max(1, self._limit // (2 * each))
         result: list[float] = []
-        for start in range(0, len(genomes), portion):
-            some = genomes[start : start + portion]
+        for some in self._portions(genomes, expected):
             result += self._compare(some, self._walk(some, chunks), expected)
         return result
+
+    def _portions(self, genomes: Sequence[Genome], states: list[Tensor]) -> Iterator[Sequence[Genome]]:
+        """Cut genomes into portions whose states fit the limit, in and out of a layer."""
+        count = max(1, self._limit // (2 * sum(state.nbytes for state in states)))
+        for start in range(0, len(genomes), count):
+            yield genomes[start : start + count]
 
     def _embedded(self) -> dict[Genome, list[Tensor]]:
         """Compute what the first layer receives, by allele of the embedding if that is a gene."""
@@ -186,14 +189,19 @@ class Evaluator:
         device = self.stream.device
         if isinstance(candidate, Tensor):
             return _dense(linear, gguf_decode(candidate, spelling).to(device))
-        if self.simulate or isinstance(linear, nn.Embedding):
+        if isinstance(linear, nn.Embedding) or (self.simulate and candidate.scheme.act_bits is None):
             return _dense(linear, dequantize_groupwise(candidate.to(device)))
+        if self.simulate:
+            return _Simulated(linear, candidate.to(device))
         made = QuantLinear.from_quantized(candidate.to(device), linear.bias)
         made.compute = "int8" if candidate.scheme.act_bits else "float"
         return made
 
     def perplexity(self, genomes: Sequence[Genome]) -> list[float]:
         """Perplexity of each genome, sequences being the windows of `qkern.evaluation.perplexity`."""
+        return [one for some in self._portions(genomes, self._reference) for one in self._perplexity(some)]
+
+    def _perplexity(self, genomes: Sequence[Genome]) -> list[float]:
         outputs, last = self._walk(genomes), self._ends[-2]
         chunks = torch.split(self._ids, self._sizes)
         sums = dict.fromkeys(genomes, 0.0)
@@ -285,6 +293,18 @@ def _dense(module: Any, weight: Tensor) -> nn.Module:
     made = copy.copy(module)
     made._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     return made
+
+
+class _Simulated(nn.Module):
+    """A linear with int8 activations, in plain torch."""
+
+    def __init__(self, linear: Any, weight: QuantizedWeight) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dequant_matmul(x, self.weight, self.bias, compute="int8", backend="reference")
 
 
 class _Dense(nn.Module):

@@ -11,13 +11,21 @@ from qkern.errors import InputError
 from qkern.search.budget import check_budget, greedy, lagrangian, random_genome, repair
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from qkern.search.space import Genome, Space
 
-__all__ = ["Generation", "Losses", "check_population", "evolve", "pareto_front", "random_search"]
+__all__ = [
+    "Generation",
+    "Losses",
+    "check_population",
+    "evolve",
+    "pareto_front",
+    "random_search",
+    "undominated",
+]
 
 # How far the first generation and the mutations stray from what the sensitivities say, in powers of e.
 _SPREAD: Final = 0.5
@@ -65,7 +73,6 @@ def evolve(
     generations: int = 12,
     seed: int = 0,
     stages: Sequence[int] = (),
-    seeds: Sequence[Genome] = (),
     see: Callable[[Generation], None] | None = None,
 ) -> Genome:
     """Search the genome of least loss within a budget.
@@ -92,8 +99,6 @@ def evolve(
         Numbers of chunks of the text, ascending. A generation is evaluated on so many; the better half of it
         (and the optimum of the sensitivities) goes on to the next stage, and at last through all of the
         text. Default: all of it goes through all of the text.
-    seeds : sequence of Genome
-        More members of the first generation; repaired where they do not fit.
     see : callable, optional
         Is told how each generation went.
 
@@ -114,7 +119,7 @@ def evolve(
     # pymoo draws numbers of its own for the tournament; neither stream disturbs the other.
     seen: set[Genome] = set()
     moves = _moves(space, losses, np.random.default_rng(seed), seen, budget)
-    members = _first(space, budget, losses, population, seeds, np.random.default_rng([seed, 1]))
+    members = _first(space, budget, losses, population, np.random.default_rng([seed, 1]))
     algorithm = GA(pop_size=population, sampling=np.array(members), **moves)
     best: tuple[float, Genome] | None = None
     for number, genomes, tell in _generations(space, algorithm, generations, seed, objectives=1):
@@ -194,11 +199,12 @@ def pareto_front(
         known.update(zip(genomes, found, strict=True))
         tell([[space.bits(genome), loss] for genome, loss in zip(genomes, found, strict=True)])
         if see is not None:
-            see(number, len(_undominated(space, known)))
-    return _undominated(space, known)
+            see(number, len(undominated(space, known)))
+    return undominated(space, known)
 
 
-def _undominated(space: Space, known: dict[Genome, float]) -> list[tuple[Genome, float]]:
+def undominated(space: Space, known: Mapping[Genome, float]) -> list[tuple[Genome, float]]:
+    """Return those of genomes with known losses that no other beats in size and loss, smallest first."""
     front: list[tuple[Genome, float]] = []
     for genome in sorted(known, key=lambda genome: (space.bits(genome), known[genome])):
         if not front or known[genome] < front[-1][1]:
@@ -265,12 +271,10 @@ def _first(
     budget: int,
     losses: Sequence[Sequence[float]],
     population: int,
-    seeds: Sequence[Genome],
     rng: np.random.Generator,
 ) -> list[Genome]:
-    """Optima of the sensitivities, what the caller wants, optima of noisy sensitivities; all different."""
+    """Optima of the sensitivities, and of noisy sensitivities; all different."""
     chosen = [lagrangian(space, losses, budget), greedy(space, losses, budget)]
-    chosen += [repair(space, genome, budget, rng, losses) for genome in seeds]
     members = dict.fromkeys(chosen[:population])
     for attempt in range(20 * population):
         if len(members) == population:

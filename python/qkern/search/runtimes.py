@@ -10,7 +10,7 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.models import column_weight, is_router
 from qkern.nn import named_linears
 from qkern.ops.gguf_types import GGUFType
-from qkern.search.assignment import KEPT, parse_choice
+from qkern.search.assignment import KEPT, parse_choice, spell_choice
 from qkern.search.space import EMBEDDING, Gene, Space
 
 if TYPE_CHECKING:
@@ -162,9 +162,9 @@ def make_space(
     UnsupportedError
         If no linear at all can have some allele, on a tied head, or on an embedding for another runtime.
     """
-    tried = tuple(dict.fromkeys(alleles or runtime.alleles))
-    for spelling in tried:
-        parse_choice(spelling)
+    tried = tuple(dict.fromkeys(spell_choice(parse_choice(a)) for a in alleles or runtime.alleles))
+    if set(tried) == {KEPT}:
+        raise InputError(f"there is nothing to choose: got {KEPT} alone; add schemes or GGUF types")
     if head and structure.tied:
         raise UnsupportedError(f"{structure.head} is tied to the input embedding: leave it out of the search")
     linears = {name: column_weight(linear) for name, linear in named_linears(model).items()}
@@ -180,10 +180,12 @@ def make_space(
     reasons: dict[str, str] = {}
     for layer, names in groups:
         sizes: dict[str, int] = {}
+        refused: list[str] = []
         for spelling in tried if alleles or runtime.name != "gguf" else (*tried, *_SMALL_TYPES):
             refusals = [runtime.refusal(spelling, *linears[name].shape) for name in names]
             first = next((f"{name}: {why}" for name, why in zip(names, refusals, strict=True) if why), None)
             if first is not None:
+                refused.append(first)
                 reasons.setdefault(spelling, first)
                 continue
             sizes[spelling] = sum(
@@ -194,7 +196,7 @@ def make_space(
             )
         usable |= set(sizes)
         if set(sizes) <= {KEPT}:
-            kept |= dict.fromkeys(names, reasons[tried[0]])
+            kept |= dict.fromkeys(names, refused[0])
             continue
         # Of two alike in size the first named stays.
         ordered = sorted({size: spelling for spelling, size in reversed(sizes.items())}.items())
