@@ -43,7 +43,6 @@ def run(capsys, *arguments):
 
 def test_sensitivity_prints_and_plots(capsys, folder, text, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    pytest.importorskip("matplotlib")
     arguments = ("sensitivity", folder, "--calibration", text, *ALLELES, "--length", 32, "--tokens", 64)
     arguments += ("--store", tmp_path / "store")
     code, out, err = run(
