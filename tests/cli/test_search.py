@@ -50,7 +50,7 @@ def test_sensitivity_prints_and_plots(capsys, folder, text, tmp_path, monkeypatc
     )
     assert code == 0, err
     assert "KL in nats with one of them in w4g32, the others 16-bit" in out
-    assert "self_attn" in out
+    assert "q_proj" in out
     assert "4.500" in out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "a.json").read_text())

@@ -160,6 +160,7 @@ def _plot(report: SensitivityReport, path: Path) -> None:
 
 
 def _print(report: SensitivityReport, allele: str | None) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -170,13 +171,15 @@ def _print(report: SensitivityReport, allele: str | None) -> None:
     cells: dict[int, dict[str, str]] = {}
     for gene in report.genes:
         shown = next(iter(gene.kl)) if allele is None else allele
-        cells.setdefault(gene.layer, {})[gene.kind] = f"{gene.kl[shown]:.2e}" if shown in gene.kl else ""
-    table = Table(
-        title=f"KL in nats with one of them in {allele or 'its smallest choice'}, the others 16-bit"
-    )
+        cells.setdefault(gene.layer, {})[gene.kind] = f"{gene.kl[shown]:.1e}" if shown in gene.kl else ""
+    ends = [kind.rpartition(".")[2] for kind in kinds]
+    headings = ends if len(set(ends)) == len(kinds) else kinds
+    # Narrow enough for the seven linears of a layer in 80 columns.
+    title = f"KL in nats with one of them in {allele or 'its smallest choice'}, the others 16-bit"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0))
     table.add_column("layer", justify="right")
-    for kind in kinds:
-        table.add_column(kind.replace(".", "\n", 1), justify="right")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for layer, row in cells.items():
         table.add_row(str(layer), *(row.get(kind, "") for kind in kinds))
     console = Console(markup=False, highlight=False)
@@ -195,4 +198,7 @@ def _print(report: SensitivityReport, allele: str | None) -> None:
             f"{sum(errors) / len(errors):.2e}" if errors else "",
         )
     console.print(totals)
-    typer.echo(f"{report.tokens:,} tokens, candidates by {report.method}, {report.seconds:.0f} s")
+    typer.echo(
+        f"{report.tokens:,} tokens (half of --tokens, which whole assignments are scored on), candidates by "
+        f"{report.method}, {report.seconds:.0f} s"
+    )

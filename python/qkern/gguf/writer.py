@@ -87,8 +87,8 @@ class PlannedTensor:
         return math.prod(self.shape[:-1]) * self.row_bytes
 
 
-def check_new_file(path: Path) -> None:
-    """Refuse a path that no new file can have.
+def check_new_file(path: Path, example: str = "model.gguf") -> None:
+    """Refuse a path that no new file can have; `example` is a name that one could have.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def check_new_file(path: Path) -> None:
         If it exists, or its folder does not.
     """
     if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file, for example --output {path / 'model.gguf'}")
+        raise InputError(f"{path} is a folder: name a file, for example --output {path / example}")
     if path.exists():
         raise InputError(f"{path} exists: remove it or choose another --output")
     if path.parent.is_file():

@@ -191,7 +191,7 @@ def new_file(output: str | Path | None) -> Path | None:
     """Return the path of a file to write, if any; refuse one that no new file can have."""
     if output is None:
         return None
-    check_new_file(Path(output))
+    check_new_file(Path(output), "report.json")
     return Path(output)
 
 
