@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ def run(capsys, *arguments):
 def test_help_lists_every_command(capsys):
     code, out, err = run(capsys, "--help")
     assert (code, err) == (0, "")
-    assert [out.count(f" {name} ") for name in cli.COMMANDS] == [1] * len(cli.COMMANDS)
+    listed = [line.split()[1] for line in out.splitlines() if re.match(r"│ [a-z]", line)]
+    assert listed == list(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
