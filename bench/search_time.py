@@ -28,6 +28,7 @@ from qkern.pipelines.layerwise import capture, stages_of
 from qkern.pipelines.partial import Partial
 from qkern.pipelines.search import STAGES
 from qkern.pipelines.source import open_source
+from qkern.quantizers import HessianAccumulator
 from qkern.search import RUNTIMES, Evaluator, make_space, single_changes
 
 if TYPE_CHECKING:
@@ -59,14 +60,14 @@ def estimate(arguments: argparse.Namespace) -> None:
         structure = describe(source.model)
         space, _ = make_space(source.model, structure, RUNTIMES["torch"])
         stream = LayerStream(source.model, structure.layers, source.weights, head=structure.head)
-        ids = torch.randint(3, 4000, (arguments.sample // LENGTH, LENGTH), generator=generator)
+        ids = torch.randint(3, 2000, (arguments.sample // LENGTH, LENGTH), generator=generator)
         scored = ids[: max(1, arguments.scored // LENGTH)]
         stream.embed(ids)
         with stream.layer(0):
             names = [gene.names[0].removeprefix(stream.prefix(0)) for gene in space.genes]
             groups = [g for stage in stages_of(stream, structure.architecture, 0, names) for g in stage]
             for _ in clock.time("activations"):
-                capture(stream, 0, groups)
+                capture(stream, 0, groups, HessianAccumulator)
         with Partial(folder / "store", {}) as partial:
             for _ in clock.time("candidates"):
                 store = make_candidates(stream, structure, space, ids, "gptq", partial)
