@@ -247,7 +247,7 @@ def test_disk_counts_finished_layers_and_the_shard_that_is_written_twice(folder,
 
 def test_memory_that_is_not_there_is_said(monkeypatch):
     # The verb hides its module.
-    monkeypatch.setattr(sys.modules["qkern.pipelines.plan"], "available_memory", lambda device: 10_000_000)
+    monkeypatch.setattr(sys.modules["qkern.pipelines.plan"], "available_bytes", lambda: 10_000_000)
     planned = plan(SHIPPED, method="gptq")
     assert planned.seconds is None
     assert planned.basis == "not estimated: the run does not fit in memory"

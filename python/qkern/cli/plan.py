@@ -96,14 +96,13 @@ def _print(plan: Plan) -> None:
     console.print(kinds)
     bits = 8 * plan.bytes_before / plan.parameters
     seconds = "" if plan.seconds is None else f"about {_duration(plan.seconds)}, "
-    free = "" if plan.memory_free is None else f", {_size(plan.memory_free)} free"
     lines = {
         "run": f"{plan.method} {plan.scheme}, {plan.format or 'no format holds it'}, for {plan.runtime}",
         "before": f"{plan.bytes_before:,} bytes, {bits:.3f} bits a weight",
         "after": f"{plan.bytes_after:,} bytes, bpw_file {plan.bpw_file:.3f}, "
         f"bpw_linear {plan.bpw_linear:.3f}",
         "loaded": _size(plan.loaded),
-        "peak memory": f"about {_size(plan.memory)}{free}",
+        "peak memory": f"about {_size(plan.memory)}, {_size(plan.memory_free)} free",
         "disk": f"{_size(plan.disk)}, {_size(plan.disk_free)} free",
         "time": f"{seconds}{plan.basis}",
     }

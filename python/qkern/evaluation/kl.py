@@ -22,10 +22,13 @@ __all__ = [
     "kl_divergence",
     "kl_rows",
     "paired_bootstrap",
+    "with_rest",
 ]
 
 MIN_POSITIONS: Final = 15_000
 """Positions below which a KL is refused: the mean is then too noisy to rank methods."""
+# The rest of the vocabulary is one outcome more, which has some probability in floating point.
+_LEAST: Final = 1e-12
 
 
 def kl_divergence(
@@ -124,6 +127,12 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     # 0 * log 0 is 0, also where q is 0 too; rounding may leave a hair below zero.
     pointwise = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
     return pointwise.sum(-1).clamp(min=0).cpu().double()
+
+
+def with_rest(logs: Tensor) -> Tensor:
+    """Add to log-probabilities of some tokens that of all others together, as one outcome more."""
+    rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=_LEAST).log()
+    return torch.cat([logs, rest], -1)
 
 
 def check_finite(values: NDArray[np.float64]) -> None:

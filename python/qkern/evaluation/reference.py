@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError, OutputError, advice_on_writing, reason_of
-from qkern.evaluation.kl import check_finite, divergence, kl_rows
+from qkern.evaluation.kl import check_finite, divergence, kl_rows, with_rest
 from qkern.evaluation.windows import log_probabilities
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["ReferenceReader", "ReferenceWriter"]
 
 _FACTS: Final = ".json"
-# The rest of the vocabulary is one outcome more, which has some probability in floating point.
-_LEAST: Final = 1e-12
 
 
 class ReferenceWriter:
@@ -138,7 +136,7 @@ class ReferenceReader:
         blocks = []
         for rows, q in log_probabilities(logits):
             p, chosen = expected[rows].to(q), tokens[rows].long().to(q.device)
-            blocks.append(divergence(_with_rest(p), _with_rest(q.gather(-1, chosen))))
+            blocks.append(divergence(with_rest(p), with_rest(q.gather(-1, chosen))))
         likeliest = tokens.gather(-1, expected.argmax(-1, keepdim=True))
         return likeliest[:, 0], torch.cat(blocks).numpy()
 
@@ -164,9 +162,3 @@ class ReferenceReader:
     def agreement(self) -> float:
         """Share of the positions at which both find the same token likeliest."""
         return self._agreed / sum(map(len, self._kl))
-
-
-def _with_rest(log_probs: Tensor) -> Tensor:
-    """Add the log-probability of everything else."""
-    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=_LEAST).log()
-    return torch.cat([log_probs, rest], -1)

@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -35,7 +34,7 @@ from qkern.search import parse_choice, stored_bits
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Job", "available_memory", "encode_seconds", "peak_bytes", "run_seconds"]
+__all__ = ["Job", "encode_seconds", "peak_bytes", "run_seconds"]
 
 logger = logging.getLogger(__name__)
 
@@ -177,18 +176,6 @@ def _scratch(job: Job, name: str) -> int:
         return 4 * max(3 * K * K, K * K + 5 * N * K // 2)
     # AWQ's clipping: groups, what is clipped, decoded, wrong, wrong through the moments, their product, best.
     return 4 * N * K * (7 if job.method == "awq" else 3)
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes of memory that are free on a device; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        lines = dict(line.split(":", 1) for line in text.splitlines())
-        return int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def run_seconds(job: Job, device: torch.device) -> float:

@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from qkern.checkpoints import check_output, parse_size
 from qkern.errors import InputError
+from qkern.evaluation.machine import available_bytes
 from qkern.ops.gguf_types import GGUFType
 from qkern.pipelines.checks import GGUF_METHODS, check_gguf_output, checked_settings
-from qkern.pipelines.estimates import available_memory, encode_seconds, run_seconds
+from qkern.pipelines.estimates import encode_seconds, run_seconds
 from qkern.pipelines.load import usable_device
 from qkern.pipelines.outcomes import Outcome, StoredTensor, checkpoint_outcome, gguf_outcome
 from qkern.pipelines.source import open_source
@@ -85,8 +88,8 @@ class Plan:
         What this machine lacks, and what could not be estimated.
     memory : int
         Bytes at the peak of the run, on the device of the layers, beyond what Python and torch take.
-    memory_free : int or None
-        Bytes that are free there; None where the system does not say.
+    memory_free : int
+        Bytes that are free there.
     loaded : int
         Bytes of the loaded result.
     disk, disk_free : int
@@ -112,7 +115,7 @@ class Plan:
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
     memory: int
-    memory_free: int | None
+    memory_free: int
     loaded: int
     disk: int
     disk_free: int
@@ -222,11 +225,11 @@ def plan(
         outcome = gguf_outcome(model, type, method, mixed, wanted, samples=samples, length=length)
         name = str(model)
     opened = time.monotonic() - started
-    free = available_memory(target)
+    free = torch.cuda.mem_get_info(target)[0] if target.type == "cuda" else available_bytes()
     disk_free = shutil.disk_usage(_existing(output)).free
     warnings = _shortages(outcome, free, disk_free)
     seconds, basis = None, "not estimated"
-    if timed and free is not None and outcome.memory > free:
+    if timed and outcome.memory > free:
         basis = "not estimated: the run does not fit in memory"
     elif timed:
         seconds = opened + encode_seconds(outcome.rounded)
@@ -289,10 +292,10 @@ def _check_export(
         check_gguf_output(Path(output), modelfile=False, in_parts=False)
 
 
-def _shortages(outcome: Outcome, free: int | None, disk_free: int) -> list[str]:
+def _shortages(outcome: Outcome, free: int, disk_free: int) -> list[str]:
     """Say what this machine does not have."""
     found = []
-    if free is not None and outcome.memory > free:
+    if outcome.memory > free:
         found.append(
             f"the run needs about {_gigabytes(outcome.memory)} of memory at its peak, and {_gigabytes(free)} "
             "are free: fewer or shorter calibration sequences (samples, length) need less"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from qkern.evaluation.kl import divergence, with_rest
 from qkern.nn import QuantLinear
 from qkern.ops import dequant_matmul, dequantize_groupwise, gguf_decode
 from qkern.search.assignment import KEPT
@@ -140,7 +141,7 @@ class Evaluator:
         for index, end in enumerate(self._ends[:-1]):
             with self.stream.layer(index) as layer, self._places(layer, index) as place:
                 after: dict[Genome, list[Tensor]] = {}
-                # In order, so that neighbours differ little and a state can go when its last branch has.
+                # In order, so that neighbours differ little.
                 for prefix in sorted({genome[:end] for genome in genomes}):
                     place(prefix[done:])
                     after[prefix] = self.stream.through(index, states[prefix[:done]])
@@ -233,13 +234,14 @@ class Evaluator:
                     some = slice(start, start + _ROWS)
                     p = through(original[sequence, some], left)
                     top = None if self.top_k is None else p.topk(min(self.top_k, p.shape[-1])).indices
-                    p = _merged(p, top)
+                    if top is not None:
+                        p = with_rest(p.gather(-1, top))
                     positions += len(p)
                     for genome in sums:
                         q = through(outputs[genome[:last]][chunk][sequence, some], genome)
-                        q = _merged(q, top)
-                        # Rounding may leave a hair below zero.
-                        sums[genome] += float((p.exp() * (p - q)).sum(-1).clamp(min=0).double().sum())
+                        if top is not None:
+                            q = with_rest(q.gather(-1, top))
+                        sums[genome] += float(divergence(p, q).sum())
         return [sums[genome] / positions for genome in genomes]
 
     @contextmanager
@@ -265,15 +267,6 @@ class Evaluator:
                 yield through
             finally:
                 _set_submodule(stream.model, name, head)
-
-
-def _merged(logs: Tensor, top: Tensor | None) -> Tensor:
-    """Keep the log-probabilities at some indices, and that of all others together; None: all of them."""
-    if top is None:
-        return logs
-    kept = logs.gather(-1, top)
-    rest = (1 - kept.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(logs.dtype).eps).log()
-    return torch.cat([kept, rest], dim=-1)
 
 
 def _set_submodule(module: nn.Module, name: str, child: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from qkern.errors import InputError
-from qkern.search.assignment import KEPT, MixedPrecision
+from qkern.search.assignment import MixedPrecision, spell_choice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,10 +133,7 @@ class Space:
         found = assignment.resolve(name for gene in self.genes for name in gene.names)
         genome = []
         for gene in self.genes:
-            spelled = {
-                KEPT if (choice := found.get(name)) is None else getattr(choice, "name", None) or str(choice)
-                for name in gene.names
-            }
+            spelled = {spell_choice(found.get(name)) for name in gene.names}
             if len(spelled) != 1 or not spelled <= set(gene.alleles):
                 raise InputError(
                     f"{', '.join(gene.names)} share one of {', '.join(gene.alleles)} in this runtime: the "
