@@ -96,11 +96,20 @@ def test_a_terminated_run_leaves_no_process_and_no_file(quantized, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_original_alone_is_a_failure_without_empty_tables(capsys):
+    code, out, err = run(capsys, "--skip-original", MODEL, "missing.gguf", *OPTIONS)
+    assert code == 1
+    assert "Size and quality" in out
+    assert "Speed" not in out
+    assert "Samples" not in out
+    assert "no model could be measured beside the original" in err
+
+
 def test_nothing_measured_is_a_failure(capsys):
     code, out, err = run(capsys, "no-such-folder", "missing.gguf", *OPTIONS)
     assert code == 1
     assert "no-such-folder" in out
-    assert err.splitlines()[-1].startswith("qkern: error: no model could be measured")
+    assert err.splitlines()[-1].startswith("qkern: error: no model could be measured beside the original")
 
 
 @pytest.mark.parametrize(

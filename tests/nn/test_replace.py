@@ -239,6 +239,14 @@ class TestComputeMode:
             fail_inside()
         assert [layer.compute for layer in layers] == ["auto", "int8", "auto", "auto", "auto"]
 
+    def test_none_is_what_schemes_say(self):
+        model = Model()
+        replace_linears(model, "w4g16", skip=("lm_head", "layers.1.*"))
+        replace_linears(model, "w4g16a8", skip=("lm_head", "layers.0.*"))
+        with compute_mode(model, None):
+            found = {name: layer.compute for name, layer in quant_linears(model).items()}
+        assert found == {name: "float" if ".0." in name else "int8" for name in ALL}
+
     def test_unknown_name(self):
         with pytest.raises(InputError, match="allowed are auto, float, int8"), compute_mode(Model(), "fp8"):
             pass

@@ -332,12 +332,12 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
         alleles=("q2_k", "q4_k", "q6_k"),
         target_bytes=1_500_000 if embedding else None,
         target_bpw_linear=None if embedding else 3.5,
-        embedding=embedding,
         type="q8_0",
         population=2,
         generations=1,
         output=tmp_path / "a.json",
     )
+    assert ("model.embed_tokens" in report.kept) != embedding
     table = report.best.assignment.choices["model.embed_tokens"]
     assert table in ("q2_k", "q4_k", "q6_k") if embedding else table == "q8_0"
     assert {"q2_k", "q4_k"} < set(report.best.assignment.choices.values())
@@ -380,6 +380,11 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
             {"target_bpw_linear": 4, "calibration": [[5]], "text": None},
             InputError,
             "calibration text is shorter than one sequence: it has 1 tokens",
+        ),
+        (
+            {"target_bpw_linear": 4, "text": [[5]]},
+            InputError,
+            "text to score on is shorter than one sequence: it has 1 tokens",
         ),
         (
             {"target_bpw_linear": 4, "calibration": IDS[:1], "text": None},

@@ -33,7 +33,7 @@ def bounded_length(config: Any, length: int) -> int:
         raise InputError(f"length must be at least 2 tokens: got {length}; the default is 2048")
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < length:
-        logger.info("calibration length: %d instead of %d, all that the model takes", limit, length)
+        logger.info("sequences of %d tokens instead of %d: all that the model takes", limit, length)
         return limit
     return length
 
@@ -46,6 +46,7 @@ def make_batches(
     length: int = 2048,
     seed: int = 0,
     vocabulary: int | None = None,
+    what: str = "calibration text",
 ) -> Tensor:
     """Pack documents into sequences of `length` tokens, without padding and without overlap.
 
@@ -63,6 +64,8 @@ def make_batches(
         Seed of the draw.
     vocabulary : int, optional
         Number of token ids that the model knows; larger ids are an error.
+    what : str
+        What errors call the text.
 
     Returns
     -------
@@ -79,42 +82,40 @@ def make_batches(
     if isinstance(texts, Tensor):
         if texts.dim() != 2 or texts.is_floating_point() or texts.numel() == 0:
             raise InputError(
-                f"calibration ids must be an integer tensor [sequences, tokens]: got {texts.dtype} "
+                f"ids of the {what} must be an integer tensor [sequences, tokens]: got {texts.dtype} "
                 f"{tuple(texts.shape)}"
             )
         batch = texts[:samples, :length].long().cpu()
     else:
-        batch = _pack(tokenizer, texts, samples, length, seed)
+        batch = _pack(tokenizer, texts, samples, length, seed, what)
     if vocabulary is not None and (int(batch.max()) >= vocabulary or int(batch.min()) < 0):
         raise InputError(
-            f"calibration ids go from {int(batch.min())} to {int(batch.max())} but the model's vocabulary "
+            f"ids of the {what} go from {int(batch.min())} to {int(batch.max())} but the model's vocabulary "
             f"has {vocabulary} entries: use the model's own tokenizer"
         )
     return batch
 
 
-def _pack(tokenizer: Any, texts: Sequence[Document], samples: int, length: int, seed: int) -> Tensor:
+def _pack(
+    tokenizer: Any, texts: Sequence[Document], samples: int, length: int, seed: int, what: str
+) -> Tensor:
     ids: list[int] = []
     for document in texts:
         if isinstance(document, str):
             if tokenizer is None:
-                raise InputError(
-                    "calibration texts need a tokenizer: the model has none; give lists of token ids"
-                )
+                raise InputError(f"the {what} needs a tokenizer: the model has none; give lists of token ids")
             ids.extend(tokenizer(document, verbose=False)["input_ids"])
         else:
             ids.extend(document)
     windows = len(ids) // length
     if windows == 0:
         raise InputError(
-            f"calibration text is shorter than one sequence: it has {len(ids)} tokens, {length} are needed; "
+            f"{what} is shorter than one sequence: it has {len(ids)} tokens, {length} are needed; "
             "give more text or a smaller length"
         )
     packed = torch.tensor(ids[: windows * length], dtype=torch.int64, device="cpu").reshape(windows, length)
     if windows < samples:
-        logger.info(
-            "calibration text holds %d sequences of %d tokens, %d were asked for", windows, length, samples
-        )
+        logger.info("%s holds %d sequences of %d tokens, %d were asked for", what, windows, length, samples)
         return packed
     chosen = torch.randperm(windows, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[
         :samples

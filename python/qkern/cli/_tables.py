@@ -15,10 +15,12 @@ __all__ = ["print_table"]
 
 
 def print_table(console: Console, title: str, table: Table, *, left: Collection[str]) -> None:
-    """Print a table; columns named in `left` hold text, all others numbers."""
+    """Print a table, if it has rows; columns named in `left` hold text, all others numbers."""
     from rich.table import Table as Printed
 
     header, rows = table
+    if not rows:
+        return
     printed = Printed(title=title, title_justify="left")
     for name in header:
         printed.add_column(name, justify="left" if name in left else "right")

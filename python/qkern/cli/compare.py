@@ -63,7 +63,7 @@ def command(
     """Size, speed, memory and quality of models beside their original, each in a process of its own.
 
     A model that does not load, fit in memory or come to an end has the reason in its row. Exit code 1 if none
-    could be measured.
+    but the original could be measured.
     """
     from qkern.checkpoints import check_output, new_folder
     from qkern.demo import HELDOUT
@@ -103,7 +103,7 @@ def command(
             pictures = "" if has_matplotlib() else " (no pictures: matplotlib is missing, qkern[plot])"
             typer.echo(f"report: {output / 'report.md'}{pictures}")
     if comparison.is_empty:
-        raise InputError("no model could be measured; the reasons are beside their names")
+        raise InputError("no model could be measured beside the original; the reasons are beside their names")
 
 
 def _print(comparison: Comparison) -> None:

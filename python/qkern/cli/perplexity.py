@@ -29,8 +29,12 @@ def command(
     text: Annotated[Path, typer.Option(help="UTF-8 text file to read.")],
     window: Annotated[int, typer.Option(min=4, help="Tokens of a window.")] = 512,
     compute: Annotated[
-        Compute, typer.Option(help="Keep activations, or quantize them to int8 (not in llama.cpp).")
-    ] = Compute.FLOAT,
+        Compute | None,
+        typer.Option(
+            help="Keep activations, or quantize them to int8 (not in llama.cpp).",
+            show_default="int8 where the scheme says a8, else float",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps (not in llama.cpp).")] = "auto",
     runner: Annotated[
         Runner | None, typer.Option(help="What runs a .gguf file.", show_default="llama.cpp")
@@ -55,7 +59,8 @@ def command(
         if is_gguf and runner is not Runner.QKERN
         else _open(model, content, device)
     )
-    losses = token_losses(run, ids, window=window, bos=bos, compute=compute.value)
+    arithmetic = None if compute is None else compute.value
+    losses = token_losses(run, ids, window=window, bos=bos, compute=arithmetic)
     perplexity, error = with_error(losses)
     result = {
         "perplexity": perplexity,
@@ -65,7 +70,7 @@ def command(
         "windows": len(losses),
         "window": window,
         "runner": source,
-        "compute": compute.value if source == "qkern" else None,
+        "compute": (arithmetic or "as the schemes say") if source == "qkern" else None,
     }
     if as_json:
         typer.echo(json.dumps(result))
@@ -85,7 +90,7 @@ def _open(model: str, text: str, device: str) -> tuple[Any, Any, int | None, str
 
 
 def _open_gguf(
-    model: str, text: str, window: int, compute: Compute, device: str
+    model: str, text: str, window: int, compute: Compute | None, device: str
 ) -> tuple[Any, Any, int | None, str]:
     from qkern.errors import UnsupportedError
     from qkern.evaluation.llama_cpp import LlamaCpp

@@ -61,8 +61,8 @@ def command(
     ] = 0,
     runtime: RuntimeOption = RuntimeName.TORCH,
     alleles: Alleles = None,
-    head: Head = False,
-    embedding: Embedding = False,
+    head: Head = None,
+    embedding: Embedding = None,
     type: Annotated[
         str, typer.Option("--type", help="GGUF: mixture for what is not searched, as in export-gguf.")
     ] = "q4_k_m",

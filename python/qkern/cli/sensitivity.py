@@ -49,9 +49,17 @@ Alleles = Annotated[
         show_default="by runtime",
     ),
 ]
-Head = Annotated[bool, typer.Option("--head", help="The output head too.")]
+_IN_GGUF = "GGUF: yes, unless a target counts linears alone"
+Head = Annotated[
+    bool | None, typer.Option("--head/--no-head", help="The output head too.", show_default=_IN_GGUF)
+]
 Embedding = Annotated[
-    bool, typer.Option("--embedding", help="GGUF: the embedding too, and a head that is tied to it.")
+    bool | None,
+    typer.Option(
+        "--embedding/--no-embedding",
+        help="GGUF: the embedding too, and a head that is tied to it.",
+        show_default=_IN_GGUF,
+    ),
 ]
 MethodOption = Annotated[CandidateMethod, typer.Option(help="How codes are chosen.")]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
@@ -86,8 +94,8 @@ def command(
     text: Text = None,
     runtime: RuntimeOption = RuntimeName.TORCH,
     alleles: Alleles = None,
-    head: Head = False,
-    embedding: Embedding = False,
+    head: Head = None,
+    embedding: Embedding = None,
     method: MethodOption = CandidateMethod.GPTQ,
     samples: Samples = 128,
     length: Length = 2048,

@@ -39,7 +39,7 @@ def kl_divergence(
     window: int = 512,
     bos: int | None = None,
     batch_size: int = 4,
-    compute: str = "float",
+    compute: str | None = None,
     allow_short: bool = False,
 ) -> NDArray[np.float64]:
     """KL(reference || model) in nats at every position of every full window.
@@ -58,9 +58,9 @@ def kl_divergence(
         int64 ``[T]``, held-out tokens that neither calibration nor search saw.
     window, bos, batch_size
         As in `perplexity`.
-    compute : str
-        ``"float"`` keeps activations; ``"int8"`` quantizes them in every `QuantLinear` of `model`.
-        The reference always runs in float.
+    compute : str, optional
+        ``"float"`` keeps activations, ``"int8"`` quantizes them in every `QuantLinear` of `model`; default:
+        int8 where the scheme says a8, else float. The reference always runs in float.
     allow_short : bool
         Accept fewer than `MIN_POSITIONS` positions.
 

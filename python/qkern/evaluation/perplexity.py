@@ -25,7 +25,7 @@ def token_losses(
     window: int = 512,
     bos: int | None = None,
     batch_size: int = 4,
-    compute: str = "float",
+    compute: str | None = None,
 ) -> NDArray[np.float64]:
     """Negative log-likelihood in nats of every scored token; see `perplexity` for which are scored.
 
@@ -75,7 +75,7 @@ def perplexity(
     window: int = 512,
     bos: int | None = None,
     batch_size: int = 4,
-    compute: str = "float",
+    compute: str | None = None,
 ) -> float:
     """Perplexity of a token stream, windowed as llama.cpp's perplexity tool does it.
 
@@ -98,8 +98,9 @@ def perplexity(
         window, as in llama.cpp. None for tokenizers that add none.
     batch_size : int
         Windows that run together; it does not change the result beyond rounding.
-    compute : str
-        ``"float"`` keeps activations; ``"int8"`` quantizes them in every `QuantLinear`.
+    compute : str, optional
+        ``"float"`` keeps activations, ``"int8"`` quantizes them in every `QuantLinear`; default: int8 where
+        the scheme says a8, else float.
 
     Returns
     -------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -106,8 +105,8 @@ def split_windows(ids: Tensor, window: int, bos: int | None) -> Tensor:
 def runner(model: Model, compute: str | None) -> Logits:
     """Return a function from ids ``[B, T]`` to logits ``[B, T, V]`` on the model's device.
 
-    It runs the model in evaluation mode, without gradients, with `compute` in every `QuantLinear` (None: as
-    each is set), and leaves the model as it was.
+    It runs the model in evaluation mode, without gradients, in `qkern.nn.compute_mode`, and leaves the model
+    as it was.
     """
     if not isinstance(model, nn.Module):
         return _checked(model)
@@ -128,8 +127,7 @@ def runner(model: Model, compute: str | None) -> Logits:
         training = module.training
         module.eval()
         try:
-            mode = nullcontext() if compute is None else compute_mode(module, compute)
-            with mode, torch.inference_mode():
+            with compute_mode(module, compute), torch.inference_mode():
                 output = module(ids.to(device), **arguments)
         finally:
             module.train(training)
@@ -167,7 +165,7 @@ def window_logits(
     window: int = 512,
     bos: int | None = None,
     batch_size: int = 4,
-    compute: str = "float",
+    compute: str | None = None,
 ) -> Tensor:
     """Logits of every position of every full window, to be compared with several models.
 
@@ -183,8 +181,8 @@ def window_logits(
         Replaces the first token of every window.
     batch_size : int
         Windows that run together.
-    compute : str
-        ``"float"``, or ``"int8"`` for int8 activations.
+    compute : str, optional
+        ``"float"``, or ``"int8"`` for int8 activations; default: int8 where the scheme says a8, else float.
 
     Returns
     -------

@@ -216,27 +216,28 @@ def _report_subclasses(model: nn.Module, skip: Sequence[str]) -> None:
 
 
 @contextmanager
-def compute_mode(model: nn.Module, compute: str) -> Iterator[None]:
+def compute_mode(model: nn.Module, compute: str | None) -> Iterator[None]:
     """Make every quantized layer of `model` use one kind of arithmetic inside the block.
 
     Parameters
     ----------
     model : nn.Module
         A model with `QuantLinear` or `QuantEmbedding` modules, or with none.
-    compute : str
-        ``"auto"``, ``"float"`` or ``"int8"``.
+    compute : str or None
+        ``"auto"``, ``"float"`` or ``"int8"``; None: int8 activations where the scheme says a8, float in all
+        others.
 
     Raises
     ------
     InputError
         On another name.
     """
-    if compute not in COMPUTE:
+    if compute is not None and compute not in COMPUTE:
         raise InputError(f"unknown compute: got {compute!r}, allowed are {', '.join(COMPUTE)}")
     layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantEmbedding)]
     before = [layer.compute for layer in layers]
     for layer in layers:
-        layer.compute = compute
+        layer.compute = compute or ("float" if layer.scheme.act_bits is None else "int8")
     try:
         yield
     finally:

@@ -121,8 +121,8 @@ class Comparison:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no model could be loaded."""
-        return all(model.load_seconds is None for model in self.models)
+        """Whether there is nothing to compare: no model but the original could be loaded."""
+        return all(model.load_seconds is None for model in self.models[1:])
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""

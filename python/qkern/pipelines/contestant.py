@@ -33,13 +33,12 @@ from qkern.evaluation.reference import ReferenceReader, ReferenceWriter
 from qkern.evaluation.scoring import score
 from qkern.evaluation.windows import runner
 from qkern.gguf import GGUFFile
-from qkern.nn import QuantEmbedding, QuantLinear
 from qkern.pipelines.load import is_gguf, load, load_with_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from qkern.evaluation.scoring import Score
     from qkern.evaluation.windows import Logits
@@ -157,15 +156,7 @@ class _Folder:
                     "memory are free: score in the checkpoint's own dtype (--dtype auto)"
                 )
             self._model = load(self._task.path, dtype=dtype, device=self._task.device)
-        _keep_activations(self._model)
         return runner(self._model, None)
-
-
-def _keep_activations(model: nn.Module) -> None:
-    """Compute in float, but for layers whose scheme itself says what activations are."""
-    for module in model.modules():
-        if isinstance(module, QuantLinear | QuantEmbedding):
-            module.compute = "float" if module.scheme.act_bits is None else "int8"
 
 
 class _Gguf:

@@ -283,9 +283,15 @@ def _say_no_folding(model_type: str, settings: Settings) -> None:
 
 
 def calibration_ids(
-    source: Source, calibration: Any, tokenizer: Any, samples: int, length: int, seed: int
+    source: Source,
+    calibration: Any,
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    what: str = "calibration text",
 ) -> Tensor:
-    """Token ids int64 ``[S, T]`` of calibration texts for a model.
+    """Token ids int64 ``[S, T]`` of calibration texts, or others that errors call `what`, for a model.
 
     Raises
     ------
@@ -296,12 +302,12 @@ def calibration_ids(
         raise InputError(
             "calibration is missing: every method but rtn, and static scales, measure activations on text; "
             "give a .txt or .jsonl file (--calibration FILE), a list of texts or token ids, or use "
-            "method='rtn'"
+            "method='rtn' without static scales"
         )
     check_source(calibration)
     length = bounded_length(source.model.config, length)
     vocabulary = source.model.get_input_embeddings().num_embeddings
-    limits = {"samples": samples, "length": length, "seed": seed, "vocabulary": vocabulary}
+    limits = {"samples": samples, "length": length, "seed": seed, "vocabulary": vocabulary, "what": what}
     if isinstance(calibration, Tensor):
         return make_batches(None, calibration, **limits)
     ready = isinstance(calibration, (list, tuple)) and not any(

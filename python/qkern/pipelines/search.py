@@ -78,8 +78,8 @@ def sensitivity(
     text: Any = None,
     runtime: str = "torch",
     alleles: Sequence[str] | None = None,
-    head: bool = False,
-    embedding: bool = False,
+    head: bool | None = None,
+    embedding: bool | None = None,
     method: str = "gptq",
     samples: int = 128,
     length: int = 2048,
@@ -107,8 +107,9 @@ def sensitivity(
     alleles : sequence of str, optional
         Schemes such as ``"w3g128"`` (``"w3g128a8"``: with int8 activations), GGUF types such as ``"q4_k"``
         or ``"16"``; default: the runtime's.
-    head, embedding : bool
+    head, embedding : bool, optional
         The output head too; the input embedding, which GGUF alone holds quantized, and a head tied to it.
+        Default: both for runtime gguf, unless a target counts linears alone; none for the others.
     method : {"gptq", "rtn"}
         How codes are chosen.
     samples, length : int
@@ -168,8 +169,8 @@ def search_assignment(
     text: Any = None,
     runtime: str = "torch",
     alleles: Sequence[str] | None = None,
-    head: bool = False,
-    embedding: bool = False,
+    head: bool | None = None,
+    embedding: bool | None = None,
     type: str = "q4_k_m",
     method: str = "gptq",
     samples: int = 128,
@@ -276,8 +277,8 @@ def _plan(
     alleles: Sequence[str] | None,
     method: str,
     *,
-    head: bool,
-    embedding: bool = False,
+    head: bool | None,
+    embedding: bool | None,
     device: str,
     export: Mapping[str, Any],
     target: Target | None = None,
@@ -288,6 +289,9 @@ def _plan(
     source = open_source(model)
     structure = describe(source.model)
     in_file = target is None or target.kind != "bpw_linear"
+    whole = runtime == "gguf" and in_file
+    head = whole and not structure.tied if head is None else head
+    embedding = whole if embedding is None else embedding
     sizes, space, kept = Sizes.of(
         source,
         structure,

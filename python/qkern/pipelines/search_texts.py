@@ -55,10 +55,10 @@ class Texts:
             )
         if text is not None:
             return cls(
-                calibration=calibration_ids(source, calibration, tokenizer, samples, length, _SEED),
-                scored=calibration_ids(source, text, tokenizer, count, length, _SEED),
+                calibration=calibration_ids(source, calibration, tokenizer, samples, bounded, _SEED),
+                scored=calibration_ids(source, text, tokenizer, count, bounded, _SEED, "text to score on"),
             )
-        ids = calibration_ids(source, calibration, tokenizer, samples + count, length, _SEED)
+        ids = calibration_ids(source, calibration, tokenizer, samples + count, bounded, _SEED)
         if len(ids) < 2:
             raise InputError(
                 f"the calibration text holds one sequence of {ids.shape[1]} tokens, and a search needs one "

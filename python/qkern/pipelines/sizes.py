@@ -163,7 +163,8 @@ class Sizes:
             },
             outside=outside,
         )
-        return sizes, space, kept | strangers(source.model)
+        left = {name: f"not searched: scored as it is, {type} in the file" for name, type in outside.items()}
+        return sizes, space, kept | strangers(source.model) | left
 
     def linear_bits(self, names: Sequence[str], spelling: str) -> int:
         """Bits of linears in one allele: codes, scales and zero points."""

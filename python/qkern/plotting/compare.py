@@ -100,6 +100,7 @@ def sample_table(comparison: Comparison) -> Table:
         # A model that died on the way has fewer.
         (prompt, *(_cell([*row.samples, *[None] * (number + 1)][number], str) for row in rows))
         for number, prompt in enumerate(comparison.prompts)
+        if rows
     ]
 
 
