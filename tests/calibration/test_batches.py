@@ -65,7 +65,7 @@ def test_ids_outside_the_vocabulary():
 
 
 def test_texts_need_a_tokenizer_and_samples_a_number():
-    with pytest.raises(InputError, match="need a tokenizer"):
+    with pytest.raises(InputError, match="needs a tokenizer"):
         make_batches(None, ["text"], samples=1, length=2)
     with pytest.raises(InputError, match="samples must be at least 1"):
         make_batches(None, [[1, 2]], samples=0, length=2)
@@ -76,7 +76,7 @@ def test_length_is_bounded_by_the_model(caplog):
     config = SimpleNamespace(get_text_config=lambda: text)
     with caplog.at_level(logging.INFO, "qkern"):
         assert bounded_length(config, 2048) == 512
-    assert "512 instead of 2048" in caplog.text
+    assert "512 tokens instead of 2048" in caplog.text
     assert bounded_length(config, 100) == 100
     text.max_position_embeddings = None
     assert bounded_length(config, 2048) == 2048

@@ -278,7 +278,7 @@ def _plan(
     method: str,
     *,
     head: bool | None,
-    embedding: bool | None,
+    embedding: bool | None = None,
     device: str,
     export: Mapping[str, Any],
     target: Target | None = None,
