@@ -11,12 +11,13 @@ from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     from qkern.models import fuse_forwards
-    from qkern.nn import QuantEmbedding, QuantLinear, replace_linears
+    from qkern.nn import FakeQuantLinear, QuantEmbedding, QuantLinear, replace_linears
     from qkern.pipelines.compare import compare
     from qkern.pipelines.export_gguf import export_gguf
     from qkern.pipelines.imatrix import imatrix
     from qkern.pipelines.load import load
     from qkern.pipelines.plan import plan
+    from qkern.pipelines.qat import convert_qat, prepare_qat
     from qkern.pipelines.quantize import quantize
     from qkern.pipelines.save import save
     from qkern.pipelines.search import search_assignment, sensitivity
@@ -24,15 +25,18 @@ if TYPE_CHECKING:
 
 # Loaded on first use, so that `import qkern` costs little beyond `import torch`.
 _LAZY = {
+    "FakeQuantLinear": "qkern.nn",
     "MixedPrecision": "qkern.search",
     "QuantEmbedding": "qkern.nn",
     "QuantLinear": "qkern.nn",
     "compare": "qkern.pipelines",
+    "convert_qat": "qkern.pipelines",
     "export_gguf": "qkern.pipelines",
     "fuse_forwards": "qkern.models",
     "imatrix": "qkern.pipelines",
     "load": "qkern.pipelines",
     "plan": "qkern.pipelines",
+    "prepare_qat": "qkern.pipelines",
     "quantize": "qkern.pipelines",
     "replace_linears": "qkern.nn",
     "save": "qkern.pipelines",
@@ -41,6 +45,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "FakeQuantLinear",
     "FormatError",
     "InputError",
     "MixedPrecision",
@@ -53,11 +58,13 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "compare",
+    "convert_qat",
     "export_gguf",
     "fuse_forwards",
     "imatrix",
     "load",
     "plan",
+    "prepare_qat",
     "quantize",
     "replace_linears",
     "save",

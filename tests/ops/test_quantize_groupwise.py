@@ -431,6 +431,57 @@ def test_quantize_groupwise_of_equal_scales_nests_exactly(backend: str) -> None:
     assert torch.equal(dequantize_groupwise(qw, backend=backend), torch.ones(3, 64))
 
 
+@pytest.mark.parametrize("spelling", SCHEMES)
+def test_quantize_groupwise_on_a_grid_that_is_given(backend: str, spelling: str) -> None:
+    for shape in [(5, 300), (2, 3, 40), (3, 0), (0, 64)]:
+        for dtype in FLOAT_DTYPES:
+            found = quantize_groupwise(random_weight(shape), spelling, search="mse", scale_dtype=dtype)
+            weight = random_weight(shape, 1).to(dtype)  # beyond the ends of a grid that is another's
+            grid = {"scales": found.scales, "zeros": found.zeros}
+            qw = quantize_groupwise(weight, spelling, backend=backend, **grid)
+            assert_same(qw, quantize_groupwise(weight, spelling, backend="reference", **grid), shape)
+            assert torch.equal(qw.scales, found.scales)
+            # What lies on the grid keeps its codes.
+            again = quantize_groupwise(dequantize_groupwise(found), spelling, backend=backend, **grid)
+            assert torch.equal(dequantize_groupwise(again), dequantize_groupwise(found))
+
+
+def test_quantize_groupwise_on_a_given_grid_is_the_formula(backend: str) -> None:
+    weight, scales = random_weight((4, 96)), torch.tensor([0.5, -0.25, 0.125]).repeat(4, 1).half()
+    zeros = torch.arange(12, dtype=torch.uint8).reshape(4, 3)
+    qw = quantize_groupwise(weight, "w4g32z", scales=scales, zeros=zeros, backend=backend)
+    steps, shifts = (part.double().repeat_interleave(32, 1) for part in (scales, zeros))
+    assert np.array_equal(codes_of(qw), ((weight.double() / steps).round() + shifts).clamp(0, 15).numpy())
+    # Strides of the grid, and a scale that is 0.
+    strided = scales.T.contiguous().T
+    assert_same(quantize_groupwise(weight, "w4g32z", scales=strided, zeros=zeros, backend=backend), qw)
+    zero = torch.zeros_like(scales)
+    assert (dequantize_groupwise(quantize_groupwise(weight, "w4g32", scales=zero, backend=backend)) == 0).all()
+
+
+def test_quantize_groupwise_refuses_a_grid_that_does_not_fit() -> None:
+    weight, scales = random_weight((4, 64)), torch.ones(4, 2)
+    zeros = torch.zeros(4, 2, dtype=torch.uint8)
+    for options, match in (
+        ({"scales": scales[:, :1]}, r"\(4, 2\): got torch\.float32 \(4, 1\)"),
+        ({"scales": scales.double()}, r"torch\.float64"),
+        ({"zeros": zeros}, "got None"),
+        ({"scales": scales, "zeros": zeros}, "w4g32 excludes zeros"),
+        ({"scales": scales, "search": "mse"}, "search='mse'"),
+        ({"scales": scales * torch.nan}, "NaN or Inf"),
+    ):
+        with pytest.raises(InputError, match=match):
+            quantize_groupwise(weight, "w4g32", **options)
+    with pytest.raises(InputError, match="w4g32z needs zeros"):
+        quantize_groupwise(weight, "w4g32z", scales=scales)
+    with pytest.raises(InputError, match=r"zeros must be uint8 \(4, 2\)"):
+        quantize_groupwise(weight, "w4g32z", scales=scales, zeros=zeros.int())
+    with pytest.raises(InputError, match="NaN or Inf"):
+        quantize_groupwise(weight / 0, "w4g32", scales=scales)
+    with pytest.raises(UnsupportedError, match="w4g32d"):
+        quantize_groupwise(weight, "w4g32d", scales=scales)
+
+
 def test_quantize_groupwise_names_what_is_wrong() -> None:
     weight = random_weight((4, 32))
     ones = torch.ones(32)

@@ -1,6 +1,7 @@
 """Modules that hold quantized weights, and putting them into a model."""
 
 from qkern.nn.embedding import QuantEmbedding, TiedHead
+from qkern.nn.fake_quant import FakeQuantLinear
 from qkern.nn.linear import QuantLinear
 from qkern.nn.replace import (
     compute_mode,
@@ -13,6 +14,7 @@ from qkern.nn.replace import (
 from qkern.nn.shared_input import SharedInput
 
 __all__ = [
+    "FakeQuantLinear",
     "QuantEmbedding",
     "QuantLinear",
     "SharedInput",

@@ -23,7 +23,15 @@ from qkern.schemes import PackedWeight, QuantizedWeight, Scheme, as_scheme
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["COMPUTE", "QuantLinear", "is_conv1d", "is_plain_call", "needs_grad", "transformed"]
+__all__ = [
+    "COMPUTE",
+    "QuantLinear",
+    "is_conv1d",
+    "is_plain_call",
+    "needs_grad",
+    "transformed",
+    "weight_and_bias",
+]
 
 COMPUTE: Final = ("auto", "float", "int8")
 
@@ -112,7 +120,7 @@ class QuantLinear(QuantModule):
             If the weight has NaN or Inf.
         """
         scheme = as_scheme(scheme)
-        weight, bias = _weight_and_bias(linear)
+        weight, bias = weight_and_bias(linear)
         if weight.device.type == "meta":
             N, K = weight.shape
             made = cls.empty(
@@ -427,7 +435,7 @@ class QuantLinear(QuantModule):
         return f"{super().extra_repr()}, bias={self.bias is not None}, compute={self.compute}, {state}"
 
 
-def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+def weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight ``[N, K]`` and bias ``[N]`` of a linear layer."""
     if isinstance(linear, nn.Linear):
         return linear.weight.detach(), linear.bias

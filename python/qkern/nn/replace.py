@@ -6,28 +6,34 @@ import fnmatch
 import logging
 from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from qkern.errors import InputError, UnsupportedError
 from qkern.nn.embedding import QuantEmbedding
+from qkern.nn.fake_quant import FakeQuantLinear
 from qkern.nn.linear import COMPUTE, QuantLinear, is_conv1d
 from qkern.schemes import Scheme, as_scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
 __all__ = [
     "compute_mode",
+    "exchange",
     "expert_parameters",
     "name_matches",
     "named_linears",
     "quant_linears",
+    "refuse_experts",
     "replace_linears",
+    "report_subclasses",
 ]
 
 logger = logging.getLogger(__name__)
+
+Wanted = TypeVar("Wanted", bound=nn.Module)
 
 
 def name_matches(name: str, patterns: Sequence[str]) -> bool:
@@ -139,8 +145,8 @@ def replace_linears(
         if not isinstance(module, QuantLinear)
     }
     if modules is None:
-        _refuse_experts(model, skip)
-        _report_subclasses(model, skip)
+        refuse_experts(model, skip)
+        report_subclasses(model, skip)
     else:
         unknown = sorted(set(modules) - set(wanted))
         if unknown:
@@ -154,8 +160,38 @@ def replace_linears(
             f"no linear layer to replace in {type(model).__name__}: skip={tuple(skip)!r} leaves none; "
             "pass a model with nn.Linear or Conv1D layers, or skip fewer"
         )
+    return exchange(
+        model, wanted, lambda name, module: QuantLinear.from_linear(module, schemes[name], **quantize)
+    )
+
+
+def exchange(
+    model: nn.Module, wanted: dict[str, Wanted], make: Callable[[str, Wanted], nn.Module]
+) -> list[str]:
+    """Put another module in the place of some, under all names that each has.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    wanted : dict of str to nn.Module
+        Modules of the model by name; emptied on the way, so that each old one can go before the next is made.
+    make : callable
+        Makes the new one from name and module.
+
+    Returns
+    -------
+    list of str
+        The names.
+
+    Raises
+    ------
+    InputError
+        If the model is itself one of them, or what `make` raised, naming the weight; modules before it are
+        replaced already.
+    """
     if "" in wanted:
-        raise InputError("the model is itself a linear layer: use QuantLinear.from_linear instead")
+        raise InputError("the model is itself a linear layer: use from_linear of the layer's class instead")
     places = _places(model)
     replaced = []
     try:
@@ -163,7 +199,7 @@ def replace_linears(
             # Popped, so that the old layer goes at once: the peak is the model and one layer, not two models.
             module = wanted.pop(name)
             try:
-                made = QuantLinear.from_linear(module, schemes[name], **quantize)
+                made = make(name, module)
             except InputError as error:
                 raise InputError(f"{name}.weight: {error}") from error
             for parent, attribute in places[id(module)]:
@@ -177,9 +213,11 @@ def replace_linears(
 def _leave_fused_paths(model: nn.Module) -> None:
     """Make torch's encoders call their layers one by one: their fused kernels take dense weights."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and quant_linears(module):
+        if not any(isinstance(part, QuantLinear | FakeQuantLinear) for part in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # as for an activation that the fused kernel does not have
-        elif isinstance(module, nn.TransformerEncoder) and quant_linears(module):
+        elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
 
 
@@ -193,7 +231,14 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _refuse_experts(model: nn.Module, skip: Sequence[str]) -> None:
+def refuse_experts(model: nn.Module, skip: Sequence[str]) -> None:
+    """Refuse a model with stacks of experts that `skip` does not name.
+
+    Raises
+    ------
+    UnsupportedError
+        Naming them.
+    """
     experts = expert_parameters(model, skip=skip)
     if experts:
         shown = ", ".join(experts[:8]) + (f" and {len(experts) - 8} more" if len(experts) > 8 else "")
@@ -203,7 +248,8 @@ def _refuse_experts(model: nn.Module, skip: Sequence[str]) -> None:
         )
 
 
-def _report_subclasses(model: nn.Module, skip: Sequence[str]) -> None:
+def report_subclasses(model: nn.Module, skip: Sequence[str]) -> None:
+    """Warn of subclasses of nn.Linear, which `named_linears` leaves out."""
     left = [
         name
         for name, module in model.named_modules()

@@ -18,7 +18,7 @@ from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FORM", "INPUT_SCALE", "QuantModule"]
+__all__ = ["FORM", "INPUT_SCALE", "QuantModule", "moved"]
 
 INPUT_SCALE: Final = "input_scale"
 """The one form-2 buffer that is no part of a packed weight."""
@@ -157,7 +157,7 @@ class QuantModule(nn.Module):
             self._buffers.update(held)
         for name, tensor in held.items():
             if tensor is not None:
-                self._buffers[name] = _moved(tensor, fn)
+                self._buffers[name] = moved(tensor, fn)
         self._forget()
         return self
 
@@ -207,11 +207,11 @@ def _described(form: dict[str, Tensor]) -> str:
     )
 
 
-def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+def moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a module conversion to a tensor without letting it change the dtype."""
     stand_in = _STAND_IN.get(tensor.dtype)
     plain = tensor if stand_in is None else tensor.view(stand_in)
-    moved = fn(plain)
-    if moved.dtype != plain.dtype:  # Module.type() casts integers too
-        moved = plain.to(moved.device)
-    return moved if stand_in is None else moved.view(tensor.dtype)
+    there = fn(plain)
+    if there.dtype != plain.dtype:  # Module.type() casts integers too
+        there = plain.to(there.device)
+    return there if stand_in is None else there.view(tensor.dtype)

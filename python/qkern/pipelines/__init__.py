@@ -5,6 +5,7 @@ from qkern.pipelines.export_gguf import GGUFReport, export_gguf
 from qkern.pipelines.imatrix import imatrix
 from qkern.pipelines.load import load
 from qkern.pipelines.plan import Plan, plan
+from qkern.pipelines.qat import convert_qat, prepare_qat
 from qkern.pipelines.quantize import quantize
 from qkern.pipelines.recipe import QuantizationReport
 from qkern.pipelines.save import save
@@ -19,10 +20,12 @@ __all__ = [
     "SearchReport",
     "SensitivityReport",
     "compare",
+    "convert_qat",
     "export_gguf",
     "imatrix",
     "load",
     "plan",
+    "prepare_qat",
     "quantize",
     "save",
     "search_assignment",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkern.errors import InputError
+from qkern.errors import InputError, UnsupportedError
 from qkern.ops.quantize_groupwise import cpu, cuda, reference, triton
 from qkern.ops.registry import Backend, Implementation, Request, register, select
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme, as_scheme
@@ -40,6 +40,8 @@ def quantize_groupwise(
     importance: Tensor | None = None,
     search: str = "minmax",
     scale_dtype: torch.dtype = torch.float16,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
     backend: str = "auto",
 ) -> QuantizedWeight:
     """Quantize a weight matrix on the grid of its scheme.
@@ -59,6 +61,11 @@ def quantize_groupwise(
     scale_dtype : torch.dtype
         Dtype in which the scales are stored; codes are chosen against the rounded scale. Double
         quantization (``d``) stores the scales as 8-bit codes, and the decoded ones in fp32.
+    scales : Tensor or None
+        A grid that is given, as in `QuantizedWeight`: nothing is searched, only codes are chosen. Of a scale
+        of 0 all weights are 0 whatever their codes.
+    zeros : Tensor or None
+        The zero points that go with `scales`.
     backend : str
         ``"auto"`` or a `Backend`.
 
@@ -70,7 +77,10 @@ def quantize_groupwise(
     Raises
     ------
     InputError
-        On a wrong shape or dtype, NaN or Inf in the weight, or a scale that overflows `scale_dtype`.
+        On a wrong shape or dtype, NaN or Inf in the weight, a scale that overflows `scale_dtype`, or a grid
+        that does not fit the weight.
+    UnsupportedError
+        On double quantization of scales that are given.
     """
     scheme = as_scheme(scheme)
     if weight.dim() not in (2, 3) or weight.dtype not in FLOAT_DTYPES:
@@ -84,10 +94,18 @@ def quantize_groupwise(
         raise InputError(f"unknown search: got {search!r}, allowed are {SEARCHES}")
     if importance is not None:
         _check_importance(importance, weight, search)
+    if scales is not None or zeros is not None:
+        _check_grid(scales, zeros, weight, scheme, search)
     request = Request(device=weight.device, scheme=scheme, dtype=weight.dtype)
     implementation = select("quantize_groupwise", backend, request)
     result: QuantizedWeight = implementation.call(
-        weight.detach(), scheme, importance=importance, search=search, scale_dtype=scale_dtype
+        weight.detach(),
+        scheme,
+        importance=importance,
+        search=search,
+        scale_dtype=scale_dtype,
+        scales=None if scales is None else scales.detach(),
+        zeros=zeros,
     )
     return result
 
@@ -109,3 +127,31 @@ def _check_importance(importance: Tensor, weight: Tensor, search: str) -> None:
         raise InputError(
             "importance must be finite and not negative: got NaN, Inf or a negative value; clean it"
         )
+
+
+def _check_grid(
+    scales: Tensor | None, zeros: Tensor | None, weight: Tensor, scheme: Scheme, search: str
+) -> None:
+    if scheme.double_quant:
+        raise UnsupportedError(
+            f"scales that are given are not quantized again: got scheme {scheme}; leave d out, or the scales"
+        )
+    if search != "minmax":
+        raise InputError(f"a grid that is given is not searched: got search={search!r}; leave it out")
+    *experts, N, K = weight.shape
+    shape = (*experts, *scheme.scale_shape(N, K))
+    if scales is None or scales.dtype not in FLOAT_DTYPES or tuple(scales.shape) != shape:
+        got = None if scales is None else f"{scales.dtype} {tuple(scales.shape)}"
+        raise InputError(
+            f"scales of a {scheme} weight {tuple(weight.shape)} must be floats {shape}: got {got}"
+        )
+    if scheme.zero_point != (zeros is not None):
+        raise InputError(
+            f"scheme {scheme} {'needs' if scheme.zero_point else 'excludes'} zeros beside scales"
+        )
+    if zeros is not None and (zeros.dtype != torch.uint8 or tuple(zeros.shape) != shape):
+        raise InputError(f"zeros must be uint8 {shape}: got {zeros.dtype} {tuple(zeros.shape)}")
+    if any(part is not None and part.device != weight.device for part in (scales, zeros)):
+        raise InputError(f"scales and zeros must be on {weight.device} like the weight: move them there")
+    if not (torch.isfinite(scales).all() and torch.isfinite(weight).all()):
+        raise InputError("scales or weight have NaN or Inf values: qkern quantizes finite weights only")

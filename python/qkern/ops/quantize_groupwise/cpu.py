@@ -74,6 +74,8 @@ def quantize(
     importance: Tensor | None,
     search: str,
     scale_dtype: torch.dtype,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize ``[N, K]`` or ``[E, N, K]``; arguments are validated by the caller."""
     return native.quantize(
@@ -82,6 +84,8 @@ def quantize(
         importance=importance,
         search=search,
         scale_dtype=scale_dtype,
+        scales=scales,
+        zeros=zeros,
         run=_run,
         empty=_native.empty,
     )

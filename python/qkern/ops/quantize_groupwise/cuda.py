@@ -92,6 +92,8 @@ def quantize(
     importance: Tensor | None,
     search: str,
     scale_dtype: torch.dtype,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize ``[N, K]`` or ``[E, N, K]``; arguments are validated by the caller."""
     if scheme.per_tensor and search == "mse":
@@ -105,6 +107,8 @@ def quantize(
         importance=importance,
         search=search,
         scale_dtype=scale_dtype,
+        scales=scales,
+        zeros=zeros,
         run=_run,
         empty=functools.partial(_empty, weight.device),
     )

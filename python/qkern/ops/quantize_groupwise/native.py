@@ -23,6 +23,8 @@ def quantize(
     importance: Tensor | None,
     search: str,
     scale_dtype: torch.dtype,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
     run: Callable[..., None],
     empty: Callable[..., Tensor],
 ) -> QuantizedWeight:
@@ -30,7 +32,7 @@ def quantize(
 
     Parameters
     ----------
-    weight, scheme, importance, search, scale_dtype
+    weight, scheme, importance, search, scale_dtype, scales, zeros
         As validated by the caller.
     run : callable
         ``run(rows, scheme, scales, zeros, codes, *, importance, search, rows_per_grid)`` calls the kernel on
@@ -42,8 +44,10 @@ def quantize(
     E = experts[0] if experts else 1
     shape = (*experts, *scheme.scale_shape(N, K))
     codes = empty(*experts, N, scheme.code_words(K), dtype=torch.int32)
-    scales = empty(*shape, dtype=torch.float32 if scheme.double_quant else scale_dtype)
-    zeros = empty(*shape, dtype=torch.uint8) if scheme.zero_point else None
+    is_given = scales is not None
+    if scales is None:
+        scales = empty(*shape, dtype=torch.float32 if scheme.double_quant else scale_dtype)
+        zeros = empty(*shape, dtype=torch.uint8) if scheme.zero_point else None
     if importance is not None:
         importance = (
             importance.contiguous() if importance.dim() == 1 else importance.expand(weight.shape).contiguous()
@@ -58,16 +62,16 @@ def quantize(
     if importance is not None and scheme.per_tensor:
         importance = importance.expand(weight.shape).reshape(whole.shape).contiguous()
     nested = None
-    if scheme.per_tensor or scheme.double_quant:
+    if is_given or scheme.per_tensor or scheme.double_quant:
         # The grid first (per tensor: of the matrix as a single row), then the codes on what became of it.
-        run(whole, scheme, scales, zeros, None, importance=importance, search=search)
-        grid_scales = scales
+        if not is_given:
+            run(whole, scheme, scales, zeros, None, importance=importance, search=search)
         if scheme.double_quant:
             nested = nest(scales)
             scales = decode(nested, shape)
-            grid_scales = divisors(scales)
-        rows = weight.reshape(E * N, K)
-        run(rows, scheme, grid_scales, zeros, codes, rows_per_grid=max(N, 1) if scheme.per_tensor else 1)
+        rows, steps = weight.reshape(E * N, K), divisors(scales).contiguous()
+        shifts = None if zeros is None else zeros.contiguous()
+        run(rows, scheme, steps, shifts, codes, rows_per_grid=max(N, 1) if scheme.per_tensor else 1)
     else:
         run(whole, scheme, scales, zeros, codes, importance=importance, search=search)
     return QuantizedWeight(

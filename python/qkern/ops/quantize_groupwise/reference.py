@@ -204,6 +204,8 @@ def quantize(
     importance: Tensor | None,
     search: str,
     scale_dtype: torch.dtype,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize ``[N, K]`` or ``[E, N, K]``; arguments are validated by the caller."""
     *experts, N, K = weight.shape
@@ -212,8 +214,13 @@ def quantize(
     # Per tensor: one group, the matrix as a single row.
     whole = weight.reshape(E, N * K) if scheme.per_tensor else rows
     weights = None if importance is None else importance.expand(weight.shape).reshape(whole.shape)
-    scale_dtype = torch.float32 if scheme.double_quant else scale_dtype
-    scale, zero = grid(whole, scheme, importance=weights, search=search, scale_dtype=scale_dtype)
+    if scales is None:
+        scale_dtype = torch.float32 if scheme.double_quant else scale_dtype
+        scale, zero = grid(whole, scheme, importance=weights, search=search, scale_dtype=scale_dtype)
+    else:
+        scale_dtype, scale = scales.dtype, scales.flatten(0, -2).float()
+        middle = 0 if scheme.codebook else scheme.midpoint
+        zero = torch.full_like(scale, middle) if zeros is None else zeros.flatten(0, -2).float()
     nested = None
     if scheme.double_quant:
         nested = nest(scale)

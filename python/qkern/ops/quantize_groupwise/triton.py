@@ -126,6 +126,8 @@ def quantize(
     importance: Tensor | None,
     search: str,
     scale_dtype: torch.dtype,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize ``[N, K]`` or ``[E, N, K]``; arguments are validated by the caller."""
     if search != "minmax":
@@ -137,22 +139,27 @@ def quantize(
     E = experts[0] if experts else 1
     rows = weight.reshape(E * N, K)
     shape = (*experts, *scheme.scale_shape(N, K))
-    scale_dtype = torch.float32 if scheme.double_quant else scale_dtype
-    low, high = _ranges(rows, max(scheme.group_length(K), 1), scheme.num_groups(K))
-    if scheme.per_tensor:
-        # 0 is in every range, so a matrix without rows has one too. NaN stays NaN.
-        low = torch.cat([low.view(E, N), low.new_zeros(E, 1)], 1).amin(1, keepdim=True)
-        high = torch.cat([high.view(E, N), high.new_zeros(E, 1)], 1).amax(1, keepdim=True)
-    scales, zeros = _grid(low, high, scheme, scale_dtype)
+    if scales is None:
+        scale_dtype = torch.float32 if scheme.double_quant else scale_dtype
+        low, high = _ranges(rows, max(scheme.group_length(K), 1), scheme.num_groups(K))
+        if scheme.per_tensor:
+            # 0 is in every range, so a matrix without rows has one too. NaN stays NaN.
+            low = torch.cat([low.view(E, N), low.new_zeros(E, 1)], 1).amin(1, keepdim=True)
+            high = torch.cat([high.view(E, N), high.new_zeros(E, 1)], 1).amax(1, keepdim=True)
+        scale, zero = _grid(low, high, scheme, scale_dtype)
+    else:
+        # The kernel reads no zero points where the scheme has none.
+        scale_dtype, scale = scales.dtype, scales.flatten(0, -2).float()
+        zero = scale if zeros is None else zeros.flatten(0, -2).contiguous()
     nested = None
     if scheme.double_quant:
-        nested = nest(scales)
-        scales = decode(nested, tuple(scales.shape))
-    codes = _encode(rows, divisors(scales).contiguous(), zeros, scheme, max(N, 1) if scheme.per_tensor else 1)
+        nested = nest(scale)
+        scale = decode(nested, tuple(scale.shape))
+    codes = _encode(rows, divisors(scale).contiguous(), zero, scheme, max(N, 1) if scheme.per_tensor else 1)
     return QuantizedWeight(
         codes=codes.view(*experts, N, scheme.code_words(K)),
-        scales=scales.to(scale_dtype).reshape(shape),
-        zeros=zeros.reshape(shape) if scheme.zero_point else None,
+        scales=scale.to(scale_dtype).reshape(shape),
+        zeros=zero.reshape(shape) if scheme.zero_point else None,
         shape=tuple(weight.shape),
         scheme=scheme,
         nested=nested,

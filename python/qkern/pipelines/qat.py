@@ -1,0 +1,195 @@
+"""Quantization-aware training: a model's linears trained on the grid on which they will be stored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qkern.errors import InputError, UnsupportedError
+from qkern.nn import FakeQuantLinear, QuantLinear, expert_parameters, named_linears
+from qkern.nn.replace import exchange, refuse_experts, report_subclasses
+from qkern.ops.gguf_types import GGUFType
+from qkern.search import MixedPrecision, parse_choice, spell_choice
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from qkern.schemes import Scheme
+
+__all__ = ["convert_qat", "prepare_qat"]
+
+
+def prepare_qat(
+    model: nn.Module,
+    scheme: Scheme | GGUFType | str | None = None,
+    *,
+    assignment: MixedPrecision | Mapping[str, Any] | str | Path | None = None,
+    skip: Sequence[str] = ("lm_head",),
+    learn_scales: bool = False,
+    search: str = "mse",
+    scale_dtype: torch.dtype = torch.float16,
+) -> MixedPrecision:
+    """Put a `FakeQuantLinear` in the place of the linear layers of a model, to train it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place; all of its parameters are trained unless you freeze them. The masters of the
+        replaced layers are fp32, in a bf16 model too. `QuantLinear` layers of the same scheme go on from
+        their codes and scales, with ``learn_scales=True``.
+    scheme : Scheme, GGUFType or str, optional
+        For example ``"w2g64"`` or ``"q4_k"``, of every linear that `skip` does not name.
+    assignment : MixedPrecision, mapping, str or Path, optional
+        Schemes or GGUF types by names, ends of names or globs, or the JSON file that holds them, in place of
+        `scheme` and `skip`; what it does not name stays as it is.
+    skip : sequence of str
+        Layers to leave as they are, as in `qkern.replace_linears`.
+    learn_scales, search, scale_dtype
+        As in `FakeQuantLinear.from_linear`.
+
+    Returns
+    -------
+    MixedPrecision
+        What is trained on what, by full names: an assignment that `qkern.quantize` and `qkern.export_gguf`
+        take.
+
+    Raises
+    ------
+    InputError
+        If nothing matches, if a weight cannot be rounded so (the message names it; layers before it are
+        replaced already), or if the model is prepared already.
+    UnsupportedError
+        On a layer that shares its weight, such as a tied head, on experts stored as 3-D parameters that are
+        not left out, and as `FakeQuantLinear`.
+    """
+    _refuse_prepared(model)
+    if (scheme is None) == (assignment is None):
+        raise InputError(
+            f"prepare_qat takes a scheme or an assignment: got {scheme=}, {assignment=}; pass one of them"
+        )
+    if scheme is not None:
+        choices = _choices_of_scheme(model, scheme, skip)
+    else:
+        assert assignment is not None
+        choices = _choices_of_assignment(model, MixedPrecision.of(assignment))
+    linears = named_linears(model)
+    wanted = {name: linears[name] for name in choices}
+    _refuse_shared(model, wanted)
+    options: dict[str, Any] = {
+        "learn_scales": learn_scales,
+        "search": search,
+        "scale_dtype": scale_dtype,
+    }
+    exchange(model, wanted, lambda name, linear: _trainable(linear, choices[name], options))
+    return _assignment(choices)
+
+
+def convert_qat(model: nn.Module) -> MixedPrecision:
+    """Put in the place of every `FakeQuantLinear` what it was trained to be.
+
+    Of schemes that is a `QuantLinear` with the same weight, which `qkern.save` writes. Of GGUF types it is
+    the dense fp32 master weight: after ``save_pretrained`` `qkern.export_gguf`, with the assignment that is
+    returned and without calibration or importance, makes the trained blocks of it. The whole model is then
+    made fp32.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+
+    Returns
+    -------
+    MixedPrecision
+        What was trained on what, by full names.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to convert, or a weight has NaN or Inf.
+    """
+    layers = _prepared(model)
+    if not layers:
+        raise InputError(f"no FakeQuantLinear in {type(model).__name__}: call prepare_qat and train it first")
+    assignment = _assignment({name: layer.scheme for name, layer in layers.items()})
+    is_dense = any(isinstance(layer.scheme, GGUFType) for layer in layers.values())
+    exchange(model, layers, lambda name, layer: layer.convert())
+    if is_dense:
+        model.float()
+    return assignment
+
+
+def _assignment(choices: Mapping[str, Scheme | GGUFType]) -> MixedPrecision:
+    return MixedPrecision({name: spell_choice(choice) for name, choice in choices.items()})
+
+
+def _prepared(model: nn.Module) -> dict[str, FakeQuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
+
+
+def _refuse_prepared(model: nn.Module) -> None:
+    for name in _prepared(model):
+        raise InputError(
+            f"the model is prepared already: {name} is a FakeQuantLinear; give all layers at once, as "
+            "an assignment where they differ"
+        )
+
+
+def _choices_of_scheme(
+    model: nn.Module, scheme: Scheme | GGUFType | str, skip: Sequence[str]
+) -> dict[str, Scheme | GGUFType]:
+    choice = parse_choice(scheme) if isinstance(scheme, str) else scheme
+    if choice is None:
+        raise InputError("the scheme leaves every linear 16-bit: there is nothing to train for")
+    refuse_experts(model, skip)
+    report_subclasses(model, skip)
+    choices = dict.fromkeys(named_linears(model, skip=skip), choice)
+    if not choices:
+        raise InputError(
+            f"no linear layer to train in {type(model).__name__}: skip={tuple(skip)!r} leaves none; pass a "
+            "model with nn.Linear or Conv1D layers, or skip fewer"
+        )
+    return choices
+
+
+def _choices_of_assignment(model: nn.Module, assignment: MixedPrecision) -> dict[str, Scheme | GGUFType]:
+    linears, experts = named_linears(model), expert_parameters(model)
+    found = assignment.resolve([*linears, *experts])
+    choices = {name: choice for name, choice in found.items() if choice is not None}
+    refused = [name for name in choices if name in experts]
+    if refused:
+        raise UnsupportedError(
+            f"the assignment names {refused[0]}, a 3-D parameter with several experts, which is not trained "
+            "on a grid: leave it out"
+        )
+    if not choices:
+        raise InputError("the assignment leaves every linear 16-bit: there is nothing to train for")
+    return choices
+
+
+def _refuse_shared(model: nn.Module, wanted: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose weight another module has too: the two would be trained apart."""
+    own = {id(layer.weight): name for name, layer in wanted.items() if not isinstance(layer, QuantLinear)}
+    for other, module in model.named_modules():
+        for parameter in module._parameters.values():
+            name = own.get(id(parameter))
+            if name is not None and wanted[name] is not module:
+                raise UnsupportedError(
+                    f"{name} shares its weight with {other}, and training would part them: leave it 16-bit "
+                    "(skip, or '16' in the assignment)"
+                )
+
+
+def _trainable(linear: nn.Module, choice: Scheme | GGUFType, options: Mapping[str, Any]) -> nn.Module:
+    if not isinstance(linear, QuantLinear):
+        return FakeQuantLinear.from_linear(linear, choice, **options)
+    if choice != linear.scheme or not options["learn_scales"]:
+        raise InputError(
+            "a layer that is quantized goes on with its own scheme and scales: got "
+            f"{spell_choice(choice)} and learn_scales={options['learn_scales']} for {linear.scheme}; pass "
+            f"scheme={str(linear.scheme)!r} and learn_scales=True, or begin with the 16-bit model"
+        )
+    made = FakeQuantLinear.from_quantized(linear.quantized(), linear.bias)
+    return made.train(linear.training)
