@@ -456,7 +456,9 @@ def test_quantize_groupwise_on_a_given_grid_is_the_formula(backend: str) -> None
     strided = scales.T.contiguous().T
     assert_same(quantize_groupwise(weight, "w4g32z", scales=strided, zeros=zeros, backend=backend), qw)
     zero = torch.zeros_like(scales)
-    assert (dequantize_groupwise(quantize_groupwise(weight, "w4g32", scales=zero, backend=backend)) == 0).all()
+    assert (
+        dequantize_groupwise(quantize_groupwise(weight, "w4g32", scales=zero, backend=backend)) == 0
+    ).all()
 
 
 def test_quantize_groupwise_refuses_a_grid_that_does_not_fit() -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernels of gptq_update, quantize_activations and int8_matmul: the bits of the reference.
+"""The Triton kernels of gptq_update, quantize_activations, int8_matmul and given grids: the reference's bits.
 
 On a machine without a GPU they run in Triton's interpreter; test_triton.py compiles them.
 """
@@ -25,6 +25,7 @@ from qkern.ops import (
     int8_matmul,
     pack_weight,
     quantize_activations,
+    quantize_groupwise,
 )
 from qkern.ops.dequant_matmul import triton as matmul_host
 from qkern.ops.dequant_matmul import triton_layout
@@ -37,7 +38,7 @@ from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-OPS = ("dequant_matmul", "gptq_update", "int8_matmul", "quantize_activations")
+OPS = ("dequant_matmul", "gptq_update", "int8_matmul", "quantize_activations", "quantize_groupwise")
 RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # to compare NaNs bit for bit
 
 # numpy, which the interpreter computes with, warns of NaN and overflow.
@@ -410,3 +411,20 @@ if LATE:
             command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
         )
         assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("spelling", ["w2g16", "w3g32z", "w4g7z", "w8t", "w4tz", "nf4g32"])
+def test_codes_on_a_grid_that_is_given(spelling):
+    for shape in ((9, 70), (2, 3, 33)):
+        found = quantize_groupwise(torch.randn(shape, generator=generator(0)), spelling, search="mse")
+        weight = torch.randn(shape, generator=generator(1))
+        expected = quantize_groupwise(
+            weight, spelling, scales=found.scales, zeros=found.zeros, backend="reference"
+        )
+        grid = found.to(DEVICE)
+        ours = quantize_groupwise(
+            weight.to(DEVICE), spelling, scales=grid.scales, zeros=grid.zeros, backend="triton"
+        )
+        assert torch.equal(ours.codes.cpu(), expected.codes)
+        assert torch.equal(ours.scales.cpu(), found.scales)
+        assert found.zeros is None or torch.equal(ours.zeros.cpu(), found.zeros)

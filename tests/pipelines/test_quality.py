@@ -1,14 +1,17 @@
 """What quantizing costs the shipped model: KL on held-out books, float compute, fp32 arithmetic."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from qkern.demo import CALIBRATION, HELDOUT, MODEL
-from qkern.evaluation import kl_divergence, paired_bootstrap, window_logits
+from qkern.evaluation import kl_divergence, paired_bootstrap, read_text, token_ids, window_logits
 from qkern.models import inject
-from qkern.pipelines import quantize
+from qkern.nn import compute_mode
+from qkern.pipelines import convert_qat, prepare_qat, quantize
 
 WINDOW = 512
 WINDOWS = 30  # 15,360 tokens
@@ -34,16 +37,21 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def measure(model, tokenizer):
-    """Quantize and return the KL at every position of the held-out text."""
-    text = HELDOUT.read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: WINDOWS * WINDOW]
+def judge(model, tokenizer):
+    """Return the KL at every position of the held-out text."""
+    ids = token_ids(tokenizer, read_text(HELDOUT))[: WINDOWS * WINDOW]
     reference = window_logits(model, ids, window=WINDOW)
+    return partial(kl_divergence, reference, ids=ids, window=WINDOW)
+
+
+@pytest.fixture(scope="module")
+def measure(model, tokenizer, judge):
+    """Quantize and return the KL at every position of the held-out text."""
 
     def run(method, scheme, source=model, samples=48, compute="float", **more):
         options = {"calibration": CALIBRATION, "tokenizer": tokenizer, "samples": samples, **more}
         quantized = quantize(source, method=method, scheme=scheme, **options)
-        return kl_divergence(reference, quantized, ids, window=WINDOW, compute=compute)
+        return judge(quantized, compute=compute)
 
     return run
 
@@ -79,3 +87,34 @@ def test_smoothquant_restores_what_outlier_channels_take(measure, model, activat
 
 def test_eight_bits_cost_next_to_nothing(measure):
     assert 0 < measure("rtn", "w8").mean() <= 2e-4
+
+
+def test_training_on_the_grid_beats_gptq(measure, judge, model, tokenizer):
+    text, generator = token_ids(tokenizer, read_text(CALIBRATION)), torch.Generator().manual_seed(0)
+    student = copy.deepcopy(model).train()
+    prepare_qat(student, "w2g64", learn_scales=True)
+    untrained = judge(student)
+    steps = 100
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-4, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+    for _ in range(steps):
+        starts = torch.randint(len(text) - 256, (4,), generator=generator)
+        batch = torch.stack([text[start : start + 256] for start in starts])
+        with torch.no_grad():
+            target = model(batch).logits.flatten(0, 1).log_softmax(-1)
+        found = student(batch).logits.flatten(0, 1).log_softmax(-1)
+        F.kl_div(found, target, log_target=True, reduction="batchmean").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    student.eval()
+    with torch.inference_mode():
+        fake = student(batch).logits
+        convert_qat(student)
+        with compute_mode(student, "float"):
+            torch.testing.assert_close(student(batch).logits, fake, rtol=1e-4, atol=1e-4)
+    trained, gptq = judge(student), measure("gptq", "w2g64")
+    assert gptq.size >= 15_360
+    # Measured: 0.19 beside 0.25 of GPTQ and 0.43 of rounding on the grids of least error.
+    assert paired_bootstrap(trained, gptq).is_below
+    assert paired_bootstrap(gptq, untrained).is_below

@@ -9,7 +9,7 @@ import torch
 
 from qkern.checkpoints import CheckpointWriter, check_output, format_named, refusals
 from qkern.errors import InputError, UnsupportedError
-from qkern.nn import QuantEmbedding, QuantLinear, named_linears, quant_linears
+from qkern.nn import FakeQuantLinear, QuantEmbedding, QuantLinear, named_linears, quant_linears
 from qkern.pipelines.checks import default_format
 
 if TYPE_CHECKING:
@@ -72,6 +72,12 @@ def save(
         raise UnsupportedError(
             f"no checkpoint format holds quantized embeddings: got {', '.join(embeddings)}; "
             "keep them 16-bit, or export to GGUF"
+        )
+    trained = [name for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)]
+    if trained:
+        raise UnsupportedError(
+            f"no checkpoint format holds layers in training: got {len(trained)} FakeQuantLinear, {trained[0]} "
+            "first; call qkern.convert_qat(model), or keep its state_dict"
         )
     skipped = [name for name in named_linears(model) if name not in layers]
     fmt = _choose_format(layers, skipped, format)
