@@ -1,4 +1,4 @@
-"""Training on the grid: which layers are prepared and refused, and that what is stored is what was trained."""
+"""Training on the grid: which layers are prepared or refused, and that what is stored was trained."""
 
 import copy
 
@@ -27,9 +27,8 @@ def train(model, steps=3, lr=1e-3, ids=IDS):
     """Change every weight by real steps; the losses."""
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=lr), []
     for _ in range(steps):
-        loss = F.cross_entropy(
-            model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
-        )
+        found = model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
+        loss = F.cross_entropy(found, ids[:, 1:].flatten())
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -151,7 +150,8 @@ def test_a_bf16_model_is_trained_saved_and_loaded(tiny, tmp_path, spelling):
         save(model, tmp_path / "unfinished")
     assert not (tmp_path / "unfinished").exists()
     convert_qat(model)
-    torch.testing.assert_close(logits(model), expected, rtol=0.05, atol=0.05)
+    # bf16 has a step of 2**-7 of a number.
+    torch.testing.assert_close(logits(model), expected, rtol=2**-6, atol=2**-6)
     save(model, tmp_path / "trained", format="compressed-tensors")
     loaded = load(tmp_path / "trained")
     assert torch.equal(logits(loaded), logits(model))

@@ -76,8 +76,8 @@ def save(
     trained = [name for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)]
     if trained:
         raise UnsupportedError(
-            f"no checkpoint format holds layers in training: got {len(trained)} FakeQuantLinear, {trained[0]} "
-            "first; call qkern.convert_qat(model), or keep its state_dict"
+            f"no checkpoint format holds layers in training: got {len(trained)} FakeQuantLinear, first "
+            f"{trained[0]}; call qkern.convert_qat(model), or keep its state_dict"
         )
     skipped = [name for name in named_linears(model) if name not in layers]
     fmt = _choose_format(layers, skipped, format)
