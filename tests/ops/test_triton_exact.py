@@ -1,4 +1,4 @@
-"""The Triton kernels of gptq_update, quantize_activations, int8_matmul and given grids: the reference's bits.
+"""Triton's gptq_update, quantize_activations, int8_matmul and codes on a given grid: the reference's bits.
 
 On a machine without a GPU they run in Triton's interpreter; test_triton.py compiles them.
 """

@@ -32,9 +32,9 @@ class FakeQuantLinear(nn.Linear):
     ops that quantize; `convert` gives the layer that computes the same from them. Schemes with ``a8`` round
     the activations too, as compute ``"int8"`` does, and multiply in fp32.
 
-    The gradient goes straight through the rounding. Scales that follow the weight also follow what they clip,
-    so that each weight gets the whole gradient of its rounded value. Learned scales do not: there a weight
-    beyond the ends of the grid gets none, and the scales get that of LSQ (Esser et al., 2020), times
+    The gradient goes straight through the rounding. Where scales follow the weight, so do the ends of the
+    grid: a weight beyond them moves them, and gets the whole gradient of its rounded value. Learned scales
+    stay when a weight moves: beyond the ends it gets none. They get that of LSQ (Esser et al., 2020), times
     ``1 / sqrt(weights of a scale * highest level)``.
 
     Make one with `from_linear` or `from_quantized`.

@@ -48,7 +48,7 @@ def prepare_qat(
     skip : sequence of str
         Layers to leave as they are, as in `qkern.replace_linears`.
     learn_scales, search, scale_dtype
-        As in `FakeQuantLinear.from_linear`.
+        As in `FakeQuantLinear`; a `QuantLinear` keeps its own.
 
     Returns
     -------

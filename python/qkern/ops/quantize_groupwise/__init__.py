@@ -62,8 +62,8 @@ def quantize_groupwise(
         Dtype in which the scales are stored; codes are chosen against the rounded scale. Double
         quantization (``d``) stores the scales as 8-bit codes, and the decoded ones in fp32.
     scales : Tensor or None
-        A grid that is given, as in `QuantizedWeight`: nothing is searched, only codes are chosen. Of a scale
-        of 0 all weights are 0 whatever their codes.
+        A grid that is given, as in `QuantizedWeight`, which the result shares: only codes are chosen. With a
+        scale of 0 every code means 0.
     zeros : Tensor or None
         The zero points that go with `scales`.
     backend : str
