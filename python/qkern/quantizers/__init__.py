@@ -11,6 +11,7 @@ from qkern.quantizers.gptq import GPTQConfig, LayerResult, output_error, quantiz
 from qkern.quantizers.gptq_gguf import GGUFResult, gguf_output_error, quantize_gptq_gguf
 from qkern.quantizers.hessian import HessianAccumulator
 from qkern.quantizers.observers import OBSERVERS, ActivationRange, ActivationSample
+from qkern.quantizers.requantize import requantize
 from qkern.quantizers.rtn import quantize_rtn
 from qkern.quantizers.smoothquant import Smoothing, search_smoothing, smoothing_scales
 
@@ -30,6 +31,7 @@ __all__ = [
     "quantize_gptq",
     "quantize_gptq_gguf",
     "quantize_rtn",
+    "requantize",
     "search_clip",
     "search_gguf_scales",
     "search_scales",

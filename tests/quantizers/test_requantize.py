@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from qkern.errors import InputError, UnsupportedError
+from qkern.ops import dequantize_groupwise, quantize_groupwise
+from qkern.quantizers import HessianAccumulator, quantize_gptq, quantize_rtn, requantize
+from qkern.quantizers.gptq import GPTQConfig
+
+if TYPE_CHECKING:
+    from qkern.schemes import QuantizedWeight
+
+SPELLINGS = ("w2g32", "w3g32", "w4", "w4t", "w4g32z", "w8z", "w8a8", "nf4g32", "fp4g32", "w4g48z", "w4g32a8")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_offsets(quantized: QuantizedWeight) -> QuantizedWeight:
+    assert quantized.zeros is not None
+    offsets = -quantized.zeros.float() * quantized.scales.float()
+    return replace(quantized, zeros=None, offsets=offsets.to(quantized.scales.dtype))
+
+
+def act_order(spelling: str, *, uneven: bool = False) -> QuantizedWeight:
+    hessian = HessianAccumulator(96)
+    hessian.add(random(200, 96, seed=1) * torch.linspace(0.1, 3, 96).roll(40))
+    weight = quantize_gptq(
+        random(10, 96), hessian.value, spelling, GPTQConfig(act_order="desc_act", scale_dtype=torch.bfloat16)
+    ).weight
+    assert weight.group_index is not None
+    if uneven:
+        index = weight.group_index.clone()
+        index[index == 1] = 2
+        weight = replace(weight, group_index=index)
+    return weight
+
+
+CASES = {
+    **{spelling: quantize_rtn(random(10, 96), spelling) for spelling in SPELLINGS},
+    "offsets": with_offsets(quantize_rtn(random(10, 96), "w4g32z")),
+    "act-order": act_order("w4g32"),
+    "act-order, zeros": act_order("w3g32z"),
+    "act-order, offsets": with_offsets(act_order("w4g32z")),
+    "act-order, uneven": act_order("w4g32", uneven=True),
+    "fp32 scales": quantize_rtn(random(10, 90), "w4g32", search="mse", scale_dtype=torch.float32),
+    "input scale": replace(quantize_rtn(random(4, 32), "w8a8"), input_scale=torch.tensor([0.5])),
+}
+
+
+@pytest.fixture(params=CASES)
+def before(request: pytest.FixtureRequest) -> QuantizedWeight:
+    return CASES[request.param]
+
+
+def error(weight: torch.Tensor, quantized: QuantizedWeight) -> float:
+    return float((dequantize_groupwise(quantized) - weight).square().sum())
+
+
+def test_a_weight_that_did_not_change_keeps_its_values_and_grid(before: QuantizedWeight) -> None:
+    values = dequantize_groupwise(before)
+    after = requantize(values, before)
+    assert torch.equal(dequantize_groupwise(after), values)
+    for name in ("scales", "zeros", "offsets", "group_index", "input_scale"):
+        one, other = getattr(after, name), getattr(before, name)
+        assert one is other or torch.equal(one, other), name
+
+
+def test_a_change_is_followed_as_well_as_on_any_of_the_grids(before: QuantizedWeight) -> None:
+    N, K = before.shape
+    changed = dequantize_groupwise(before) * 1.7 + random(N, K, seed=2) * 0.3
+    after = requantize(changed, before)
+    assert after.scheme == before.scheme
+    assert after.scales.dtype == before.scales.dtype
+    assert error(changed, after) < 0.5 * error(changed, before)
+    if before.group_index is None and before.offsets is None:
+        fresh = quantize_groupwise(changed, before.scheme, search="mse", scale_dtype=before.scales.dtype)
+        assert error(changed, after) <= error(changed, fresh) * (1 + 1e-6)
+
+
+def test_groups_far_from_a_change_stay_bit_for_bit() -> None:
+    before = CASES["w4g32z"]
+    changed = dequantize_groupwise(before)
+    changed[3, 40] += 5.0
+    after = requantize(changed, before)
+    differs = (after.scales != before.scales) | (after.zeros != before.zeros)  # type: ignore[operator]
+    assert differs.nonzero().tolist() == [[3, 1]]
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    before = CASES["w4g32z"]
+    with pytest.raises(InputError, match=r"\(10, 96\) as before: got torch.float32 \(10, 95\)"):
+        requantize(random(10, 95), before)
+    with pytest.raises(InputError, match="NaN"):
+        requantize(torch.full((10, 96), torch.nan), before)
+    with pytest.raises(UnsupportedError, match="plain scales"):
+        requantize(random(10, 96), quantize_rtn(random(10, 96), "w4g32d"))
+    with pytest.raises(UnsupportedError, match="one matrix"):
+        requantize(random(2, 10, 96), quantize_rtn(random(2, 10, 96), "w4g32"))
