@@ -75,7 +75,9 @@ class QuantLinear(QuantModule):
     Attributes
     ----------
     compute : str
-        ``"auto"`` (int8 activations for inference on a CPU, else float), ``"float"`` or ``"int8"``.
+        ``"auto"`` (int8 activations for inference on a CPU, else float), ``"float"`` or ``"int8"``. A model
+        that was put into training by ``train()`` is not at inference, even where no gradient is taken:
+        checkpointing runs a layer without them first, and must get the same again.
     bias : nn.Parameter or None
         ``[N]``, not trained.
     layout : str or None
@@ -87,7 +89,8 @@ class QuantLinear(QuantModule):
 
     def __init__(self, scheme: Scheme, out_features: int, in_features: int) -> None:
         super().__init__(scheme, out_features, in_features)
-        self._compute = "auto"
+        self._named_compute = self._compute = "auto"
+        self._trains = False
         self.layout: str | None = None
         self.register_buffer("blob", None, persistent=False)
         # First: torch.export of a bare module miscounts a buffer that comes after some that are None.
@@ -134,7 +137,7 @@ class QuantLinear(QuantModule):
             )
         else:
             made = cls.from_quantized(quantize_groupwise(weight, scheme, **quantize), bias)
-        made.train(linear.training)
+        made.training = linear.training
         return made
 
     @classmethod
@@ -219,6 +222,27 @@ class QuantLinear(QuantModule):
                 torch.empty(out_features, dtype=bias_dtype, device=device), requires_grad=False
             )
         return made
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """Return a dense layer with the decoded weight and a copy of the bias, both frozen.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            fp32, fp16 or bf16.
+
+        Raises
+        ------
+        InputError
+            On another dtype, or if there is no weight yet.
+        """
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
+        if self.bias is not None:
+            bias = self.bias.detach().to(dtype, copy=True)
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        linear.training = self.training
+        return linear
 
     # The two states --------------------------------------------------------------------------------------
 
@@ -343,13 +367,26 @@ class QuantLinear(QuantModule):
     @property
     def compute(self) -> str:
         """Arithmetic of `forward`: ``"auto"``, ``"float"`` or ``"int8"``."""
-        return self._compute
+        return self._named_compute
 
     @compute.setter
     def compute(self, value: str) -> None:
         if value not in COMPUTE:
             raise InputError(f"unknown compute: got {value!r}, allowed are {', '.join(COMPUTE)}")
-        self._compute = value
+        self._named_compute = value
+        self._settle_compute()
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module's; until ``eval()`` what is ``"auto"`` is not inference."""
+        # `training` alone does not tell: modules are made with it set, and many never leave that state.
+        self._trains = mode
+        self._settle_compute()
+        return super().train(mode)
+
+    def _settle_compute(self) -> None:
+        """Set what a call looks at."""
+        floats = self._trains and self._named_compute == "auto" and self.scheme.act_bits is None
+        self._compute = "float" if floats else self._named_compute
 
     # Running ---------------------------------------------------------------------------------------------
 

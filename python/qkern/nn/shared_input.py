@@ -105,7 +105,7 @@ def _traced(linears: Sequence[QuantLinear], x: Tensor) -> tuple[Tensor, ...] | N
     if any(linear.input_scale is not None for linear in linears):
         return None
     first = linears[0]
-    compute = resolve_compute(first.compute, x, first.scheme, needs_grad=False)
+    compute = resolve_compute(first._compute, x, first.scheme, needs_grad=False)
     outs = torch.ops.qkern.dequant_matmul_group(
         x,
         [linear.blob for linear in linears],
