@@ -41,6 +41,7 @@ __all__ = [
     "default_format",
     "find_format",
     "find_targets",
+    "refuse_adapters",
     "strangers",
     "target_names",
 ]
@@ -314,6 +315,21 @@ def choose_targets(model: Any, structure: Structure, skip: Sequence[str], includ
     if not any(layers) and not head:
         raise InputError(f"nothing to quantize in {type(model).__name__}: every linear is skipped")
     return Targets(layers=layers, head=head, kept=kept)
+
+
+def refuse_adapters(model: Any) -> None:
+    """Refuse a model with PEFT's adapters, whose layers are named and computed otherwise.
+
+    Raises
+    ------
+    InputError
+        If it has any.
+    """
+    if getattr(model, "peft_config", None):
+        raise InputError(
+            f"the model has adapters of PEFT ({', '.join(model.peft_config)}): merge them first with "
+            "qkern.integrations.peft.merge, or save them beside the model with PEFT's save_pretrained"
+        )
 
 
 def strangers(model: nn.Module) -> dict[str, str]:

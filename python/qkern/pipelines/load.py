@@ -28,7 +28,15 @@ from qkern.schemes import FLOAT_DTYPES, QuantizedWeight
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["config_dtype", "is_gguf", "load", "load_whole", "load_with_tokenizer", "usable_device"]
+__all__ = [
+    "config_dtype",
+    "is_gguf",
+    "load",
+    "load_whole",
+    "load_with_tokenizer",
+    "mark_quantized",
+    "usable_device",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +260,14 @@ def _load_quantized(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | No
     _read_generation_config(checkpoint, model)
     # transformers' own would write the buffers of QuantLinear, which nothing reads.
     model.save_pretrained = MethodType(save_pretrained, model)
+    mark_quantized(model)
     return model
+
+
+def mark_quantized(model: Any) -> None:
+    """Tell libraries for training that the weights are low-bit codes; PEFT then checkpoints activations."""
+    # The only mark that all of them ask for. That of 4 bits makes transformers import bitsandbytes.
+    model.is_loaded_in_8bit = True
 
 
 def save_pretrained(

@@ -29,7 +29,7 @@ from qkern.pipelines.checks import (
     target_names,
 )
 from qkern.pipelines.layerwise import Finished, LayerRecord, Settings, quantize_head, quantize_layer
-from qkern.pipelines.load import usable_device
+from qkern.pipelines.load import mark_quantized, usable_device
 from qkern.pipelines.partial import Partial, partial_folder
 from qkern.pipelines.recipe import QuantizationReport, recipe_layers
 from qkern.pipelines.source import Source, open_source
@@ -433,6 +433,8 @@ def _assemble(source: Source, layers: Sequence[Finished]) -> Any:
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    if any(finished.weights for finished in layers):
+        mark_quantized(model)
     return model
 
 

@@ -10,7 +10,7 @@ import torch
 from qkern.checkpoints import CheckpointWriter, check_output, format_named, refusals
 from qkern.errors import InputError, UnsupportedError
 from qkern.nn import FakeQuantLinear, QuantEmbedding, QuantLinear, named_linears, quant_linears
-from qkern.pipelines.checks import default_format
+from qkern.pipelines.checks import default_format, refuse_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -59,13 +59,14 @@ def save(
     Raises
     ------
     InputError
-        If the folder is not empty or an argument is not understood.
+        If the folder is not empty, the model has adapters, or an argument is not understood.
     UnsupportedError
         If the format cannot hold a layer; the message says why and nothing is written.
     QkernError
         If the disk is full; nothing is left behind.
     """
     check_output(path, source=getattr(model, "name_or_path", None))
+    refuse_adapters(model)
     layers = quant_linears(model)
     embeddings = [name for name, module in model.named_modules() if isinstance(module, QuantEmbedding)]
     if embeddings:

@@ -24,6 +24,7 @@ from qkern.calibration import (
 from qkern.checkpoints import TensorFolder, model_folder, read_json
 from qkern.errors import InputError
 from qkern.gguf import ARCHITECTURES
+from qkern.pipelines.checks import refuse_adapters
 from qkern.pipelines.gguf_sources import parameter_sources
 from qkern.pipelines.load import COMPUTED, config_dtype, load_whole
 
@@ -131,7 +132,8 @@ def open_source(model: Any, *, headers: bool = False) -> Source:
     Raises
     ------
     InputError
-        If there is no such folder, its config names no architectures, or the model is already quantized.
+        If there is no such folder, its config names no architectures, or the model is already quantized
+        or has adapters.
     FormatError
         If a file is damaged or a tensor is missing.
     """
@@ -147,6 +149,7 @@ def open_source(model: Any, *, headers: bool = False) -> Source:
 def _open_memory(model: Any) -> Source:
     from qkern.nn import quant_linears
 
+    refuse_adapters(model)
     if quant_linears(model):
         raise InputError(
             f"{type(model).__name__} already has quantized linears: quantize the original 16-bit model"
