@@ -51,7 +51,8 @@ class MergedLayer:
     update : float
         ``|dW|^2 / |W + dW|^2``: how much the adapters change the weight.
     error : float
-        ``|Q - W - dW|^2 / |W + dW|^2``: how much rounding changes the sum.
+        ``|Q - W - dW|^2 / |W + dW|^2``: how much rounding changes the sum; on a grid at most `update`, and
+        as much where all of it was rounded away.
     """
 
     scheme: str
@@ -228,9 +229,11 @@ class LoraQuantLinear(Linear):  # type: ignore[misc]
         else:
             merged = total.to(self.merge_dtype)
             scheme, values = str(self.merge_dtype).removeprefix("torch."), merged.weight.float()
-        size = _square(weight)
-        update = _square(weight - base.dequantize())
-        facts = MergedLayer(scheme=scheme, update=update / size, error=_square(values - weight) / size)
+        facts = MergedLayer(
+            scheme=scheme,
+            update=_relative(weight - base.dequantize(), weight),
+            error=_relative(values - weight, weight),
+        )
         return merged, facts
 
     def unmerge(self) -> None:
@@ -368,11 +371,12 @@ def merge(
 
 
 def _warn_of_lost_updates(layers: Mapping[str, MergedLayer]) -> None:
-    lost = [name for name, facts in layers.items() if facts.error > facts.update]
+    lost = [name for name, facts in layers.items() if facts.error > facts.update / 2]
     if lost:
         logger.warning(
-            "rounding changed %d of %d merged linears more than the adapters did (%s%s): merge with "
-            "dtype=torch.bfloat16 and quantize the result with GPTQ, or keep the adapter beside the model",
+            "rounding took back more than half of what the adapters changed in %d of %d linears (%s%s): "
+            "merge with dtype=torch.bfloat16 and quantize the result with GPTQ, or keep the adapter beside "
+            "the model",
             len(lost),
             len(layers),
             ", ".join(lost[:4]),
@@ -380,8 +384,9 @@ def _warn_of_lost_updates(layers: Mapping[str, MergedLayer]) -> None:
         )
 
 
-def _square(values: Tensor) -> float:
-    return float(values.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
+def _relative(change: Tensor, weight: Tensor) -> float:
+    tiny = torch.finfo(torch.float32).tiny
+    return float(change.square().sum() / weight.square().sum().clamp(min=tiny))
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = QuantLoraModel
