@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -432,6 +433,22 @@ def test_dense_merge_is_a_16_bit_model_to_quantize_again(fresh: Callable[..., An
         again = qkern.quantize(source, method="gptq", scheme="w4g32", calibration=calibration)
         assert len(quant_linears(again)) == 14
         assert again.is_loaded_in_8bit
+
+
+def test_merging_frees_each_layer_once_it_is_done(
+    fresh: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(fresh())
+    layers = [weakref.ref(module) for module in model.modules() if isinstance(module, qpeft.LoraQuantLinear)]
+    alive = []
+
+    def counting(*arguments: Any) -> Any:
+        alive.append(sum(layer() is not None for layer in layers))
+        return requantize(*arguments)
+
+    monkeypatch.setattr(qpeft, "requantize", counting)
+    qpeft.merge(model)
+    assert alive == list(range(14, 0, -1))
 
 
 def test_a_merge_that_rounds_the_adapters_away_is_warned_of(

@@ -44,6 +44,7 @@ def act_order(spelling: str, *, uneven: bool = False) -> QuantizedWeight:
 CASES = {
     **{spelling: quantize_rtn(random(10, 96), spelling) for spelling in SPELLINGS},
     "offsets": with_offsets(quantize_rtn(random(10, 96), "w4g32z")),
+    "offsets of 0": with_offsets(quantize_rtn(random(10, 96).abs(), "w4g32z")),
     "act-order": act_order("w4g32"),
     "act-order, zeros": act_order("w3g32z"),
     "act-order, offsets": with_offsets(act_order("w4g32z")),

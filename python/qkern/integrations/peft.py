@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qkern.errors import InputError, UnsupportedError
 from qkern.nn import QuantEmbedding, QuantLinear, quant_linears
+from qkern.pipelines.load import config_dtype
 from qkern.quantizers import requantize
 from qkern.schemes import FLOAT_DTYPES
 
@@ -109,11 +110,14 @@ class LoraQuantLinear(Linear):  # type: ignore[misc]
     ----------
     merge_dtype : torch.dtype or None
         Merging leaves a dense layer of this dtype; None: it rounds to the scheme of the base.
+    merge_report : dict of str to MergedLayer, or None
+        Where merging notes what it did, by the name of the layer.
     """
 
     base_layer: Any
     merged_adapters: list[str]
     merge_dtype: torch.dtype | None = None
+    merge_report: dict[str, MergedLayer] | None = None
     _merge: _Merge | None = None
 
     def __init__(self, base_layer: QuantLinear, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
@@ -205,10 +209,13 @@ class LoraQuantLinear(Linear):  # type: ignore[misc]
         merged, facts = self._rounded(dense.base_layer)
         self._merge = _Merge(base=self.unmerged, facts=facts)
         self.base_layer, self.merged_adapters = merged, names
+        name = self.kwargs["target_name"]
+        if self.merge_report is not None:
+            self.merge_report[name] = facts
         logger.info(
             "merged %s into %s as %s: update %.3g, error %.3g",
             ", ".join(names),
-            self.kwargs.get("target_name", "a layer"),
+            name,
             facts.scheme,
             facts.update,
             facts.error,
@@ -257,7 +264,18 @@ class _Dora(DoraLinearVariant):  # type: ignore[misc]
     def forward(
         module: LoraQuantLinear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        out: Tensor = DoraLinearVariant.forward(module.dense(), active_adapter, x, result, **kwargs)
+        # PEFT's own multiplies by the decoded weight, which then lives until the backward pass.
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        scaling, dropout = module.scaling[active_adapter], module.lora_dropout[active_adapter]
+        magnitude, base = module.lora_magnitude_vector[active_adapter], module.base_layer
+        with torch.no_grad():
+            norm = magnitude.get_weight_norm(base.dequantize(), B.weight @ A.weight, scaling)
+        factor = magnitude.weight / norm
+        dropped = dropout(x)
+        product = result if dropped is x else base(dropped)
+        if base.bias is not None:
+            product = product - base.bias
+        out: Tensor = result + (factor - 1) * product + factor * B(A(dropped)) * scaling
         return out
 
 
@@ -314,7 +332,7 @@ def merge(
     Parameters
     ----------
     model : PeftModel
-        Over a model with `QuantLinear`; it is used up.
+        Over a transformers model with `QuantLinear`; it is used up.
     adapter_names : sequence of str, optional
         Default: those that are active.
     dtype : torch.dtype, optional
@@ -331,7 +349,9 @@ def merge(
     Raises
     ------
     InputError
-        If `model` is no PeftModel with LoRA, has no such adapter, or a merged weight has NaN or Inf.
+        If `model` is no PeftModel with LoRA, has no such adapter, or a scale overflows its dtype.
+    ValueError
+        Of PEFT's, if a merged weight has NaN or Inf; layers before it are merged already.
     UnsupportedError
         If `dtype` is given for a model with a quantized embedding.
     """
@@ -351,23 +371,26 @@ def merge(
             "a quantized embedding is not decoded by merge: leave dtype out, or put the adapter on a model "
             "whose embedding is 16-bit"
         )
-    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraQuantLinear)}
-    for layer in layers.values():
-        if layer.merged:
-            layer.unmerge()
-        layer.merge_dtype = dtype
+    layers: dict[str, MergedLayer] = {}
+    for layer in base.modules():
+        if isinstance(layer, LoraQuantLinear):
+            if layer.merged:
+                layer.unmerge()
+            layer.merge_dtype, layer.merge_report = dtype, layers
+    del layer  # no layer is held here, so that each goes, with its old base, once it is merged
     merged: Any = model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
     if dtype is not None:
         for name, linear in quant_linears(merged).items():
             merged.set_submodule(name, linear.to_linear(dtype))
         merged.config.dtype = dtype
         merged.is_loaded_in_8bit = False
+    kept = config_dtype(merged.config)
     for parameter in merged.parameters():
         # Not merged.to(dtype), which would round the rotary frequencies.
-        parameter.data = parameter.data.to(merged.config.dtype)
-    facts = {name: layer.merged_facts for name, layer in layers.items() if layer.merged_facts is not None}
-    _warn_of_lost_updates(facts)
-    return MergeReport(model=merged, layers=facts)
+        if kept is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(kept)
+    _warn_of_lost_updates(layers)
+    return MergeReport(model=merged, layers=layers)
 
 
 def _warn_of_lost_updates(layers: Mapping[str, MergedLayer]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.ops import pack_bits, quantize_groupwise
 from qkern.ops.quantize_groupwise.nested import divisors
 from qkern.ops.quantize_groupwise.reference import encode
-from qkern.schemes import FLOAT_DTYPES, QuantizedWeight
+from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
 
 __all__ = ["requantize"]
 
@@ -53,24 +54,43 @@ def requantize(weight: Tensor, before: QuantizedWeight) -> QuantizedWeight:
             f"weight must be fp32, fp16 or bf16 {before.shape} as before: got {weight.dtype} "
             f"{tuple(weight.shape)}"
         )
-    weight = weight.detach().to(torch.float32)
     groups = _groups_of_columns(before)
-    after = _searched(weight, before, groups)
-    kept, kept_error = _rounded(weight, before, groups)
-    fresh, fresh_error = _rounded(weight, after, groups)
-    better = fresh_error < kept_error
-    codes = torch.where(better[:, groups], fresh, kept)
+    order = groups.argsort(stable=True)
+    lengths = groups.bincount(minlength=before.scales.shape[-1]).tolist()
+    matrices = torch.split_with_sizes(weight.detach().to(torch.float32)[:, order], lengths, -1)
+    scheme = replace(before.scheme, group_size=None)
+    codes, grids = [], []
+    for group, matrix in enumerate(matrices):
+        found, grid = _better(matrix, _Grid.of_group(before, group), scheme, before.offsets is not None)
+        codes.append(found)
+        grids.append(grid)
     return replace(
         before,
-        codes=pack_bits(codes, before.scheme.bits),
-        scales=torch.where(better, after.scales, before.scales),
-        zeros=_picked(better, after.zeros, before.zeros),
-        offsets=_picked(better, after.offsets, before.offsets),
+        codes=pack_bits(torch.cat(codes, -1)[:, order.argsort()], scheme.bits),
+        scales=torch.cat([grid.scales for grid in grids], -1),
+        zeros=None if before.zeros is None else torch.cat([grid.zeros for grid in grids], -1),
+        offsets=None if before.offsets is None else torch.cat([grid.offsets for grid in grids], -1),
     )
 
 
-def _picked(better: Tensor, after: Tensor | None, before: Tensor | None) -> Tensor | None:
-    return None if after is None or before is None else torch.where(better, after, before)
+class _Grid(NamedTuple):
+    """Scales of one group, ``[N, 1]`` (per tensor ``[1, 1]``), its zero points and offsets, 0 if unused."""
+
+    scales: Tensor
+    zeros: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of_group(cls, weight: QuantizedWeight, group: int) -> _Grid:
+        scheme, scales = weight.scheme, weight.scales[:, group : group + 1]
+        implied = 0 if scheme.zero_point or scheme.codebook else scheme.midpoint
+        zeros = torch.full_like(scales, implied, dtype=torch.uint8)
+        offsets = torch.zeros_like(scales)
+        if weight.zeros is not None:
+            zeros = weight.zeros[:, group : group + 1]
+        if weight.offsets is not None:
+            offsets = weight.offsets[:, group : group + 1]
+        return cls(scales, zeros, offsets)
 
 
 def _groups_of_columns(weight: QuantizedWeight) -> Tensor:
@@ -80,36 +100,30 @@ def _groups_of_columns(weight: QuantizedWeight) -> Tensor:
     return torch.arange(weight.K, device=weight.device) // max(weight.scheme.group_length(weight.K), 1)
 
 
-def _searched(weight: Tensor, before: QuantizedWeight, groups: Tensor) -> QuantizedWeight:
-    """Return `before` with the grid that a search finds for the weight; its codes mean nothing."""
-    scheme, matrices = before.scheme, [weight]
-    if before.group_index is not None:
-        # Groups of act-order may be uneven, so each is a matrix of its own.
-        scheme = replace(scheme, group_size=None)
-        matrices = [weight[:, groups == group] for group in range(before.scales.shape[-1])]
-    dtype = before.scales.dtype
-    found = [quantize_groupwise(matrix, scheme, search="mse", scale_dtype=dtype) for matrix in matrices]
-    scales = torch.cat([one.scales for one in found], -1)
-    if not scheme.zero_point:
-        return replace(before, scales=scales)
-    zeros = torch.cat([one.zeros for one in found if one.zeros is not None], -1)
-    if before.offsets is None:
-        return replace(before, scales=scales, zeros=zeros)
-    return replace(before, scales=scales, offsets=(-zeros.float() * scales.float()).to(dtype))
+def _better(matrix: Tensor, kept: _Grid, scheme: Scheme, has_offsets: bool) -> tuple[Tensor, _Grid]:
+    """Codes of a group, uint8 ``[N, n]``, by rows on the better of its grid and a searched one."""
+    fresh = _searched(matrix, kept, scheme, has_offsets)
+    kept_codes, kept_error = _rounded(matrix, kept, scheme)
+    fresh_codes, fresh_error = _rounded(matrix, fresh, scheme)
+    better = fresh_error < kept_error
+    grid = _Grid(*(torch.where(better, new, old) for new, old in zip(fresh, kept, strict=True)))
+    return torch.where(better, fresh_codes, kept_codes), grid
 
 
-def _rounded(weight: Tensor, grid: QuantizedWeight, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest codes, uint8 ``[N, K]``, and the squared error of each group, of the shape of the scales."""
-    scheme = grid.scheme
-    zeros = weight.new_zeros(1, 1)
-    if grid.zeros is not None:
-        zeros = grid.zeros.float()
-    elif not scheme.zero_point and scheme.codebook is None:
-        zeros = zeros + scheme.midpoint
-    offsets = torch.zeros_like(grid.scales) if grid.offsets is None else grid.offsets
-    scales, offset = grid.scales.float()[:, groups], offsets.float()[:, groups]
-    codes, level = encode(weight - offset, divisors(scales), zeros.expand_as(grid.scales)[:, groups], scheme)
-    squared = (level * scales + offset - weight).square()
-    errors = torch.zeros(len(weight), grid.scales.shape[-1], device=weight.device)
-    errors.index_add_(1, groups, squared)
+def _searched(matrix: Tensor, kept: _Grid, scheme: Scheme, has_offsets: bool) -> _Grid:
+    dtype = kept.scales.dtype
+    found = quantize_groupwise(matrix, scheme, search="mse", scale_dtype=dtype)
+    if found.zeros is None:
+        return kept._replace(scales=found.scales)
+    if has_offsets:
+        offsets = (-found.zeros.float() * found.scales.float()).to(dtype)
+        return kept._replace(scales=found.scales, offsets=offsets)
+    return kept._replace(scales=found.scales, zeros=found.zeros)
+
+
+def _rounded(matrix: Tensor, grid: _Grid, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Nearest codes, and the squared error of each row (per tensor of all)."""
+    scales, offsets = grid.scales.float(), grid.offsets.float()
+    codes, level = encode(matrix - offsets, divisors(scales), grid.zeros.float(), scheme)
+    errors = (level * scales + offsets - matrix).square().sum(-1, keepdim=True)
     return codes, errors.sum(0, keepdim=True) if scheme.per_tensor else errors
