@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -529,3 +531,10 @@ def test_verbs_refuse_a_model_with_adapters(fresh: Callable[..., Any], tmp_path:
         with pytest.raises(InputError, match=r"adapters of PEFT \(default\): merge them first"):
             verb()
     assert not (tmp_path / "never").exists()
+
+
+def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "qkern.integrations.peft")
+    with pytest.raises(ImportError, match=r"need PEFT 0.21 or later: pip install 'qkern\[peft\]'"):
+        importlib.import_module("qkern.integrations.peft")
