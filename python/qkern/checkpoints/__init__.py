@@ -1,8 +1,8 @@
 """Checkpoint formats: GPTQ v1 and v2, AWQ GEMM, compressed-tensors; reading and writing, no algorithm."""
 
 from qkern.checkpoints.base import Entry, Format
-from qkern.checkpoints.folder import TensorFolder, model_folder, read_json
-from qkern.checkpoints.reader import QuantizedCheckpoint, read_quantized
+from qkern.checkpoints.folder import TensorFolder, model_folder, open_safetensors, read_json
+from qkern.checkpoints.reader import QuantizedCheckpoint, decode_layer, read_quantized
 from qkern.checkpoints.registry import FORMATS, detect, format_named, refusals
 from qkern.checkpoints.shards import parse_size
 from qkern.checkpoints.writer import RECIPE_NAME, CheckpointWriter, check_output, new_folder
@@ -16,10 +16,12 @@ __all__ = [
     "QuantizedCheckpoint",
     "TensorFolder",
     "check_output",
+    "decode_layer",
     "detect",
     "format_named",
     "model_folder",
     "new_folder",
+    "open_safetensors",
     "parse_size",
     "read_json",
     "read_quantized",

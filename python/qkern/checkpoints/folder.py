@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["DTYPE_NAMES", "INDEX_NAME", "SINGLE_NAME", "TensorFolder", "model_folder", "read_json"]
+__all__ = [
+    "DTYPE_NAMES",
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "TensorFolder",
+    "model_folder",
+    "open_safetensors",
+    "read_json",
+]
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
@@ -103,6 +111,22 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def open_safetensors(file: Path) -> Any:
+    """Open a safetensors file: a handle with ``keys``, ``get_tensor`` and ``get_slice``.
+
+    Raises
+    ------
+    FormatError
+        If it is missing, truncated or of another kind.
+    """
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise FormatError(f"{file} is missing: the index lists it; fetch it again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FormatError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
+
+
 class TensorFolder(Mapping[str, "Tensor"]):
     """Tensors of a folder's safetensors by name; each is read when it is asked for.
 
@@ -171,15 +195,7 @@ class TensorFolder(Mapping[str, "Tensor"]):
 
     def _handle(self, name: str) -> Any:
         if name not in self._open:
-            file = self.folder / name
-            try:
-                self._open[name] = safe_open(file, framework="pt", device="cpu")
-            except FileNotFoundError:
-                raise FormatError(f"{file} is missing: the index lists it; fetch it again") from None
-            except (SafetensorError, OSError, ValueError) as error:
-                raise FormatError(
-                    f"{file} is truncated or no safetensors file ({error}); fetch it again"
-                ) from error
+            self._open[name] = open_safetensors(self.folder / name)
         return self._open[name]
 
     def __getitem__(self, name: str) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qkern.checkpoints.base import Entry, Format
     from qkern.schemes import QuantizedWeight
 
-__all__ = ["QuantizedCheckpoint", "read_quantized"]
+__all__ = ["QuantizedCheckpoint", "decode_layer", "read_quantized"]
 
 
 class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
@@ -123,12 +123,9 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
         assert self.format is not None
         file = self.tensors.file_of(f"{name}.{self.format.marker}")
         try:
-            qw = self.format.decode(name, self.tensors, self.entries[name])
+            return decode_layer(self.format, name, self.tensors, self.entries[name])
         except FormatError as error:
             raise FormatError(f"{file}: {error}") from None
-        if not bool(torch.isfinite(qw.scales).all()):
-            raise FormatError(f"{file}: the scales of {name} have NaN or Inf values; the file is damaged")
-        return qw
 
     def __getitem__(self, name: str) -> QuantizedWeight | Tensor:
         return self.weight(name) if name in self.entries else self.tensors[name]
@@ -155,6 +152,20 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def decode_layer(fmt: Format, name: str, tensors: Mapping[str, Tensor], entry: Entry) -> QuantizedWeight:
+    """Decode one layer of a file, as `Format.decode`, and look at its scales.
+
+    Raises
+    ------
+    FormatError
+        If tensors are missing, contradict each other, or hold NaN or Inf scales.
+    """
+    qw = fmt.decode(name, tensors, entry)
+    if not bool(torch.isfinite(qw.scales).all()):
+        raise FormatError(f"the scales of {name} have NaN or Inf values; the file is damaged")
+    return qw
 
 
 def read_quantized(path: str | Path) -> QuantizedCheckpoint:

@@ -29,12 +29,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 __all__ = [
+    "COMPUTED",
+    "HEAD",
     "config_dtype",
     "is_gguf",
     "load",
     "load_whole",
     "load_with_tokenizer",
     "mark_quantized",
+    "model_names",
+    "refuse_misfits",
     "usable_device",
 ]
 
@@ -188,7 +192,9 @@ def load_whole(folder: Path, config: Any, dtype: torch.dtype | None = None) -> A
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise FormatError(f"{folder} cannot be loaded: {error}") from error
     mismatched = [str(entry[0]) for entry in info["mismatched_keys"]]
-    _refuse(folder, missing=info["missing_keys"], left_over=info["unexpected_keys"], mismatched=mismatched)
+    refuse_misfits(
+        folder, missing=info["missing_keys"], left_over=info["unexpected_keys"], mismatched=mismatched
+    )
     return model
 
 
@@ -215,8 +221,8 @@ def _no_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in text or "CONVERSION" in text
 
 
-def _refuse(
-    folder: Path,
+def refuse_misfits(
+    folder: Path | str,
     *,
     missing: Iterable[str] = (),
     left_over: Iterable[str] = (),
@@ -252,7 +258,7 @@ def _load_quantized(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | No
     model = meta_model(config)
     model.config.dtype = dtype
     model.config.name_or_path = str(checkpoint.folder)
-    names = _model_names(checkpoint, model)
+    names = model_names(checkpoint, model)
     if isinstance(checkpoint, GGUFCheckpoint):
         _replace_embedding(checkpoint, model, dtype)
     biases = _replace_layers(checkpoint, model, names, dtype)
@@ -307,13 +313,11 @@ def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
     return torch.float16
 
 
-def _model_names(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
-    """Map each name of the checkpoint to the model's; files of a bare decoder leave the base prefix out."""
+def model_names(stored: Iterable[str], model: Any) -> dict[str, str]:
+    """Map each name of a checkpoint to the model's; files of a bare decoder leave the base prefix out."""
     known = set(model.state_dict()) | {name for name, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
-    return {
-        name: prefix + name if name not in known and prefix + name in known else name for name in checkpoint
-    }
+    return {name: prefix + name if name not in known and prefix + name in known else name for name in stored}
 
 
 def _replace_embedding(checkpoint: GGUFCheckpoint, model: Any, dtype: torch.dtype) -> None:
@@ -331,7 +335,9 @@ def _replace_layers(
 ) -> set[str]:
     """Put a `QuantLinear` where the checkpoint has a quantized layer; return the names of biases used."""
     linears = named_linears(model)
-    _refuse(checkpoint.folder, left_over=[name for name in checkpoint.entries if names[name] not in linears])
+    refuse_misfits(
+        checkpoint.folder, left_over=[name for name in checkpoint.entries if names[name] not in linears]
+    )
     missing, mismatched, biases = [], [], set()
     for name in checkpoint.entries:
         linear = linears[names[name]]
@@ -349,7 +355,7 @@ def _replace_layers(
         elif linear.bias is not None:
             missing.append(f"{name}.bias")
         model.set_submodule(names[name], QuantLinear.from_quantized(_copied(qw), bias, dtype))
-    _refuse(checkpoint.folder, missing=missing, mismatched=mismatched)
+    refuse_misfits(checkpoint.folder, missing=missing, mismatched=mismatched)
     return biases
 
 
@@ -392,7 +398,7 @@ def _fill(
         for name, tensor in slots.items()
         if name not in filled and not any(other in filled for other in ties[id(tensor)])
     ]
-    _refuse(checkpoint.folder, missing=missing, left_over=left_over, mismatched=mismatched)
+    refuse_misfits(checkpoint.folder, missing=missing, left_over=left_over, mismatched=mismatched)
     for members in ties.values():
         _assign(model, members, filled)
 

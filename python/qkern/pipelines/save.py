@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qkern.checkpoints.base import Format
 
-__all__ = ["save"]
+__all__ = ["choose_format", "plain_tensors", "save"]
 
 
 def save(
@@ -81,14 +81,14 @@ def save(
             f"{trained[0]}; call qkern.convert_qat(model), or keep its state_dict"
         )
     skipped = [name for name in named_linears(model) if name not in layers]
-    fmt = _choose_format(layers, skipped, format)
+    fmt = choose_format(layers, skipped, format)
     with CheckpointWriter(
         path, format=None if fmt is None else fmt.name, max_shard_size=max_shard_size
     ) as writer:
         for name, layer in layers.items():
             writer.add_quantized(name, layer.quantized(), layer.bias)
         dtype = None
-        for name, tensor in _plain_tensors(model):
+        for name, tensor in plain_tensors(model):
             writer.add_tensor(name, tensor)
             if dtype is None and tensor.is_floating_point():
                 dtype = str(tensor.dtype).removeprefix("torch.")  # runtimes load everything in one dtype
@@ -99,9 +99,18 @@ def save(
         return writer.finish(config, recipe, tokenizer_from=tokenizer, skipped=skipped)
 
 
-def _choose_format(
+def choose_format(
     layers: Mapping[str, QuantLinear], skipped: Sequence[str], name: str | None
 ) -> Format | None:
+    """Return the named format, or the first that holds the layers beside linears `skipped` that are 16-bit.
+
+    Raises
+    ------
+    InputError
+        If a format is named and there are no layers.
+    UnsupportedError
+        If the format, or every default one, cannot hold them; the message says why.
+    """
     if not layers:
         if name is not None:
             raise InputError(
@@ -129,8 +138,8 @@ def _choose_format(
     )
 
 
-def _plain_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and persistent buffers outside `QuantLinear` modules; of tied ones the first."""
+def plain_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield all parameters and persistent buffers outside `QuantLinear` modules; of tied ones the first."""
     seen: set[int] = set()
     for owner, module in model.named_modules():
         if isinstance(module, QuantLinear):
