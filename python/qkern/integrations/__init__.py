@@ -1,1 +1,1 @@
-"""Thin adapters to other libraries, imported only on request."""
+"""Thin adapters to other libraries; each is imported only on request."""

@@ -1,0 +1,565 @@
+"""transformers' quantizers: from a checkpoint or a 16-bit model to `QuantLinear`, while it is loaded.
+
+The linears stay in their places on the meta device until everything is loaded; then a `QuantLinear` takes the
+place of each. Names, devices, shards and ties are transformers' work, as for any model.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from qkern.calibration import load_tokenizer
+from qkern.checkpoints import decode_layer, detect, model_folder, open_safetensors
+from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
+from qkern.integrations.hf_config import STORED, QkernConfig, StoredConfig
+from qkern.models import column_weight, describe, fuse_forwards
+from qkern.nn import QuantLinear, named_linears, quant_linears
+from qkern.nn.linear import is_conv1d
+from qkern.pipelines import quantize
+from qkern.pipelines.checks import find_targets, target_names
+from qkern.pipelines.load import COMPUTED, model_names, refuse_misfits
+from qkern.pipelines.save import choose_format, plain_tensors
+from qkern.quantizers import quantize_rtn
+from qkern.schemes import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, MutableSet
+
+    from qkern.pipelines.layerwise import Settings
+    from qkern.schemes import QuantizedWeight, Scheme
+
+__all__ = ["CheckpointQuantizer", "LoadTimeQuantizer", "QkernConfig", "QkernQuantizer", "disable", "enable"]
+
+WEIGHT: Final = "weight"
+
+
+class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What loading a quantized checkpoint and quantizing on loading share.
+
+    Parameters
+    ----------
+    quantization_config
+        Of the model.
+    **kwargs
+        transformers' ``pre_quantized``.
+    """
+
+    format_name: str | None
+    """What ``save_pretrained`` writes; None: the first format that holds the layers."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.linears: dict[str, Any] = {}
+        self.conv1d: set[str] = set()
+        self.element_sizes: dict[str, float] = {}
+        self.weights: dict[str, QuantizedWeight] = {}
+        self.failure: QkernError | None = None
+        self.watched = False
+
+    # Before loading ----------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what the modules cannot be: on disk."""
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise UnsupportedError(
+                "a QuantLinear cannot be offloaded to disk: device_map puts parts of the model there; use "
+                'device_map="cpu", a larger max_memory, or fewer bits'
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of everything that is not quantized; refuse one that the kernels do not take."""
+        if dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"dtype must be one that the kernels compute in: got {dtype}, allowed are "
+                f"{', '.join(map(str, FLOAT_DTYPES))}"
+            )
+        return dtype
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes a weight will take for each of its elements, by which devices are chosen."""
+        size = self.element_sizes.get(param_name)
+        return cast("float", super().param_element_size(model, param_name, param)) if size is None else size
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UnsupportedError(
+                "a QuantLinear cannot be split over processes: load without tp_plan and distributed_config"
+            )
+        self.linears = named_linears(model)
+        self.conv1d = {name for name, linear in self.linears.items() if is_conv1d(linear)}
+        self._prepare(model, checkpoint_files)
+        self._watch(model)
+
+    def _prepare(self, model: Any, files: list[str] | None) -> None:
+        """Get ready for the tensors of `files`; the model is on the meta device."""
+        raise NotImplementedError
+
+    def _expect(self, layer: str, scheme: Scheme) -> None:
+        """Take note of how much memory the linear `layer` will need."""
+        N, K = column_weight(self.linears[layer]).shape
+        bits = QuantLinear.empty(N, K, scheme, device="meta").stored_bits
+        self.element_sizes[f"{layer}.{WEIGHT}"] = bits / 8 / max(N * K, 1)
+
+    def _watch(self, model: Any) -> None:
+        """Let the last look that transformers has at what was loaded refuse what does not fit.
+
+        It only reports missing and left-over tensors; the hooks of a quantizer are not told of them.
+        """
+        adjust = model._adjust_missing_and_unexpected_keys
+
+        def refuse(loading_info: Any) -> None:
+            del model._adjust_missing_and_unexpected_keys
+            self.watched = True
+            adjust(loading_info)
+            missing, left_over = loading_info.missing_keys, loading_info.unexpected_keys
+            mismatched = [str(entry[0]) for entry in loading_info.mismatched_keys]
+            left_over = {
+                name for name in left_over if not any(re.search(pattern, name) for pattern in COMPUTED)
+            }
+            try:
+                if self.failure is not None:
+                    raise self.failure
+                refuse_misfits(
+                    model.name_or_path, missing=missing, left_over=left_over, mismatched=mismatched
+                )
+            except QkernError:
+                # Else transformers would report them too, and raise an error of its own.
+                loading_info.missing_keys, loading_info.unexpected_keys = set(), set()
+                loading_info.mismatched_keys = set()
+                raise
+            self._install(model)
+
+        model._adjust_missing_and_unexpected_keys = refuse
+
+    def take(self, layer: str, weight: QuantizedWeight, missing: MutableSet[str]) -> None:
+        """Keep the weight of a linear; until all is loaded the linear itself holds its place."""
+        self.weights[layer] = weight
+        self.linears[layer].weight._is_hf_initialized = True
+        missing.discard(f"{layer}.{WEIGHT}")
+
+    def _install(self, model: Any) -> None:
+        """Put a `QuantLinear` in the place of every linear whose weight was taken."""
+        for layer in list(self.weights):
+            linear = self.linears[layer]
+            made = QuantLinear.from_quantized(self.weights.pop(layer))
+            made.bias = linear.bias
+            model.set_submodule(layer, made)
+        self.linears.clear()  # those that were replaced would live on here
+
+    # After loading -----------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if not self.watched:
+            raise UnsupportedError(
+                f"transformers {transformers.__version__} did not say which tensors were missing: "
+                "use qkern.load"
+            )
+        # What is saved is encoded below, not by running these backwards.
+        model._weight_conversions = [
+            entry for entry in model._weight_conversions if not isinstance(entry, LayerConverter)
+        ]
+        model.requires_grad_(False)
+        self._finish(model)
+        fuse_forwards(model)
+
+    def _finish(self, model: Any) -> None:
+        """Do what needs the whole model."""
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if not isinstance(dtype, torch.dtype):  # a saved config has its name
+            dtype = model.dtype
+        for name, layer in quant_linears(model).items():
+            model.set_submodule(name, _dense(layer, dtype, conv1d=name in self.conv1d))
+        return model
+
+    # What transformers asks --------------------------------------------------------------------------------
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on the model: gradients flow through it."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Tensors that ``save_pretrained`` writes, whose description goes into the model's config.
+
+        Raises
+        ------
+        UnsupportedError
+            If no format, or not the one that was asked for, holds the layers.
+        """
+        layers = quant_linears(model)
+        if not layers or getattr(model, "_hf_peft_config_loaded", False):  # then adapters alone are saved
+            return None, {}
+        skipped = [name for name in named_linears(model) if name not in layers]
+        fmt = choose_format(layers, skipped, self.format_name)
+        assert fmt is not None
+        tensors = dict(plain_tensors(model))
+        static, act_order = set(), False
+        for name, layer in layers.items():
+            weight = layer.quantized().to("cpu")
+            tensors |= fmt.encode(name, weight)
+            if layer.bias is not None:
+                tensors[f"{name}.bias"] = layer.bias.detach()
+            act_order |= weight.group_index is not None
+            if weight.input_scale is not None:
+                static.add(name)
+        description = fmt.config(
+            {name: layer.scheme for name, layer in layers.items()},
+            act_order=act_order,
+            static=static,
+            skipped=skipped,
+            details=self._details(),
+        )
+        self.quantization_config = STORED[description["quant_method"]].from_dict(description)
+        model.config.quantization_config = self.quantization_config
+        return tensors, {}
+
+    def _details(self) -> dict[str, Any]:
+        """Fields of the description that formats do not write themselves, such as ``damp_percent``."""
+        return {}
+
+
+def _dense(layer: QuantLinear, dtype: torch.dtype, *, conv1d: bool) -> nn.Module:
+    """Linear, or transformers' Conv1D, with the weights that a `QuantLinear` stands for."""
+    weight = layer.dequantize(dtype)
+    N, K = weight.shape
+    made: nn.Module
+    if conv1d:
+        made = transformers.pytorch_utils.Conv1D(N, K).to(weight)
+    else:
+        made = nn.Linear(K, N, bias=layer.bias is not None, device=weight.device, dtype=dtype)
+    made.weight = nn.Parameter(weight.t().contiguous() if conv1d else weight)
+    if layer.bias is not None:
+        made.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    return made.train(layer.training)
+
+
+class CheckpointQuantizer(QkernQuantizer):
+    """Loads the layers of a checkpoint in one of `qkern.checkpoints.FORMATS`."""
+
+    def __init__(self, quantization_config: StoredConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        detected = detect({"quantization_config": quantization_config.to_dict()})
+        assert detected is not None
+        self.format, self.description = detected
+        self.format_name = self.format.name
+
+    def _prepare(self, model: Any, files: list[str] | None) -> None:
+        names = model_names(_stored_layers(files, self.format.marker), model)
+        if files and not names:
+            raise FormatError(
+                f"{model.name_or_path}: config.json says {self.format.name}, but no tensor name ends in "
+                f".{self.format.marker}; remove quantization_config if the weights are 16-bit"
+            )
+        biased = _stored_layers(files, "bias")
+        for stored, layer in names.items():
+            linear = self.linears.get(layer)
+            if linear is None:
+                continue  # named when it turns out to be left over
+            scheme = self._reading(model, self.format.entry, self.description, stored).scheme
+            self._expect(layer, scheme)
+            if stored in biased and linear.bias is None:  # some files have a bias for every layer
+                linear.bias = nn.Parameter(torch.empty(column_weight(linear).shape[0], device="meta"))
+        _untie(model, names.values())
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Return how stored tensors become layers."""
+        return [LayerConverter(self.format.parts)]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Cast nothing on reading that may be a part of a layer."""
+        if isinstance(converter, LayerConverter):
+            converter.dtype = dtype
+            return None
+        return cast("torch.dtype | None", super().get_new_dtype(converter, param, dtype))
+
+    def load_layer(
+        self, model: Any, layer: str, stored: str, parts: Mapping[str, Tensor], missing: MutableSet[str]
+    ) -> None:
+        """Decode the layer that is called `stored` in the file and put it in the place of `layer`."""
+        linear = self.linears.get(layer)
+        if linear is None:
+            refuse_misfits(model.name_or_path, left_over=[f"{stored}.{part}" for part in parts])
+        entry = self._reading(model, self.format.entry, self.description, stored)
+        if WEIGHT in parts and not entry.int8:
+            raise FormatError(f"{model.name_or_path}: {stored} is there both quantized and plain")
+        # Copied: what safetensors returns is a view of the file, which may change later.
+        tensors = {f"{stored}.{part}": tensor.to("cpu", copy=True) for part, tensor in parts.items()}
+        weight = self._reading(model, decode_layer, self.format, stored, tensors, entry)
+        if weight.shape != column_weight(linear).shape:
+            refuse_misfits(model.name_or_path, mismatched=[stored])
+        device = next(iter(parts.values())).device
+        self.take(layer, weight.to(device), missing)
+
+    @staticmethod
+    def _reading(model: Any, read: Any, *arguments: Any) -> Any:
+        """Let errors name the model."""
+        try:
+            return read(*arguments)
+        except FormatError as error:
+            raise FormatError(f"{model.name_or_path}: {error}") from None
+
+    def _finish(self, model: Any) -> None:
+        if getattr(self.quantization_config, "dequantize", False):
+            self._dequantize(model).requires_grad_(True)
+
+    def _details(self) -> dict[str, Any]:
+        # dynamic names layers, and is written anew.
+        return {name: value for name, value in self.description.items() if name != "dynamic"}
+
+
+def _stored_layers(files: list[str] | None, last: str) -> set[str]:
+    """Names in safetensors files that end in `last`, without it; of other files none."""
+    suffix = f".{last}"
+    return {
+        name.removesuffix(suffix)
+        for file in files or ()
+        if file.endswith(".safetensors")
+        for name in open_safetensors(Path(file)).keys()  # noqa: SIM118 - the handle is no mapping
+        if name.endswith(suffix)
+    }
+
+
+def _untie(model: Any, layers: Iterable[str]) -> None:
+    """Let a quantized head have a weight of its own, whatever the config ties it to."""
+    for layer in layers:
+        if model.all_tied_weights_keys.pop(f"{layer}.{WEIGHT}", None) is not None:
+            model.config.tie_word_embeddings = False
+
+
+class LayerConverter(WeightConverter):  # type: ignore[misc]
+    """Gathers the stored tensors of a weight, plain ones too, and makes of them what the model gets.
+
+    Parameters
+    ----------
+    parts : collection of str
+        Last parts of the names of a quantized layer's tensors.
+    """
+
+    dtype: torch.dtype | None = None
+    """Dtype of a plain weight in the model."""
+
+    def __init__(self, parts: Collection[str]) -> None:
+        patterns = [_pattern(part) for part in sorted({*parts, WEIGHT})]
+        super().__init__(patterns, rf"\.{WEIGHT}", operations=[_Nothing()])
+
+    def convert(
+        self,
+        layer_name: str,
+        model: Any = None,
+        config: Any = None,
+        hf_quantizer: Any = None,
+        loading_info: Any = None,
+    ) -> dict[str, Tensor]:
+        """Give a plain weight back by its name, and put a quantized one into the model.
+
+        Raises
+        ------
+        FormatError
+            If tensors of a quantized layer are missing, left over or contradict each other.
+        """
+        found = {_part(pattern): tensors for pattern, tensors in self.materialize_tensors().items()}
+        sources = sorted(self.layer_targets[layer_name])
+        if len(sources) != len(found):
+            raise FormatError(
+                f"{model.name_or_path}: {', '.join(sources)} are the same tensors of {layer_name}"
+            )
+        parts = {part: tensors[0] for part, tensors in found.items()}
+        if parts.keys() == {WEIGHT} and parts[WEIGHT].is_floating_point():
+            return {layer_name: parts[WEIGHT].to(self.dtype)}
+        stored = sources[0].rpartition(".")[0]
+        layer = layer_name.removesuffix(f".{WEIGHT}")
+        hf_quantizer.load_layer(model, layer, stored, parts, loading_info.missing_keys)
+        return {}
+
+
+def _pattern(part: str) -> str:
+    return rf"\.{part}$"
+
+
+def _part(pattern: str) -> str:
+    return pattern[2:-1]
+
+
+class _Nothing(ConversionOps):  # type: ignore[misc]
+    """Stands where transformers wants an operation; its errors would become a line of a report."""
+
+    def convert(self, input_dict: dict[str, Any], *arguments: Any, **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+
+class LoadTimeQuantizer(QkernQuantizer):
+    """Quantizes the linears of a 16-bit model, by `QkernConfig`."""
+
+    def __init__(self, quantization_config: QkernConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if self.pre_quantized:
+            raise FormatError(
+                "config.json holds a QkernConfig, which describes no checkpoint: write the model with "
+                "save_pretrained or qkern.save"
+            )
+        self.format_name = quantization_config.format
+        self.settings: Settings = quantization_config.settings()
+        self.schemes: dict[str, Scheme] = {}
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse parts on disk, and where a method runs the whole model, several devices."""
+        super().validate_environment(*args, device_map=device_map, **kwargs)
+        devices = set(device_map.values()) if isinstance(device_map, dict) else set()
+        if self.settings.reads_text and len(devices) > 1:
+            raise UnsupportedError(
+                f"method {self.settings.method} quantizes a model on one device: device_map names "
+                f"{', '.join(sorted(map(str, devices)))}; load on one, or use qkern.quantize with output="
+            )
+
+    def _prepare(self, model: Any, files: list[str] | None) -> None:
+        options = self.quantization_config.options
+        structure = describe(model)
+        # Ties are made after loading.
+        tied = f"{structure.head}.{WEIGHT}" in model.all_tied_weights_keys
+        named = [options.get(name, ()) for name in ("skip", "include")]
+        skip, include = ((names,) if isinstance(names, str) else names for names in named)
+        self.settings, targets = find_targets(
+            model, replace(structure, tied=tied), self.settings, options.get("assignment"), skip, include
+        )
+        if self.settings.reads_text:
+            return  # the whole model is needed first
+        for layer in target_names(structure, targets):
+            scheme = self.settings.scheme_of(layer)
+            self.schemes[f"{layer}.{WEIGHT}"] = scheme
+            self._expect(layer, scheme)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a weight is rounded when it is read."""
+        return param_name in self.schemes
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return what rounds a weight."""
+        return _Rounding(self)
+
+    def _finish(self, model: Any) -> None:
+        config = self.quantization_config
+        if self.settings.reads_text:
+            options = {**config.options, "tokenizer": _tokenizer(config.options.get("tokenizer"))}
+            _graft(model, quantize(model, method=config.method, scheme=config.scheme, **options))
+        for layer in quant_linears(model).values():
+            layer.compute = config.compute
+
+
+class _Rounding(ConversionOps):  # type: ignore[misc]
+    """Rounds weights to nearest and puts them into the model."""
+
+    def __init__(self, quantizer: LoadTimeQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], *arguments: Any, missing_keys: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        rest = {}
+        for name, value in input_dict.items():
+            scheme = self.quantizer.schemes.get(name)
+            if scheme is None:
+                rest[name] = value
+                continue
+            tensor = value[0] if isinstance(value, list) else value
+            layer = name.removesuffix(f".{WEIGHT}")
+            try:
+                self._round(layer, tensor, scheme, missing_keys)
+            except QkernError as error:
+                # Kept: transformers would make of it a line of a report.
+                self.quantizer.failure = self.quantizer.failure or type(error)(f"{name}: {error}")
+        return rest
+
+    def _round(self, layer: str, tensor: Tensor, scheme: Scheme, missing: MutableSet[str]) -> None:
+        expected = self.quantizer.linears[layer].weight.shape
+        if tensor.shape != expected:
+            raise FormatError(f"the file has {list(tensor.shape)}, and by the config it is {list(expected)}")
+        matrix = tensor.t() if layer in self.quantizer.conv1d else tensor
+        search: Any = self.quantizer.settings.search
+        self.quantizer.take(layer, quantize_rtn(matrix, scheme, search=search), missing)
+
+
+def _tokenizer(given: Any) -> Any:
+    """Tokenizer of a folder or hub id; anything else is one, or None."""
+    return load_tokenizer(model_folder(given)) if isinstance(given, (str, Path)) else given
+
+
+def _graft(model: Any, quantized: Any) -> None:
+    """Give `model` the linears of `quantized`, a copy of it, and everything else that was changed there."""
+    for name, layer in quant_linears(quantized).items():
+        model.set_submodule(name, layer.to(column_weight(model.get_submodule(name)).device))
+    values = dict(quantized.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.data = values[name].data.to(parameter.device)
+    model.qkern_report = quantized.qkern_report
+
+
+# Taking methods over from transformers ----------------------------------------------------------------------
+
+
+def _choose(method: str, config: Any, **kwargs: Any) -> HfQuantizer:
+    """Return our quantizer, or transformers' own for a checkpoint that qkern does not read."""
+    if isinstance(config, StoredConfig):
+        return CheckpointQuantizer(config, **kwargs)
+    if kwargs.get("pre_quantized", True):
+        return _theirs[method][0](config, **kwargs)
+    return LoadTimeQuantizer(QkernConfig.of(config), **kwargs)
+
+
+_ours: Final = {method: (functools.partial(_choose, method), config) for method, config in STORED.items()}
+_theirs: Final[dict[str, tuple[Any, Any]]] = {}
+
+# A name of our own, which takes nothing over.
+AUTO_QUANTIZER_MAPPING["qkern"] = LoadTimeQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING["qkern"] = QkernConfig
+
+
+def enable() -> None:
+    """Let transformers load AWQ, GPTQ and compressed-tensors checkpoints on qkern's kernels, from now on.
+
+    What qkern does not read (other layouts of AWQ, fp8) is left to transformers. A second call changes
+    nothing.
+
+    Raises
+    ------
+    UnsupportedError
+        If transformers is older than 5.21.
+    """
+    if not hasattr(HfQuantizer, "get_new_dtype"):
+        raise UnsupportedError(
+            f"loading through transformers needs version 5.21 or newer: got {transformers.__version__}; "
+            "update it, or use qkern.load"
+        )
+    for method, (quantizer, config) in _ours.items():
+        if AUTO_QUANTIZER_MAPPING[method] is not quantizer:
+            _theirs[method] = AUTO_QUANTIZER_MAPPING[method], AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+            AUTO_QUANTIZER_MAPPING[method], AUTO_QUANTIZATION_CONFIG_MAPPING[method] = quantizer, config
+
+
+def disable() -> None:
+    """Give transformers its own classes back; models that are loaded already stay as they are."""
+    for method, theirs in _theirs.items():
+        AUTO_QUANTIZER_MAPPING[method], AUTO_QUANTIZATION_CONFIG_MAPPING[method] = theirs
+    _theirs.clear()
