@@ -10,6 +10,7 @@ from qkern.errors import FormatError, InputError, NativeError, QkernError, Unsup
 from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
+    from qkern.integrations.hf_quantizer import QkernConfig, disable, enable
     from qkern.models import fuse_forwards
     from qkern.nn import FakeQuantLinear, QuantEmbedding, QuantLinear, replace_linears
     from qkern.pipelines.compare import compare
@@ -27,10 +28,13 @@ if TYPE_CHECKING:
 _LAZY = {
     "FakeQuantLinear": "qkern.nn",
     "MixedPrecision": "qkern.search",
+    "QkernConfig": "qkern.integrations.hf_quantizer",
     "QuantEmbedding": "qkern.nn",
     "QuantLinear": "qkern.nn",
     "compare": "qkern.pipelines",
     "convert_qat": "qkern.pipelines",
+    "disable": "qkern.integrations.hf_quantizer",
+    "enable": "qkern.integrations.hf_quantizer",
     "export_gguf": "qkern.pipelines",
     "fuse_forwards": "qkern.models",
     "imatrix": "qkern.pipelines",
@@ -50,6 +54,7 @@ __all__ = [
     "InputError",
     "MixedPrecision",
     "NativeError",
+    "QkernConfig",
     "QkernError",
     "QuantEmbedding",
     "QuantLinear",
@@ -59,6 +64,8 @@ __all__ = [
     "__version__",
     "compare",
     "convert_qat",
+    "disable",
+    "enable",
     "export_gguf",
     "fuse_forwards",
     "imatrix",

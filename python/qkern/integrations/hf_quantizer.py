@@ -24,7 +24,7 @@ from qkern.checkpoints import decode_layer, detect, model_folder, open_safetenso
 from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
 from qkern.integrations.hf_config import STORED, QkernConfig, StoredConfig
 from qkern.models import column_weight, describe, fuse_forwards
-from qkern.nn import QuantLinear, named_linears, quant_linears
+from qkern.nn import QuantLinear, named_linears, quant_linears, replace_linears
 from qkern.nn.linear import is_conv1d
 from qkern.pipelines import quantize
 from qkern.pipelines.checks import find_targets, target_names
@@ -34,7 +34,7 @@ from qkern.quantizers import quantize_rtn
 from qkern.schemes import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, MutableSet
+    from collections.abc import Collection, Mapping, MutableSet
 
     from qkern.pipelines.layerwise import Settings
     from qkern.schemes import QuantizedWeight, Scheme
@@ -42,6 +42,11 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointQuantizer", "LoadTimeQuantizer", "QkernConfig", "QkernQuantizer", "disable", "enable"]
 
 WEIGHT: Final = "weight"
+# What transformers lets a caller say about a checkpoint that has a description, and what of it qkern can do.
+_LOADING: Final[dict[str, tuple[Any, ...]]] = {
+    "backend": (None, "auto"),
+    "use_optimized_inference": (None, False),
+}
 
 
 class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -119,13 +124,17 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         It only reports missing and left-over tensors; the hooks of a quantizer are not told of them.
         """
         adjust = model._adjust_missing_and_unexpected_keys
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
         def refuse(loading_info: Any) -> None:
             del model._adjust_missing_and_unexpected_keys
             self.watched = True
             adjust(loading_info)
             missing, left_over = loading_info.missing_keys, loading_info.unexpected_keys
-            mismatched = [str(entry[0]) for entry in loading_info.mismatched_keys]
+            mismatched = {str(entry[0]) for entry in loading_info.mismatched_keys}
+            # Some versions set whatever arrives where there is a quantizer.
+            state = model.state_dict()
+            mismatched |= {name for name, shape in shapes.items() if state[name].shape != shape}
             left_over = {
                 name for name in left_over if not any(re.search(pattern, name) for pattern in COMPUTED)
             }
@@ -265,24 +274,31 @@ class CheckpointQuantizer(QkernQuantizer):
         assert detected is not None
         self.format, self.description = detected
         self.format_name = self.format.name
+        for name, allowed in _LOADING.items():
+            asked = getattr(quantization_config, name, None)
+            if asked not in (*allowed, self.description.get(name)):
+                raise InputError(
+                    f"{name}={asked!r} is about other kernels than qkern's: leave it out, or call "
+                    "qkern.disable() to load with transformers' own"
+                )
 
     def _prepare(self, model: Any, files: list[str] | None) -> None:
-        names = model_names(_stored_layers(files, self.format.marker), model)
-        if files and not names:
+        tensors = _stored_names(files)
+        suffix = f".{self.format.marker}"
+        layers = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+        if tensors and not layers:
             raise FormatError(
                 f"{model.name_or_path}: config.json says {self.format.name}, but no tensor name ends in "
-                f".{self.format.marker}; remove quantization_config if the weights are 16-bit"
+                f"{suffix}; remove quantization_config if the weights are 16-bit"
             )
-        biased = _stored_layers(files, "bias")
-        for stored, layer in names.items():
+        for stored, layer in model_names(layers, model).items():
             linear = self.linears.get(layer)
             if linear is None:
                 continue  # named when it turns out to be left over
-            scheme = self._reading(model, self.format.entry, self.description, stored).scheme
-            self._expect(layer, scheme)
-            if stored in biased and linear.bias is None:  # some files have a bias for every layer
+            self._expect(layer, self._reading(model, self.format.entry, self.description, stored).scheme)
+            if f"{stored}.bias" in tensors and linear.bias is None:  # some files have one for every layer
                 linear.bias = nn.Parameter(torch.empty(column_weight(linear).shape[0], device="meta"))
-        _untie(model, names.values())
+            _untie(model, layer)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Return how stored tensors become layers."""
@@ -298,7 +314,7 @@ class CheckpointQuantizer(QkernQuantizer):
     def load_layer(
         self, model: Any, layer: str, stored: str, parts: Mapping[str, Tensor], missing: MutableSet[str]
     ) -> None:
-        """Decode the layer that is called `stored` in the file and put it in the place of `layer`."""
+        """Decode and keep the layer that is called `stored` in the file and `layer` in the model."""
         linear = self.linears.get(layer)
         if linear is None:
             refuse_misfits(model.name_or_path, left_over=[f"{stored}.{part}" for part in parts])
@@ -330,27 +346,24 @@ class CheckpointQuantizer(QkernQuantizer):
         return {name: value for name, value in self.description.items() if name != "dynamic"}
 
 
-def _stored_layers(files: list[str] | None, last: str) -> set[str]:
-    """Names in safetensors files that end in `last`, without it; of other files none."""
-    suffix = f".{last}"
+def _stored_names(files: list[str] | None) -> set[str]:
+    """Names in safetensors files; of others none, which are rare and need none of what is done by them."""
     return {
-        name.removesuffix(suffix)
+        name
         for file in files or ()
         if file.endswith(".safetensors")
         for name in open_safetensors(Path(file)).keys()  # noqa: SIM118 - the handle is no mapping
-        if name.endswith(suffix)
     }
 
 
-def _untie(model: Any, layers: Iterable[str]) -> None:
+def _untie(model: Any, layer: str) -> None:
     """Let a quantized head have a weight of its own, whatever the config ties it to."""
-    for layer in layers:
-        if model.all_tied_weights_keys.pop(f"{layer}.{WEIGHT}", None) is not None:
-            model.config.tie_word_embeddings = False
+    if model.all_tied_weights_keys.pop(f"{layer}.{WEIGHT}", None) is not None:
+        model.config.tie_word_embeddings = False
 
 
 class LayerConverter(WeightConverter):  # type: ignore[misc]
-    """Gathers the stored tensors of a weight, plain ones too, and makes of them what the model gets.
+    """Gathers the stored tensors of each weight, plain or quantized.
 
     Parameters
     ----------
@@ -373,7 +386,7 @@ class LayerConverter(WeightConverter):  # type: ignore[misc]
         hf_quantizer: Any = None,
         loading_info: Any = None,
     ) -> dict[str, Tensor]:
-        """Give a plain weight back by its name, and put a quantized one into the model.
+        """Give a plain weight back by its name, and a quantized one to the quantizer.
 
         Raises
         ------
@@ -464,12 +477,21 @@ class LoadTimeQuantizer(QkernQuantizer):
         if self.settings.reads_text:
             options = {**config.options, "tokenizer": _tokenizer(config.options.get("tokenizer"))}
             _graft(model, quantize(model, method=config.method, scheme=config.scheme, **options))
+        # A weight that transformers cuts out of a larger one may not have been offered.
+        rest = {
+            name: self.schemes[f"{name}.{WEIGHT}"]
+            for name, linear in named_linears(model).items()
+            if not isinstance(linear, QuantLinear) and f"{name}.{WEIGHT}" in self.schemes
+        }
+        if rest:
+            search: Any = self.settings.search
+            replace_linears(model, rest, search=search)
         for layer in quant_linears(model).values():
             layer.compute = config.compute
 
 
 class _Rounding(ConversionOps):  # type: ignore[misc]
-    """Rounds weights to nearest and puts them into the model."""
+    """Rounds weights to nearest and gives them to the quantizer."""
 
     def __init__(self, quantizer: LoadTimeQuantizer) -> None:
         self.quantizer = quantizer
