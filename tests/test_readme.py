@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import qkern
+
 if TYPE_CHECKING:
     import pytest
 
@@ -22,5 +24,8 @@ def test_readme_has_python_blocks() -> None:
 def test_readme_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    for number, block in enumerate(BLOCKS):
-        exec(compile(block, f"README.md block {number}", "exec"), namespace)
+    try:
+        for number, block in enumerate(BLOCKS):
+            exec(compile(block, f"README.md block {number}", "exec"), namespace)
+    finally:
+        qkern.disable()  # a block lets transformers use qkern, which other tests do not expect

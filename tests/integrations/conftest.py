@@ -1,12 +1,61 @@
-"""Small models run fastest on one thread, and a busy machine makes several wait for each other."""
+"""Small 16-bit models in folders, checkpoints that were changed, and transformers as it was before."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from qkern.integrations.hf_quantizer import disable, enable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
+def one_thread() -> Iterator[None]:
+    """Small models run fastest on one thread, and a busy machine makes several wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def enabled() -> Iterator[None]:
+    enable()
+    yield
+    disable()
+
+
+@pytest.fixture(scope="session")
+def originals(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Maker of folders with small 16-bit models, each written once."""
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            tiny(kind, dtype=torch.bfloat16).save_pretrained(made[kind])
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rewrite() -> Any:
+    """Copy a checkpoint into one file, its tensors changed on the way."""
+
+    def rewrite(folder: Path, target: Path, change: Any) -> Path:
+        shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+        tensors = {
+            name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
+        }
+        save_file(change(tensors), target / "model.safetensors", metadata={"format": "pt"})
+        return target
+
+    return rewrite

@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AwqConfig, CompressedTensorsConfig, GPTQConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import qkern
-from qkern.demo import CALIBRATION, MODEL
+from qkern.demo import MODEL
 from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.integrations.hf_config import STORED
-from qkern.integrations.hf_quantizer import LoadTimeQuantizer, QkernConfig, disable, enable
+from qkern.integrations.hf_quantizer import disable, enable
 from qkern.nn import quant_linears
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 IDS = torch.randint(3, 96, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -31,7 +30,6 @@ TEXTS = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(1)
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 RTN: dict[str, Any] = {"method": "rtn"}
 GPTQ: dict[str, Any] = {"method": "gptq", "calibration": TEXTS}
-LISTED: dict[str, Any] = {"method": "gptq", "calibration": TEXTS.tolist()}  # texts are drawn from a list
 DESC_ACT: dict[str, Any] = {**GPTQ, "act_order": "desc_act"}
 CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("llama", "gptq", "w2g32", RTN),
@@ -56,27 +54,6 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def enabled() -> Iterator[None]:
-    enable()
-    yield
-    disable()
-
-
-@pytest.fixture(scope="module")
-def originals(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Maker of folders with small 16-bit models, each written once."""
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            tiny(kind, dtype=torch.bfloat16).save_pretrained(made[kind])
-        return made[kind]
-
-    return folder
-
-
 @pytest.fixture(scope="module")
 def llama(originals: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPTQ checkpoint of Llama, in shards; tests copy it before they change it."""
@@ -93,16 +70,6 @@ def logits(model: Any) -> torch.Tensor:
 
 def from_pretrained(*arguments: Any, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(*arguments, **options)
-
-
-def rewrite(folder: Path, target: Path, change: Any) -> Path:
-    """Copy a checkpoint into one file, its tensors changed on the way."""
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors*"))
-    tensors = {
-        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
-    save_file(change(tensors), target / "model.safetensors", metadata={"format": "pt"})
-    return target
 
 
 def edit_config(folder: Path, **fields: Any) -> None:
@@ -251,7 +218,7 @@ def test_description_survives_saving(llama: Path, tmp_path: Path) -> None:
     assert saved == {**stored, "damp_percent": 0.0123}
 
 
-def test_names_of_a_bare_decoder(llama: Path, tmp_path: Path) -> None:
+def test_names_of_a_bare_decoder(llama: Path, rewrite: Any, tmp_path: Path) -> None:
     bare = rewrite(
         llama,
         tmp_path / "bare",
@@ -260,7 +227,7 @@ def test_names_of_a_bare_decoder(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(from_pretrained(bare)), logits(qkern.load(llama)))
 
 
-def test_bias_that_the_architecture_has_not(llama: Path, tmp_path: Path) -> None:
+def test_bias_that_the_architecture_has_not(llama: Path, rewrite: Any, tmp_path: Path) -> None:
     bias = {f"model.layers.{index}.mlp.up_proj.bias": torch.randn(96).bfloat16() for index in range(2)}
     folder = rewrite(llama, tmp_path / "biased", lambda tensors: tensors | bias)
     model = from_pretrained(folder)
@@ -391,7 +358,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_does_not_fit_is_refused_by_name(
-    llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], what: str
+    llama: Path, rewrite: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], what: str
 ) -> None:
     change, message = BROKEN[what]
     folder = rewrite(llama, tmp_path / "broken", change)
@@ -401,7 +368,7 @@ def test_what_does_not_fit_is_refused_by_name(
     assert "LOAD REPORT" not in capfd.readouterr().err  # one error, and no advice that contradicts it
 
 
-def test_integers_without_scales_are_refused(originals: Any, tmp_path: Path) -> None:
+def test_integers_without_scales_are_refused(originals: Any, rewrite: Any, tmp_path: Path) -> None:
     qkern.quantize(originals("llama"), scheme="w8a8", output=tmp_path / "int8", **RTN)
     folder = rewrite(tmp_path / "int8", tmp_path / "broken", without("0.self_attn.q_proj.weight_scale"))
     with pytest.raises(FormatError, match=rf"{Q_PROJ}\.weight_scale is missing"):
@@ -437,181 +404,6 @@ def test_dequantizing_on_loading(originals: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(dense), expected, rtol=0, atol=1e-5)
 
 
-def test_qkern_config_in_a_file_is_refused(originals: Any, tmp_path: Path) -> None:
-    shutil.copytree(originals("llama"), tmp_path / "model")
-    edit_config(tmp_path / "model", quantization_config=QkernConfig("w4g32").to_dict())
-    with pytest.raises(FormatError, match="a QkernConfig, which describes no checkpoint"):
-        from_pretrained(tmp_path / "model")
-
-
-# Quantizing on loading
-
-LOAD_TIME: list[tuple[str, str | None, dict[str, Any]]] = [
-    ("llama", "w4g32", RTN),
-    ("llama", "w3g32z", {**RTN, "search": "mse", "skip": ["o_proj"]}),
-    ("llama", "nf4g32", RTN),
-    ("llama", None, {**RTN, "assignment": {"*.mlp.*": "w2g32", "q_proj": "w8"}}),
-    ("llama", "w8", {**RTN, "include": "lm_head"}),
-    ("gpt2", "w4g32", RTN),
-    ("phi3", "w8a8", RTN),
-    ("qwen2", "w4g32", DESC_ACT),
-    ("llama", "w4g32z", {"method": "awq", "calibration": TEXTS}),
-    ("llama", "w8a8", {"method": "smoothquant", "alpha": 0.5, "calibration": TEXTS, "activations": "static"}),
-]
-
-
-@pytest.mark.parametrize(
-    ("kind", "scheme", "options"), LOAD_TIME, ids=[f"{case[0]}-{case[1]}" for case in LOAD_TIME]
-)
-def test_quantizing_on_loading_is_quantize(
-    originals: Any, tmp_path: Path, kind: str, scheme: str | None, options: dict[str, Any]
-) -> None:
-    expected = qkern.quantize(originals(kind), scheme=scheme, **options)
-    model = from_pretrained(originals(kind), quantization_config=QkernConfig(scheme, **options))
-    mine, theirs = quant_linears(model), quant_linears(expected)
-    assert mine.keys() == theirs.keys() != set()
-    assert all(str(layer.scheme) == str(theirs[name].scheme) for name, layer in mine.items())
-    assert torch.equal(logits(model), logits(expected))
-    json.dumps(model.config.to_dict())  # as printing a config does
-    if scheme == "nf4g32":
-        with pytest.raises(UnsupportedError, match="not the nf4 codebook"):
-            model.save_pretrained(tmp_path / "saved")
-        return
-    model.save_pretrained(tmp_path / "saved")
-    for load in (qkern.load, from_pretrained):
-        assert torch.equal(logits(load(tmp_path / "saved")), logits(expected))
-
-
-def test_weights_that_are_not_offered(originals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = qkern.quantize(originals("llama"), scheme="w4g32", search="mse", **RTN)
-    asked = LoadTimeQuantizer.param_needs_quantization
-    monkeypatch.setattr(
-        LoadTimeQuantizer,
-        "param_needs_quantization",
-        lambda self, model, name, **options: "q_proj" not in name and asked(self, model, name, **options),
-    )
-    config = QkernConfig("w4g32", search="mse")
-    assert torch.equal(
-        logits(from_pretrained(originals("llama"), quantization_config=config)), logits(expected)
-    )
-
-
-def test_tied_head_stays(originals: Any) -> None:
-    with pytest.raises(UnsupportedError, match="lm_head is tied to the input embedding"):
-        from_pretrained(originals("qwen2"), quantization_config=QkernConfig("w8", include=["lm_head"]))
-
-
-def test_report_and_texts(tmp_path: Path) -> None:
-    config = QkernConfig(
-        "w4g128", method="gptq", calibration=CALIBRATION, tokenizer=str(MODEL), samples=2, length=64
-    )
-    model = from_pretrained(MODEL, quantization_config=config)
-    assert model.qkern_report.layers.keys() == quant_linears(model).keys()
-    assert torch.isfinite(logits(model)).all()
-
-
-def test_format_and_compute_of_a_config(originals: Any, tmp_path: Path) -> None:
-    config = QkernConfig("w4g32", compute="float", format="compressed-tensors")
-    model = from_pretrained(originals("llama"), quantization_config=config)
-    assert {layer.compute for layer in quant_linears(model).values()} == {"float"}
-    model.save_pretrained(tmp_path / "saved")
-    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert saved["quantization_config"]["quant_method"] == "compressed-tensors"
-
-
-@pytest.mark.parametrize(
-    ("config", "scheme", "options"),
-    [
-        (lambda: QkernConfig(bits=4, group_size=32, sym=True), "w4g32", RTN),
-        (lambda: QkernConfig(bits=3, group_size=-1, sym=False), "w3z", RTN),
-        (lambda: QkernConfig(w_bit=4, q_group_size=32, zero_point=True, version="GEMM"), "w4g32z", RTN),
-        (
-            lambda: GPTQConfig(bits=4, group_size=32, desc_act=True, dataset=LISTED["calibration"]),
-            "w4g32",
-            {**LISTED, "damp": 0.1, "act_order": "desc_act"},
-        ),
-        (
-            lambda: GPTQConfig(
-                bits=8, group_size=32, sym=False, damp_percent=0.05, dataset=LISTED["calibration"]
-            ),
-            "w8g32z",
-            LISTED,
-        ),
-        (
-            lambda: AwqConfig(
-                bits=4, group_size=32, modules_to_not_convert=["o_proj"], dataset=LISTED["calibration"]
-            ),
-            "w4g32z",
-            {**LISTED, "method": "awq", "skip": ["o_proj"]},
-        ),
-    ],
-    ids=["bits", "channel", "autoawq", "GPTQConfig", "GPTQConfig-asymmetric", "AwqConfig"],
-)
-def test_familiar_names(originals: Any, config: Any, scheme: str, options: dict[str, Any]) -> None:
-    expected = qkern.quantize(originals("llama"), scheme=scheme, **options)
-    model = from_pretrained(originals("llama"), quantization_config=config())
-    assert torch.equal(logits(model), logits(expected))
-
-
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"scheme": "w4g128", "bits": 4}, "bits and scheme say the same"),
-    ({"group_size": 64}, "bits is missing"),
-    ({"bits": 5}, "unsupported bits: got 5"),
-    ({"bits": 4, "w_bit": 4}, "w_bit says the same as another argument"),
-    ({"bits": 4, "sym": True, "zero_point": True}, "contradict each other"),
-    ({"bits": 4, "true_sequential": False}, "true_sequential=False has no meaning here"),
-    ({"bits": 4, "backend": "marlin"}, "backend='marlin' has no meaning here"),
-    ({"bits": 4, "batch_size": 2, "fuse_max_seq_len": 8}, "batch_size, fuse_max_seq_len cannot be given"),
-    ({"bits": 4, "desc_act": True}, "act_order are GPTQ's"),
-    ({"scheme": "w4g128", "output": "folder"}, "output cannot be given"),
-    ({"scheme": "w4g128", "compute": "int4"}, "unknown compute: got 'int4'"),
-    ({"scheme": "w4g128", "format": "marlin"}, "unknown checkpoint format: got 'marlin'"),
-    ({"scheme": "w4g128", "method": "hqq"}, "unknown method 'hqq'"),
-    ({"scheme": "w4g128", "method": "gptq"}, "calibration is missing: method gptq"),
-    ({"scheme": "w4g128", "method": "gptq", "dataset": "c4"}, "data set 'c4' would be fetched"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_bad_config(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        QkernConfig(**arguments)
-
-
-def test_bad_config_of_transformers(originals: Any) -> None:
-    for config, message in (
-        (GPTQConfig(bits=4), "calibration is missing: method gptq"),
-        (GPTQConfig(bits=4, dataset=["a text"], batch_size=4), "batch_size cannot be given to qkern"),
-        (AwqConfig(bits=4, dataset=["a text"], backend="marlin"), "backend=.* has no meaning here"),
-    ):
-        with pytest.raises(InputError, match=message):
-            from_pretrained(originals("llama"), quantization_config=config)
-
-
-def test_weights_that_cannot_be_quantized(originals: Any, tmp_path: Path) -> None:
-    def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return tensors | {f"{Q_PROJ}.weight": torch.full((64, 64), torch.nan).bfloat16()}
-
-    folder = rewrite(originals("llama"), tmp_path / "spoilt", spoil)
-    with pytest.raises(InputError, match=rf"{Q_PROJ}\.weight: .*NaN"):
-        from_pretrained(folder, quantization_config=QkernConfig("w4g32"))
-    folder = rewrite(originals("llama"), tmp_path / "less", without("0.self_attn.q_proj.weight"))
-    with pytest.raises(FormatError, match=rf"missing: {Q_PROJ}\.weight"):
-        from_pretrained(folder, quantization_config=QkernConfig("w4g32"))
-    with pytest.raises(InputError, match="'nothing' in skip or include matches no linear"):
-        from_pretrained(originals("llama"), quantization_config=QkernConfig("w4g32", skip=["nothing"]))
-
-
-def test_experts_are_refused(originals: Any) -> None:
-    with pytest.raises(UnsupportedError, match="3-D parameters"):
-        from_pretrained(originals("mixtral"), quantization_config=QkernConfig("w4g32"))
-    skipped = QkernConfig("w4g32", skip=["experts"])
-    model = from_pretrained(originals("mixtral"), quantization_config=skipped)
-    assert torch.equal(
-        logits(model), logits(qkern.quantize(originals("mixtral"), scheme="w4g32", skip=["experts"], **RTN))
-    )
-
-
 # Taking over and giving back
 
 
@@ -633,11 +425,6 @@ def test_importing_enables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "qkern.integrations.transformers", raising=False)
     importlib.import_module("qkern.integrations.transformers")
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is STORED["gptq"]
-
-
-def test_quantizing_needs_no_enabling(originals: Any) -> None:
-    disable()
-    assert quant_linears(from_pretrained(originals("llama"), quantization_config=qkern.QkernConfig("w8")))
 
 
 @pytest.mark.parametrize(
