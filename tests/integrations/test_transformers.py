@@ -51,6 +51,8 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("qwen2", "awq", "w4g32z", RTN),  # tied embeddings
     ("gpt2", "gptq", "w4g32", RTN),  # Conv1D
     ("phi3", "gptq_v2", "w4g32z", DESC_ACT),
+    ("mixtral", "gptq", "w4g32", {**RTN, "skip": ["experts"]}),
+    ("qwen3_moe", "compressed-tensors", "w4g32", {**RTN, "skip": ["experts"]}),
 ]
 
 
@@ -198,6 +200,9 @@ def test_state_dict(llama: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(llama)
     model = transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
     assert torch.equal(logits(model), logits(qkern.load(llama)))
+    del tensors["model.norm.weight"]
+    with pytest.raises(FormatError, match=r"the state_dict does not fit .* missing: model\.norm\.weight"):
+        transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
 
 
 def test_shards_on_saving(llama: Path, tmp_path: Path) -> None:
@@ -225,6 +230,16 @@ def test_names_of_a_bare_decoder(llama: Path, rewrite: Any, tmp_path: Path) -> N
         lambda tensors: {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
     )
     assert torch.equal(logits(from_pretrained(bare)), logits(qkern.load(llama)))
+
+
+def test_names_that_the_caller_maps(llama: Path, rewrite: Any, tmp_path: Path) -> None:
+    renamed = rewrite(
+        llama,
+        tmp_path / "renamed",
+        lambda tensors: {name.replace("model.", "backbone.", 1): tensor for name, tensor in tensors.items()},
+    )
+    model = from_pretrained(renamed, key_mapping={r"^backbone\.": "model."})
+    assert torch.equal(logits(model), logits(qkern.load(llama)))
 
 
 def test_bias_that_the_architecture_has_not(llama: Path, rewrite: Any, tmp_path: Path) -> None:

@@ -141,9 +141,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
             try:
                 if self.failure is not None:
                     raise self.failure
-                refuse_misfits(
-                    model.name_or_path, missing=missing, left_over=left_over, mismatched=mismatched
-                )
+                refuse_misfits(_source(model), missing=missing, left_over=left_over, mismatched=mismatched)
             except QkernError:
                 # Else transformers would report them too, and raise an error of its own.
                 loading_info.missing_keys, loading_info.unexpected_keys = set(), set()
@@ -250,6 +248,12 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         return {}
 
 
+def _source(model: Any) -> str:
+    """Say where the tensors of a model come from."""
+    # transformers keeps the name as text.
+    return "the state_dict" if model.name_or_path in ("", "None") else str(model.name_or_path)
+
+
 def _dense(layer: QuantLinear, dtype: torch.dtype, *, conv1d: bool) -> nn.Module:
     """Linear, or transformers' Conv1D, with the weights that a `QuantLinear` stands for."""
     weight = layer.dequantize(dtype)
@@ -288,7 +292,7 @@ class CheckpointQuantizer(QkernQuantizer):
         layers = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
         if tensors and not layers:
             raise FormatError(
-                f"{model.name_or_path}: config.json says {self.format.name}, but no tensor name ends in "
+                f"{_source(model)}: config.json says {self.format.name}, but no tensor name ends in "
                 f"{suffix}; remove quantization_config if the weights are 16-bit"
             )
         for stored, layer in model_names(layers, model).items():
@@ -317,15 +321,15 @@ class CheckpointQuantizer(QkernQuantizer):
         """Decode and keep the layer that is called `stored` in the file and `layer` in the model."""
         linear = self.linears.get(layer)
         if linear is None:
-            refuse_misfits(model.name_or_path, left_over=[f"{stored}.{part}" for part in parts])
+            refuse_misfits(_source(model), left_over=[f"{stored}.{part}" for part in parts])
         entry = self._reading(model, self.format.entry, self.description, stored)
         if WEIGHT in parts and not entry.int8:
-            raise FormatError(f"{model.name_or_path}: {stored} is there both quantized and plain")
+            raise FormatError(f"{_source(model)}: {stored} is there both quantized and plain")
         # Copied: what safetensors returns is a view of the file, which may change later.
         tensors = {f"{stored}.{part}": tensor.to("cpu", copy=True) for part, tensor in parts.items()}
         weight = self._reading(model, decode_layer, self.format, stored, tensors, entry)
         if weight.shape != column_weight(linear).shape:
-            refuse_misfits(model.name_or_path, mismatched=[stored])
+            refuse_misfits(_source(model), mismatched=[stored])
         device = next(iter(parts.values())).device
         self.take(layer, weight.to(device), missing)
 
@@ -335,7 +339,7 @@ class CheckpointQuantizer(QkernQuantizer):
         try:
             return read(*arguments)
         except FormatError as error:
-            raise FormatError(f"{model.name_or_path}: {error}") from None
+            raise FormatError(f"{_source(model)}: {error}") from None
 
     def _finish(self, model: Any) -> None:
         if getattr(self.quantization_config, "dequantize", False):
@@ -396,9 +400,7 @@ class LayerConverter(WeightConverter):  # type: ignore[misc]
         found = {_part(pattern): tensors for pattern, tensors in self.materialize_tensors().items()}
         sources = sorted(self.layer_targets[layer_name])
         if len(sources) != len(found):
-            raise FormatError(
-                f"{model.name_or_path}: {', '.join(sources)} are the same tensors of {layer_name}"
-            )
+            raise FormatError(f"{_source(model)}: {', '.join(sources)} are the same tensors of {layer_name}")
         parts = {part: tensors[0] for part, tensors in found.items()}
         if parts.keys() == {WEIGHT} and parts[WEIGHT].is_floating_point():
             return {layer_name: parts[WEIGHT].to(self.dtype)}
