@@ -28,7 +28,7 @@ __all__ = ["STORED", "AwqConfig", "CompressedTensorsConfig", "GPTQConfig", "Qker
 
 logger = logging.getLogger(__name__)
 
-# Of `quantize`: the model is transformers', which gets the result, and what the others name is said here.
+# Arguments of `quantize` that are said elsewhere: by `QkernConfig` itself, from_pretrained or save_pretrained.
 _ELSEWHERE: Final = {
     "model",
     "method",
@@ -53,9 +53,8 @@ _RENAMED: Final = {
     "version": "format",
     "checkpoint_format": "format",
 }
-# what makes up a scheme,
+# what a scheme and act_order are made up of,
 _SCHEME: Final = ("bits", "group_size", "sym", "zero_point")
-# what makes up act_order,
 _ORDER: Final = ("desc_act", "act_group_aware")
 # and what qkern does one way only.
 _FIXED: Final[dict[str, tuple[Any, ...]]] = {
@@ -64,7 +63,6 @@ _FIXED: Final[dict[str, tuple[Any, ...]]] = {
     "pack_dtype": ("int32",),
     "meta": (None,),
 }
-_FORMATS: Final = {"gemm": "awq"}
 # Fields of transformers' own classes that mean something however they came by their value.
 _MEANT: Final = {
     "gptq": ("bits", "group_size", "sym", "damp_percent", *_ORDER),
@@ -122,7 +120,7 @@ class QkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise InputError(f"unknown compute: got {compute!r}, allowed are {', '.join(COMPUTE)}")
         self.quant_method = "qkern"
         self.method = method
-        self.scheme = options.pop("scheme", scheme)
+        self.scheme = options.pop("scheme", None)
         self.compute = compute
         self.format = options.pop("format", None)
         if self.format is not None:
@@ -207,9 +205,9 @@ def _translated(method: str, scheme: Any, given: dict[str, Any]) -> dict[str, An
     Raises
     ------
     InputError
-        On a name that is unknown, given twice, or has a value by which qkern cannot go.
+        On a name that is unknown or given twice, or a value by which qkern cannot go.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if scheme is None else {"scheme": scheme}
     for name, value in given.items():
         own = _RENAMED.get(name, name)
         if own in options:
@@ -222,38 +220,23 @@ def _translated(method: str, scheme: Any, given: dict[str, Any]) -> dict[str, An
                 f"{name}={value!r} has no meaning here: allowed is {' or '.join(map(repr, allowed))}; leave "
                 "it out"
             )
-    for names, own, translate in (
-        (_SCHEME, "scheme", _scheme_of),
-        (_ORDER, "act_order", _act_order_of),
-    ):
+    for own, (names, made_of) in _COMPOSED.items():
         parts = {name: options.pop(name) for name in names if name in options}
+        if parts and own in options:
+            raise InputError(f"{', '.join(parts)} and {own} say the same: give one of them")
         if parts:
-            if (own == "scheme" and scheme is not None) or own in options:
-                raise InputError(f"{', '.join(parts)} and {own} say the same: give one of them")
-            options[own] = translate(method, **parts)
-    _translate_rest(options)
-    unknown = sorted(name for name in options if name not in (*OPTIONS, "scheme", "format"))
+            options[own] = made_of(method, **parts)
+    for name, spelled in _SPELLED.items():
+        if options.get(name) is not None:
+            options[name] = spelled(options[name])
+    unknown = sorted(options.keys() - {*OPTIONS, "scheme", "format"})
     if unknown:
+        others = (*_RENAMED, *_FIXED, *(name for names, _ in _COMPOSED.values() for name in names))
         raise InputError(
             f"{', '.join(unknown)} cannot be given to qkern: allowed are scheme, method, compute, format, "
-            f"{', '.join(OPTIONS)}, and of other libraries "
-            f"{', '.join((*_SCHEME, *_ORDER, *_RENAMED, *_FIXED))}; leave it out"
+            f"{', '.join(OPTIONS)}, and of other libraries {', '.join(others)}; leave it out"
         )
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _translate_rest(options: dict[str, Any]) -> None:
-    """Values that other libraries spell otherwise, in place."""
-    if isinstance(options.get("format"), str):
-        spelled = str(getattr(options["format"], "value", options["format"])).lower()
-        options["format"] = _FORMATS.get(spelled, spelled)
-    texts = options.get("calibration")
-    # The names of data sets that GPTQConfig takes.
-    if isinstance(texts, str) and texts in ("wikitext2", "c4", "c4-new") and not Path(texts).exists():
-        raise InputError(
-            f"data set {texts!r} would be fetched from the hub, which qkern does not do: give a text file or "
-            "a list of texts"
-        )
 
 
 def _scheme_of(
@@ -274,6 +257,30 @@ def _scheme_of(
 
 def _act_order_of(method: str, desc_act: bool = False, act_group_aware: bool = True) -> str:
     return "desc_act" if desc_act else "group-aware" if act_group_aware else "none"
+
+
+def _format_of(given: Any) -> str:
+    spelled = str(getattr(given, "value", given)).lower()
+    return "awq" if spelled == "gemm" else spelled
+
+
+def _texts_of(given: Any) -> Any:
+    # The names of data sets that GPTQConfig takes.
+    if isinstance(given, str) and given in ("wikitext2", "c4", "c4-new") and not Path(given).exists():
+        raise InputError(
+            f"data set {given!r} would be fetched from the hub, which qkern does not do: give a text file or "
+            "a list of texts"
+        )
+    return given
+
+
+# One argument that others make up of several,
+_COMPOSED: Final[dict[str, tuple[tuple[str, ...], Callable[..., str]]]] = {
+    "scheme": (_SCHEME, _scheme_of),
+    "act_order": (_ORDER, _act_order_of),
+}
+# and values that they spell otherwise.
+_SPELLED: Final[dict[str, Callable[[Any], Any]]] = {"format": _format_of, "calibration": _texts_of}
 
 
 class StoredConfig:
