@@ -28,7 +28,7 @@ __all__ = ["STORED", "AwqConfig", "CompressedTensorsConfig", "GPTQConfig", "Qker
 
 logger = logging.getLogger(__name__)
 
-# Arguments of `quantize` that are said elsewhere: by `QkernConfig` itself, from_pretrained or save_pretrained.
+# Arguments of `quantize` that QkernConfig, from_pretrained or save_pretrained have themselves.
 _ELSEWHERE: Final = {
     "model",
     "method",
