@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ def test_readme_has_python_blocks() -> None:
 
 def test_readme_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # A reader imports it for the first time, which is what enables it.
+    monkeypatch.delitem(sys.modules, "qkern.integrations.transformers", raising=False)
     namespace: dict[str, object] = {}
     try:
         for number, block in enumerate(BLOCKS):
