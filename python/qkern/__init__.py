@@ -12,7 +12,7 @@ from qkern.schemes import QuantizedWeight, Scheme
 if TYPE_CHECKING:
     from qkern.integrations.hf_quantizer import QkernConfig, disable, enable
     from qkern.models import fuse_forwards
-    from qkern.nn import FakeQuantLinear, QuantEmbedding, QuantLinear, replace_linears
+    from qkern.nn import FakeQuantLinear, OutlierLinear, QuantEmbedding, QuantLinear, replace_linears
     from qkern.pipelines.compare import compare
     from qkern.pipelines.export_gguf import export_gguf
     from qkern.pipelines.imatrix import imatrix
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "FakeQuantLinear": "qkern.nn",
     "MixedPrecision": "qkern.search",
+    "OutlierLinear": "qkern.nn",
     "QkernConfig": "qkern.integrations.hf_quantizer",
     "QuantEmbedding": "qkern.nn",
     "QuantLinear": "qkern.nn",
@@ -54,6 +55,7 @@ __all__ = [
     "InputError",
     "MixedPrecision",
     "NativeError",
+    "OutlierLinear",
     "QkernConfig",
     "QkernError",
     "QuantEmbedding",

@@ -137,6 +137,12 @@ class Scheme:
         """Shape of scales, zeros and offsets for an ``[N, K]`` matrix."""
         return (1, 1) if self.per_tensor else (N, self.num_groups(K))
 
+    def scale_bytes(self, count: int) -> int:
+        """Bytes of so many scales: fp16, of a codebook fp32; quantized, their codes and fp32 absmax."""
+        if self.double_quant:
+            return count + 4 * -(-count // 256)
+        return (2 if self.codebook is None else 4) * count
+
     @property
     def has_plain_sums(self) -> bool:
         """Whether weights and activations are 8-bit integers with one scale a channel and a token: w8a8.

@@ -163,7 +163,7 @@ def test_the_package_reads_our_w8a8(static: bool, dtype: torch.dtype) -> None:
     weight = IntQuantizationCompressor.decompress(tensors, group)["weight"]
     assert torch.equal(weight, dequantize_groupwise(qw, dtype))
     entry = FORMAT.entry(config, "m")
-    assert entry == Entry(scheme=qw.scheme, int8=True, static=static)
+    assert entry == Entry(scheme=qw.scheme, in_place=True, static=static)
     again = FORMAT.decode("m", {f"m.{key}": value for key, value in tensors.items()}, entry)
     assert torch.equal(again.codes, qw.codes)
     assert torch.equal(again.scales, qw.scales)

@@ -111,7 +111,7 @@ def test_shards_are_safetensors_of_bounded_size(tmp_path: Path) -> None:
         assert folder.shape(name) == tuple(tensor.shape)
 
 
-@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "bitsandbytes"])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "3KB"])
 def test_write_and_read(tmp_path: Path, format: str, max_shard_size: str) -> None:
     folder = write(

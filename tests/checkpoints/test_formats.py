@@ -211,6 +211,14 @@ def test_group_sizes_that_gptq_readers_refuse_are_read_and_not_written(
         ("compressed-tensors", "w4g32", 32, 32, True, "group index"),
         ("compressed-tensors", "w4t", 32, 32, False, "per tensor"),
         ("compressed-tensors", "nf4g32", 32, 32, False, "codebook"),
+        ("bitsandbytes", "w4g64", 64, 64, False, "holds nf4, fp4 and w8a8, its LLM.int8(): got w4g64"),
+        ("bitsandbytes", "w8", 64, 64, False, "got w8"),
+        ("bitsandbytes", "w8ta8", 64, 64, False, "got w8ta8"),
+        ("bitsandbytes", "nf4g64a8", 64, 64, False, "got nf4g64a8"),
+        ("bitsandbytes", "nf4g48", 64, 96, False, "blocks of 32, 64, 128"),
+        ("bitsandbytes", "nf4", 64, 96, False, "blocks of 32, 64, 128"),
+        ("bitsandbytes", "fp4g64d", 64, 96, False, "got K=96, blocks of 64"),
+        ("bitsandbytes", "nf4g64", 64, 64, True, "group index"),
     ],
 )
 def test_holds_says_why_not(name: str, scheme: str, N: int, K: int, act_order: bool, why: str) -> None:
@@ -347,7 +355,7 @@ def test_awq_refuses_mixtures_and_names_inside_names() -> None:
     [
         ({}, "quant_method"),
         ({"quant_method": 3}, "must be str"),
-        ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
+        ({"quant_method": "quanto"}, "quanto"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "marlin"),
         ({"quant_method": "awq", "version": "gemv"}, "gemv"),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float-quantized"),

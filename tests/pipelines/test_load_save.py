@@ -278,7 +278,7 @@ def test_a_quantized_head_unties(tmp_path: Path) -> None:
     replace_linears(model, "w4g32", skip=())
     assert isinstance(model.lm_head, QuantLinear)
     expected = logits(use_float(model))
-    for format in FORMATS:
+    for format in FORMATS.keys() - {"bitsandbytes"}:  # which has no integers of 4 bits
         folder = save(model, tmp_path / format, format=format)
         assert read_json(folder / "config.json")["tie_word_embeddings"] is False
         assert torch.equal(logits(load(folder, compute="float")), expected)

@@ -1,6 +1,7 @@
-"""Checkpoint formats: GPTQ v1 and v2, AWQ GEMM, compressed-tensors; reading and writing, no algorithm."""
+"""Checkpoint formats: GPTQ, AWQ GEMM, compressed-tensors, bitsandbytes; reading and writing, no algorithm."""
 
 from qkern.checkpoints.base import Entry, Format
+from qkern.checkpoints.bitsandbytes import bitsandbytes_details
 from qkern.checkpoints.folder import TensorFolder, model_folder, open_safetensors, read_json
 from qkern.checkpoints.reader import QuantizedCheckpoint, decode_layer, read_quantized
 from qkern.checkpoints.registry import FORMATS, detect, format_named, refusals
@@ -15,6 +16,7 @@ __all__ = [
     "Format",
     "QuantizedCheckpoint",
     "TensorFolder",
+    "bitsandbytes_details",
     "check_output",
     "decode_layer",
     "detect",

@@ -45,16 +45,19 @@ class Entry:
         How its codes are to be read.
     act_order : bool
         Whether the columns may belong to groups out of order, so that the group index must be there.
-    int8 : bool
-        Codes are stored one a byte under the name of the plain weight.
+    in_place : bool
+        Codes are stored under the name of the plain weight.
     static : bool
         Activations have one scale, which must be there.
+    threshold : float or None
+        Columns of activations with a magnitude from here on are not quantized (LLM.int8()).
     """
 
     scheme: Scheme
     act_order: bool = False
-    int8: bool = False
+    in_place: bool = False
     static: bool = False
+    threshold: float | None = None
 
 
 class Format(Protocol):
@@ -67,12 +70,12 @@ class Format(Protocol):
 
     @property
     def marker(self) -> str:
-        """Last part of the name of the tensor that only a quantized layer has, for example ``qweight``."""
+        """End of the name of a tensor that only a quantized layer has, for example ``qweight``."""
         ...
 
     @property
     def parts(self) -> frozenset[str]:
-        """Last parts of the names of a quantized layer's tensors, but for ``weight`` and ``bias``."""
+        """Ends of the names of a quantized layer's tensors, but for ``weight`` and ``bias``."""
         ...
 
     def holds(self, scheme: Scheme, N: int, K: int, *, act_order: bool = False) -> str | None:

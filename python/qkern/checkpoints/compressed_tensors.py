@@ -136,7 +136,7 @@ class CompressedTensorsFormat:
     def decode(self, name: str, tensors: Mapping[str, Tensor], entry: Entry) -> QuantizedWeight:
         """See `Format.decode`."""
         scheme = entry.scheme
-        read = self._read_int8 if entry.int8 else self._read_packed
+        read = self._read_int8 if entry.in_place else self._read_packed
         codes, (N, K) = read(name, tensors, scheme)
         groups = scheme.num_groups(K)
         scales = take(tensors, f"{name}.weight_scale", FLOAT_DTYPES, (N, groups))
@@ -316,7 +316,7 @@ class CompressedTensorsFormat:
         return Entry(
             scheme=scheme,
             act_order=weights.get("actorder") == "group",
-            int8=stored == INT,
+            in_place=stored == INT,
             static=bool(static),
         )
 

@@ -83,13 +83,14 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
             )
         with self._reading_config():
             self.entries = {layer: fmt.entry(self.quantization, layer) for layer in layers}
-        codes = {f"{layer}.weight" for layer, entry in self.entries.items() if entry.int8}
+        codes = {f"{layer}.weight" for layer, entry in self.entries.items() if entry.in_place}
         strays = []
         for name in self.tensors:
-            layer, _, part = name.rpartition(".")
+            part = next((part for part in fmt.parts if name.endswith(f".{part}")), None)
+            layer = name.removesuffix(f".{part}")
             if name in codes:
                 continue
-            if part not in fmt.parts:
+            if part is None:
                 self._names.append(name)
             elif layer not in self.entries:
                 strays.append(name)

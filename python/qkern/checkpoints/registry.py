@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qkern.checkpoints.awq import AWQ
 from qkern.checkpoints.base import config_field
+from qkern.checkpoints.bitsandbytes import BITSANDBYTES, LLM_INT8
 from qkern.checkpoints.compressed_tensors import COMPRESSED_TENSORS, MIXED, STORED
 from qkern.checkpoints.gptq import GPTQ, GPTQ_V2
 from qkern.errors import FormatError, InputError
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "detect", "format_named", "refusals"]
 
-FORMATS: Final[dict[str, Format]] = {fmt.name: fmt for fmt in (GPTQ, GPTQ_V2, AWQ, COMPRESSED_TENSORS)}
+FORMATS: Final[dict[str, Format]] = {
+    fmt.name: fmt for fmt in (GPTQ, GPTQ_V2, AWQ, COMPRESSED_TENSORS, BITSANDBYTES)
+}
 
 
 def format_named(name: str) -> Format:
@@ -82,7 +85,10 @@ def detect(config: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any]] | None
         raise FormatError(
             f"compressed-tensors format {version!r} is not read: allowed are {', '.join((*STORED, MIXED))}"
         )
+    if method == "bitsandbytes":
+        int8 = config_field(quantization, "load_in_8bit", bool, False)
+        return LLM_INT8 if int8 else BITSANDBYTES, quantization
     raise FormatError(
-        f"quant_method {method!r} is not read: allowed are 'gptq', 'awq' and 'compressed-tensors'; "
-        "quantize the original model again with qkern"
+        f"quant_method {method!r} is not read: allowed are 'gptq', 'awq', 'compressed-tensors' and "
+        "'bitsandbytes'; quantize the original model again with qkern"
     )

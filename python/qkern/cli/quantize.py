@@ -44,6 +44,7 @@ class CheckpointFormat(StrEnum):
     GPTQ_V2 = "gptq_v2"
     AWQ = "awq"
     COMPRESSED_TENSORS = "compressed-tensors"
+    BITSANDBYTES = "bitsandbytes"
 
 
 class ActOrder(StrEnum):
@@ -60,6 +61,7 @@ class Search(StrEnum):
     MINMAX = "minmax"
     MSE = "mse"
     LOSS = "loss"
+    ABSMAX = "absmax"
 
 
 def command(
@@ -89,7 +91,7 @@ def command(
         CheckpointFormat | None,
         typer.Option(
             help="Checkpoint format; default: awq for w4 with zero points, gptq for symmetric w4 and w8, "
-            "else compressed-tensors.",
+            "bitsandbytes for nf4 and fp4, else compressed-tensors.",
             show_default="by scheme",
         ),
     ] = None,

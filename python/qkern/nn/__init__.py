@@ -3,6 +3,7 @@
 from qkern.nn.embedding import QuantEmbedding, TiedHead
 from qkern.nn.fake_quant import FakeQuantLinear
 from qkern.nn.linear import QuantLinear
+from qkern.nn.outlier import OutlierLinear
 from qkern.nn.replace import (
     compute_mode,
     expert_parameters,
@@ -15,6 +16,7 @@ from qkern.nn.shared_input import SharedInput
 
 __all__ = [
     "FakeQuantLinear",
+    "OutlierLinear",
     "QuantEmbedding",
     "QuantLinear",
     "SharedInput",

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qkern.errors import InputError, UnsupportedError
-from qkern.nn.state import FORM, INPUT_SCALE, QuantModule
+from qkern.nn.state import FORM, INPUT_SCALE, QuantModule, form_of
 from qkern.ops import pack_weight, quantize_groupwise, unpack_weight
 from qkern.ops.dequant_matmul import LinearHandle, cuda, resolve_compute
 from qkern.ops.dequant_matmul.checks import check_input
@@ -57,7 +57,7 @@ def is_conv1d(module: nn.Module) -> bool:
 class QuantLinear(QuantModule):
     """A linear layer with a quantized weight, ``y = x @ dequant(W).T + bias``.
 
-    It is *loading* (buffers ``codes, scales, zeros, offsets, group_index, input_scale``; what
+    It is *loading* (buffers ``codes, scales, zeros, offsets, group_index, nested, input_scale``; what
     ``state_dict`` shows and ``load_state_dict`` reads; meta device allowed) or *packed* (one blob in the
     layout of the kernels, and the input scale). The first forward packs it, and then the other form-2 buffers
     are gone; moving it to another device, loading into it, pickling and copying bring them back. Dtype casts
@@ -160,7 +160,7 @@ class QuantLinear(QuantModule):
         InputError
             If the bias does not fit.
         UnsupportedError
-            On a stack of experts or double-quantized scales.
+            On a stack of experts.
         """
         made = cls(weight.scheme, *weight.shape[-2:])
         made._adopt(weight)
@@ -345,9 +345,7 @@ class QuantLinear(QuantModule):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.layout is not None:
-            weight = self.quantized()
-            for name in FORM:
-                tensor = getattr(weight, name)
+            for name, tensor in form_of(self.quantized()).items():
                 if tensor is not None:
                     destination[prefix + name] = tensor
 
@@ -355,10 +353,8 @@ class QuantLinear(QuantModule):
         with _PACKING:
             state = self.__dict__ | {"_buffers": self._buffers.copy()}
         if state["layout"] is not None:
-            weight = self.quantized()
-            form = {name: getattr(weight, name) for name in FORM}
             state |= {
-                "_buffers": {**state["_buffers"], **form, "blob": None},
+                "_buffers": {**state["_buffers"], **form_of(self.quantized()), "blob": None},
                 "layout": None,
                 "_handle": None,
             }

@@ -100,6 +100,7 @@ def replace_linears(
     *,
     skip: Sequence[str] = ("lm_head",),
     modules: Collection[str] | None = None,
+    kind: type[QuantLinear] = QuantLinear,
     **quantize: Any,
 ) -> list[str]:
     """Quantize the linear layers of a model in place, rounding to the nearest code.
@@ -116,8 +117,11 @@ def replace_linears(
         (``"*.layers.0.*"``).
     modules : collection of str, optional
         Replace only these names; each must be a linear layer.
+    kind : type
+        `QuantLinear`, or `OutlierLinear` for LLM.int8() (scheme ``w8a8``).
     **quantize
-        Further arguments of `qkern.ops.quantize_groupwise`, such as ``search="mse"``.
+        Further arguments of `qkern.ops.quantize_groupwise`, such as ``search="mse"``, and of the kind's
+        `from_linear`.
 
     Returns
     -------
@@ -161,7 +165,7 @@ def replace_linears(
             "pass a model with nn.Linear or Conv1D layers, or skip fewer"
         )
     return exchange(
-        model, wanted, lambda name, module: QuantLinear.from_linear(module, schemes[name], **quantize)
+        model, wanted, lambda name, module: kind.from_linear(module, schemes[name], **quantize)
     )
 
 

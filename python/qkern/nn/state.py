@@ -13,20 +13,35 @@ from torch import Tensor, nn
 
 from qkern.errors import InputError, UnsupportedError
 from qkern.ops import dequantize_groupwise
+from qkern.ops.dequant_matmul.plain import nested_from_bytes, nested_size, nested_to_bytes
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-__all__ = ["FORM", "INPUT_SCALE", "QuantModule", "moved"]
+__all__ = ["FORM", "INPUT_SCALE", "QuantModule", "form_of", "moved", "weight_of"]
 
 INPUT_SCALE: Final = "input_scale"
 """The one form-2 buffer that is no part of a packed weight."""
-FORM: Final = ("codes", "scales", "zeros", "offsets", "group_index", INPUT_SCALE)
-"""Names of the form-2 buffers, as in a state_dict."""
+FORM: Final = ("codes", "scales", "zeros", "offsets", "group_index", "nested", INPUT_SCALE)
+"""Names of the form-2 buffers, as in a state_dict; `nested` has quantized scales as bytes."""
 
 # Integers of the same width stand in for floats while nn.Module moves a buffer: it casts floats only.
 _STAND_IN: Final = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def form_of(weight: QuantizedWeight) -> dict[str, Tensor | None]:
+    """Tensors of a weight by the names of `FORM`."""
+    nested = None if weight.nested is None else nested_to_bytes(weight.nested)
+    return {**{name: getattr(weight, name) for name in FORM}, "nested": nested}
+
+
+def weight_of(form: Mapping[str, Tensor | None], shape: tuple[int, ...], scheme: Scheme) -> QuantizedWeight:
+    """Undo `form_of`; a weight without values, on the meta device, has no nested scales."""
+    raw = form["nested"]
+    nested = None if raw is None or raw.is_meta else nested_from_bytes(raw)
+    parts: dict[str, Any] = {**form, "nested": nested}
+    return QuantizedWeight(shape=shape, scheme=scheme, **parts)
 
 
 class QuantModule(nn.Module):
@@ -45,14 +60,11 @@ class QuantModule(nn.Module):
     zeros: Tensor | None
     offsets: Tensor | None
     group_index: Tensor | None
+    nested: Tensor | None
     input_scale: Tensor | None
 
     def __init__(self, scheme: Scheme, out_features: int, in_features: int) -> None:
         super().__init__()
-        if scheme.double_quant:
-            raise UnsupportedError(
-                f"modules do not hold double-quantized scales yet: got scheme {scheme}; quantize without d"
-            )
         self.scheme = scheme
         self.out_features = out_features
         self.in_features = in_features
@@ -71,16 +83,8 @@ class QuantModule(nn.Module):
         """Return the weight in its neutral form; in the loading state it shares the module's buffers."""
         if self.codes is None or self.scales is None:
             raise InputError(f"{type(self).__name__} has no weight yet: make it with from_quantized")
-        return QuantizedWeight(
-            codes=self.codes,
-            scales=self.scales,
-            shape=(self.out_features, self.in_features),
-            scheme=self.scheme,
-            zeros=self.zeros,
-            offsets=self.offsets,
-            group_index=self.group_index,
-            input_scale=self.input_scale,
-        )
+        form = {name: self._buffers[name] for name in FORM}
+        return weight_of(form, (self.out_features, self.in_features), self.scheme)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode the weight: a new dense matrix ``[N, K]``, to which nothing that is written comes back.
@@ -120,8 +124,8 @@ class QuantModule(nn.Module):
                 f"a module holds one matrix [N, K]: got a weight of shape {weight.shape}; "
                 "make a module of each expert"
             )
-        for name in FORM:
-            setattr(self, name, getattr(weight, name))
+        for name, tensor in form_of(weight).items():
+            setattr(self, name, tensor)
         self._forget()
 
     def _adopt_empty(
@@ -143,6 +147,8 @@ class QuantModule(nn.Module):
             self.offsets = torch.empty(shape, dtype=scale_dtype, device=device)
         if group_index:
             self.group_index = torch.empty(K, dtype=torch.int32, device=device)
+        if self.scheme.double_quant:
+            self.nested = torch.empty(nested_size(self.scales.numel()), dtype=torch.uint8, device=device)
         if input_scale:
             self.input_scale = torch.empty(1, dtype=torch.float32, device=device)
 
@@ -192,6 +198,8 @@ class QuantModule(nn.Module):
         shape = arriving.shape
         if name in ("scales", "zeros", "offsets") and self.group_index is not None:
             shape = shape[:-1] + held.shape[-1:]  # files may number more groups than K / group_size
+        if name == "nested":  # blocks may have another size than those made here
+            return arriving.dtype == held.dtype and arriving.dim() == 1
         dtypes = FLOAT_DTYPES if name in ("scales", "offsets") else (held.dtype,)
         return shape == held.shape and arriving.dtype in dtypes
 

@@ -67,15 +67,27 @@ class Codebook:
 
 
 @functools.cache
-def codebook(name: str, device: torch.device | None = None) -> Codebook:
-    """Return ``nf4`` or ``fp4``, on `device`."""
+def codebook(name: str, device: torch.device | None = None, *, both_zeros: bool = False) -> Codebook:
+    """Return ``nf4`` or ``fp4``, on `device`.
+
+    Parameters
+    ----------
+    name : str
+        ``"nf4"`` or ``"fp4"``.
+    device : torch.device or None
+        None: the CPU.
+    both_zeros : bool
+        fp4 as bitsandbytes' CPU quantization has it: what lies above 0 and is nearest to it gets the code of
+        minus zero, and a tie goes down, below zero too.
+    """
     values = np.asarray(_NF4 if name == "nf4" else _FP4, dtype=np.float32)
-    chosen = [code for code in range(16) if name == "nf4" or code != _MINUS_ZERO]
+    chosen = [code for code in range(16) if name == "nf4" or both_zeros or code != _MINUS_ZERO]
     codes = np.asarray(sorted(chosen, key=lambda code: float(values[code])), dtype=np.uint8)
     ordered = values[codes]
     thresholds = ((ordered[:-1].astype(np.float64) + ordered[1:]) / 2).astype(np.float32)
-    if name == "fp4":
-        # A tie goes to the smaller magnitude, as in bitsandbytes: below zero the midpoint counts as above.
+    if name == "fp4" and not both_zeros:
+        # A tie goes to the smaller magnitude, as in bitsandbytes' CUDA kernel: below zero the midpoint counts
+        # as above.
         below = np.nextafter(thresholds, np.float32(-np.inf))
         thresholds = np.where(thresholds < 0, below, thresholds)
     return Codebook(

@@ -15,7 +15,7 @@ from qkern.gguf.writer import check_new_file
 from qkern.models import Structure, column_weight, is_router
 from qkern.nn import expert_parameters, name_matches, named_linears
 from qkern.pipelines.layerwise import Settings
-from qkern.quantizers import GPTQConfig
+from qkern.quantizers import GPTQConfig, default_search
 from qkern.quantizers.observers import checked_observer
 from qkern.quantizers.smoothquant import check_alpha
 from qkern.schemes import Scheme, as_scheme
@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 METHODS: Final = ("gptq", "awq", "rtn", "smoothquant")
 GGUF_METHODS: Final = ("gptq", "awq", "rtn")
 ACTIVATIONS: Final = ("dynamic", "static")
+# Searches that one method alone has.
+_SEARCHES: Final = {"gptq": ("loss",), "rtn": ("absmax",)}
 # How calibration texts are drawn where nothing else is said.
 _DRAW: Final = {"samples": 128, "length": 2048, "seed": 0, "device": "auto"}
 
@@ -115,7 +117,7 @@ def checked_settings(
         _check_activations([parsed], alpha, observer)
     if scale_only and method != "awq":
         raise InputError(f"scale_only folds AWQ's scales: got method {method!r}; use method='awq'")
-    allowed = ("minmax", "mse", "loss") if method == "gptq" else ("minmax", "mse")
+    allowed = ("minmax", "mse", *_SEARCHES.get(method, ()))
     if search is not None and search not in allowed:
         raise InputError(f"unknown search {search!r} for {method}: allowed are {', '.join(allowed)}")
     given = {"damp": damp, "act_order": act_order, "static_groups": static_groups, "block_size": block_size}
@@ -123,13 +125,13 @@ def checked_settings(
     if method != "gptq" and foreign:
         raise InputError(f"{', '.join(foreign)} are GPTQ's: got method {method!r}; leave them out")
     gptq = GPTQConfig(damp=damp, act_order=act_order, static_groups=static_groups, block_size=block_size)
-    if search is not None:
+    if search is not None and method == "gptq":
         gptq = replace(gptq, search=search)  # type: ignore[arg-type]
     return Settings(
         method=method,
         scheme=parsed,
         gptq=gptq,
-        search=search or "minmax",
+        search=search or (None if parsed is None else default_search(parsed)),
         scale_only=scale_only,
         alpha=alpha,
         observer=observer,
@@ -181,13 +183,10 @@ def _check_activations(schemes: Collection[Scheme], alpha: float | str | None, o
 
 
 def _check_scheme(parsed: Scheme, method: str) -> None:
-    if parsed.double_quant:
+    if method != "rtn" and (parsed.codebook is not None or parsed.double_quant):
         raise UnsupportedError(
-            f"{parsed} quantizes its scales too, which neither modules nor checkpoint formats hold: "
-            f"quantize with {replace(parsed, double_quant=False)}"
+            f"method {method} quantizes on uniform grids with plain scales: got {parsed}; use method='rtn'"
         )
-    if method != "rtn" and parsed.codebook is not None:
-        raise UnsupportedError(f"method {method} quantizes on uniform grids: got {parsed}; use method='rtn'")
 
 
 def assigned_schemes(
@@ -354,8 +353,10 @@ def default_format(schemes: Collection[Scheme]) -> tuple[str, ...]:
 
     Asymmetric 4-bit goes to AWQ, symmetric 4 and 8-bit to GPTQ; runtimes load 2 and 3-bit weights,
     asymmetric 8-bit ones and mixtures from compressed-tensors only, which alone says that activations are
-    quantized.
+    quantized. nf4 and fp4 are bitsandbytes'.
     """
+    if any(scheme.codebook is not None for scheme in schemes):
+        return ("bitsandbytes",)
     if any(scheme.act_bits is not None for scheme in schemes):
         return ("compressed-tensors",)
     if len(schemes) > 1:

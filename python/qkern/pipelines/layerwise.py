@@ -81,8 +81,8 @@ class Settings:
         Where `scheme` is None: full name of every linear to quantize to its grid.
     gptq : GPTQConfig
         How GPTQ runs.
-    search : str
-        How RTN chooses scales, ``"minmax"`` or ``"mse"``; also AWQ after its clipping.
+    search : str or None
+        How RTN chooses scales, also AWQ after its clipping; None: as `quantize_rtn` does by the scheme.
     scale_only : bool
         AWQ stops after folding its scales.
     alpha : float, "auto" or None
@@ -95,7 +95,7 @@ class Settings:
     scheme: Scheme | None
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     gptq: GPTQConfig = field(default_factory=GPTQConfig)
-    search: str = "minmax"
+    search: str | None = None
     scale_only: bool = False
     alpha: float | str | None = None
     observer: str | None = None

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -19,9 +18,17 @@ from qkern.checkpoints import QuantizedCheckpoint, model_folder, read_json
 from qkern.errors import FormatError, InputError
 from qkern.gguf import read_tokenizer
 from qkern.gguf.checkpoint import GGUFCheckpoint
-from qkern.models import column_weight, fuse_forwards
-from qkern.nn import QuantEmbedding, QuantLinear, TiedHead, named_linears
-from qkern.nn.state import FORM, QuantModule
+from qkern.models import column_weight, describe, fuse_forwards
+from qkern.nn import (
+    OutlierLinear,
+    QuantEmbedding,
+    QuantLinear,
+    TiedHead,
+    named_linears,
+    replace_linears,
+)
+from qkern.nn.state import QuantModule, form_of, weight_of
+from qkern.pipelines.checks import choose_targets, target_names
 from qkern.pipelines.save import save
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight
 
@@ -57,8 +64,9 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     compute: str | None = None,
+    int8: bool = False,
 ) -> Any:
-    """Load a causal LM from a GPTQ, AWQ, compressed-tensors or 16-bit folder, or from a GGUF file.
+    """Load a causal LM from a GPTQ, AWQ, compressed-tensors, bitsandbytes or 16-bit folder, or a GGUF file.
 
     Of a GGUF (Llama, Mistral, Qwen2, Qwen3) matrices in Q4_0, Q4_1 and Q8_0 stay as they are, bit for bit;
     those of other types are decoded, and the log says how many.
@@ -74,6 +82,9 @@ def load(
         Where the model goes; ``"auto"`` is a GPU where torch has CUDA, else the CPU.
     compute : str or None
         ``"auto"``, ``"float"`` or ``"int8"`` for every `QuantLinear`; None leaves them at ``"auto"``.
+    int8 : bool
+        LLM.int8() of a 16-bit folder: the linears of the decoder layers, but for routers, become
+        `OutlierLinear`; the head stays as it is.
 
     Returns
     -------
@@ -98,6 +109,8 @@ def load(
         )
     device = usable_device(device)
     checkpoint: Checkpoint
+    if int8 and is_gguf(path):
+        raise _quantized_already(path, "a GGUF file")
     if is_gguf(path):
         with GGUFCheckpoint(path) as checkpoint:
             try:
@@ -109,6 +122,10 @@ def load(
             config = _read_config(checkpoint)
             if checkpoint.format is None:
                 model = load_whole(checkpoint.folder, config, dtype)
+                if int8:
+                    _replace_by_outlier_linears(model)
+            elif int8:
+                raise _quantized_already(path, checkpoint.format.name)
             else:
                 model = _load_quantized(checkpoint, config, dtype)
     _refuse_nonfinite(checkpoint.folder, model)
@@ -117,6 +134,20 @@ def load(
             module.compute = compute or "auto"
     fuse_forwards(model)
     return model.eval().to(device)
+
+
+def _quantized_already(path: str | Path, what: str) -> InputError:
+    return InputError(
+        f"int8=True quantizes a 16-bit folder: {path} is {what}; load it as it is, without int8"
+    )
+
+
+def _replace_by_outlier_linears(model: Any) -> None:
+    structure = describe(model)
+    names = target_names(structure, choose_targets(model, structure, (), ()))
+    replace_linears(model, dict.fromkeys(names, "w8a8"), kind=OutlierLinear)
+    model.requires_grad_(False)
+    model.save_pretrained = MethodType(save_pretrained, model)
 
 
 def load_with_tokenizer(path: str | Path, **options: Any) -> tuple[Any, Any]:
@@ -354,15 +385,24 @@ def _replace_layers(
                 continue
         elif linear.bias is not None:
             missing.append(f"{name}.bias")
-        model.set_submodule(names[name], QuantLinear.from_quantized(_copied(qw), bias, dtype))
+        model.set_submodule(names[name], _make_linear(checkpoint, name, _copied(qw), bias, dtype))
     refuse_misfits(checkpoint.folder, missing=missing, mismatched=mismatched)
     return biases
 
 
+def _make_linear(
+    checkpoint: Checkpoint, name: str, qw: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
+) -> QuantLinear:
+    threshold = checkpoint.entries[name].threshold if isinstance(checkpoint, QuantizedCheckpoint) else None
+    if threshold is None:
+        return QuantLinear.from_quantized(qw, bias, dtype)
+    return OutlierLinear.from_quantized(qw, bias, dtype, threshold=threshold)
+
+
 def _copied(qw: QuantizedWeight) -> QuantizedWeight:
     """Copy the tensors: what safetensors returns is a view of the file, which may change later."""
-    parts = {name: getattr(qw, name) for name in FORM}
-    return replace(qw, **{name: part.clone() for name, part in parts.items() if part is not None})
+    form = {name: None if part is None else part.clone() for name, part in form_of(qw).items()}
+    return weight_of(form, qw.shape, qw.scheme)
 
 
 def _fill(

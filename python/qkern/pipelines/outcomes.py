@@ -12,6 +12,7 @@ from qkern.calibration import bounded_length
 from qkern.checkpoints import TensorFolder, format_named, model_folder
 from qkern.models import column_weight, describe
 from qkern.nn import named_linears
+from qkern.ops.dequant_matmul.plain import nested_size
 from qkern.pipelines.checks import choose_targets, find_format, find_targets, target_names
 from qkern.pipelines.estimates import Job, peak_bytes
 from qkern.pipelines.export_gguf import planned_export
@@ -147,7 +148,10 @@ def _nbytes(source: Source, name: str) -> int:
 def _form_bytes(scheme: Scheme, N: int, K: int) -> int:
     """Bytes of a quantized weight in memory."""
     rows, groups = scheme.scale_shape(N, K)
-    return 4 * N * scheme.code_words(K) + (2 + scheme.zero_point) * rows * groups
+    count = rows * groups
+    # Quantized scales lie beside the decoded ones.
+    scales = 4 * count + nested_size(count) if scheme.double_quant else scheme.scale_bytes(count)
+    return 4 * N * scheme.code_words(K) + scales + scheme.zero_point * count
 
 
 def _stored(

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from qkern.checkpoints import read_json
 from qkern.errors import InputError, OutputError, QkernError, advice_on_writing, reason_of
-from qkern.nn.state import FORM
+from qkern.nn.state import FORM, form_of, weight_of
 from qkern.pipelines.layerwise import Finished, LayerRecord
-from qkern.schemes import QuantizedWeight, Scheme
+from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -138,8 +138,7 @@ class Partial:
         """
         tensors = {f"tensor:{key}": value.contiguous() for key, value in finished.tensors.items()}
         for key, weight in finished.weights.items():
-            for part in FORM:
-                value = getattr(weight, part)
+            for part, value in form_of(weight).items():
                 if value is not None:
                     tensors[f"{part}:{key}"] = value.contiguous()
         facts = {
@@ -167,8 +166,8 @@ class Partial:
             raise QkernError(f"{path} is damaged ({error}): remove it and run again") from error
         weights = {}
         for key, (scheme, shape) in facts["weights"].items():
-            parts: dict[str, Any] = {part: tensors.get(f"{part}:{key}") for part in FORM}
-            weights[key] = QuantizedWeight(scheme=Scheme.parse(scheme), shape=tuple(shape), **parts)
+            form = {part: tensors.get(f"{part}:{key}") for part in FORM}
+            weights[key] = weight_of(form, tuple(shape), Scheme.parse(scheme))
         return Finished(
             weights=weights,
             tensors={k.removeprefix("tensor:"): t for k, t in tensors.items() if k.startswith("tensor:")},

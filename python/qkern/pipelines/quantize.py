@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from qkern import __version__, _progress
 from qkern.calibration import LayerStream, bounded_length, calibration_hash, fill, load_texts, make_batches
 from qkern.calibration.texts import check_source
-from qkern.checkpoints import CheckpointWriter, TensorFolder, check_output, format_named, parse_size
+from qkern.checkpoints import (
+    CheckpointWriter,
+    TensorFolder,
+    bitsandbytes_details,
+    check_output,
+    format_named,
+    parse_size,
+)
 from qkern.errors import FormatError, InputError, OutputError, UnsupportedError
 from qkern.models import Structure, describe, known_architectures
 from qkern.nn import QuantLinear
@@ -97,7 +104,8 @@ def quantize(
         Folder to write, which must not exist or be empty, and not lie in the model's. None: the model is
         returned.
     format : str, optional
-        ``gptq``, ``gptq_v2``, ``awq`` or ``compressed-tensors``; default: see `default_format`.
+        ``gptq``, ``gptq_v2``, ``awq``, ``compressed-tensors`` or ``bitsandbytes``; default: see
+        `default_format`.
     skip : sequence of str, or str
         Linears that stay 16-bit: names, ends of names, or globs. Experts stored as 3-D parameters must be
         named here, because they cannot be quantized.
@@ -108,9 +116,10 @@ def quantize(
     damp, act_order, static_groups, block_size
         GPTQ's, see `qkern.quantizers.GPTQConfig`.
     search : str, optional
-        How scales are chosen: ``"minmax"`` (default for RTN and AWQ), ``"mse"``, or for GPTQ its own loss,
-        ``"loss"`` (its default; about twice the time of the others). All but ``"minmax"`` may give a
-        symmetric group a negative scale, which every format stores and every reader multiplies by.
+        How scales are chosen: ``"minmax"`` (default for RTN and AWQ), ``"mse"``, for GPTQ its own loss,
+        ``"loss"`` (its default; about twice the time of the others), or for nf4 and fp4 as bitsandbytes does,
+        ``"absmax"`` (their default). ``"mse"`` and ``"loss"`` may give a symmetric group a negative scale,
+        which every format stores and every reader multiplies by.
     scale_only : bool
         AWQ: fold the scales and write (or return) the 16-bit model.
     alpha : float or str, optional
@@ -519,11 +528,15 @@ def _finish(
     """Write what a folder holds beside tensors."""
     if source.folder is None and getattr(source.model, "generation_config", None) is not None:
         writer.add_json("generation_config.json", json.loads(source.model.generation_config.to_json_string()))
-    gptq = settings.method == "gptq" and report.format in ("gptq", "gptq_v2")
+    details: dict[str, Any] = {}
+    if settings.method == "gptq" and report.format in ("gptq", "gptq_v2"):
+        details["damp_percent"] = settings.gptq.damp
+    elif report.format == "bitsandbytes":
+        details |= bitsandbytes_details(source.config.get("dtype"))
     writer.finish(
         source.config,
         report.recipe,
         tokenizer_from=tokenizer if source.folder is None else source.folder,
         skipped=list(targets.kept),
-        details={"damp_percent": settings.gptq.damp} if gptq else None,
+        details=details,
     )

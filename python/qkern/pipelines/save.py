@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from qkern.checkpoints import CheckpointWriter, check_output, format_named, refusals
+from qkern.checkpoints import (
+    CheckpointWriter,
+    bitsandbytes_details,
+    check_output,
+    format_named,
+    refusals,
+)
 from qkern.errors import InputError, UnsupportedError
-from qkern.nn import FakeQuantLinear, QuantEmbedding, QuantLinear, named_linears, quant_linears
+from qkern.nn import (
+    FakeQuantLinear,
+    OutlierLinear,
+    QuantEmbedding,
+    QuantLinear,
+    named_linears,
+    quant_linears,
+)
 from qkern.pipelines.checks import default_format, refuse_adapters
 
 if TYPE_CHECKING:
@@ -21,6 +34,8 @@ if TYPE_CHECKING:
     from qkern.checkpoints.base import Format
 
 __all__ = ["choose_format", "plain_tensors", "save"]
+
+BITSANDBYTES: Final = "bitsandbytes"
 
 
 def save(
@@ -41,9 +56,10 @@ def save(
     path : str or Path
         Must not exist, or be an empty folder, and not lie in the folder that the model was loaded from.
     format : str or None
-        ``gptq``, ``gptq_v2``, ``awq`` or ``compressed-tensors``; None: the first that `quantize` would
-        take for the scheme; for mixtures compressed-tensors, or gptq_v2 where only that holds the layers.
-        A model without quantized layers is written as 16-bit.
+        ``gptq``, ``gptq_v2``, ``awq``, ``compressed-tensors`` or ``bitsandbytes``; None: the first that
+        `quantize` would take for the scheme; for mixtures compressed-tensors, or gptq_v2 where only that
+        holds the layers; for `OutlierLinear` bitsandbytes, which alone does. A model without quantized layers
+        is written as 16-bit.
     tokenizer : tokenizer, str, Path or None
         Saved beside the model; a folder or hub id is copied from.
     max_shard_size : int or str
@@ -81,7 +97,8 @@ def save(
             f"{trained[0]}; call qkern.convert_qat(model), or keep its state_dict"
         )
     skipped = [name for name in named_linears(model) if name not in layers]
-    fmt = choose_format(layers, skipped, format)
+    threshold = _threshold(layers, format)
+    fmt = choose_format(layers, skipped, format if threshold is None else BITSANDBYTES)
     with CheckpointWriter(
         path, format=None if fmt is None else fmt.name, max_shard_size=max_shard_size
     ) as writer:
@@ -96,7 +113,27 @@ def save(
             writer.add_json("generation_config.json", json.loads(model.generation_config.to_json_string()))
         config = {**model.config.to_dict(), "dtype": dtype}
         config["architectures"] = config.get("architectures") or [type(model).__name__]
-        return writer.finish(config, recipe, tokenizer_from=tokenizer, skipped=skipped)
+        details = None
+        if fmt is not None and fmt.name == BITSANDBYTES:
+            details = bitsandbytes_details(dtype, threshold)
+        return writer.finish(config, recipe, tokenizer_from=tokenizer, skipped=skipped, details=details)
+
+
+def _threshold(layers: Mapping[str, QuantLinear], format: str | None) -> float | None:
+    """From which magnitude on activations are outliers in all of the layers; None: in none."""
+    found = {layer.threshold if isinstance(layer, OutlierLinear) else None for layer in layers.values()}
+    if len(found) > 1:
+        thresholds = ", ".join(sorted(str(value) for value in found))
+        raise UnsupportedError(
+            f"no checkpoint format holds several thresholds of outliers: got {thresholds}; give every "
+            "OutlierLinear the same, and have no other quantized layers"
+        )
+    threshold = next(iter(found), None)
+    if threshold is not None and format not in (None, BITSANDBYTES):
+        raise UnsupportedError(
+            f"{format} says nothing of outliers, which OutlierLinear leaves unquantized: use {BITSANDBYTES}"
+        )
+    return threshold
 
 
 def choose_format(
@@ -122,7 +159,8 @@ def choose_format(
     # One at a time: unpacking a packed layer makes a copy.
     act_order = any(layer.quantized().group_index is not None for layer in layers.values())
     candidates: list[str] = [name] if name else ["compressed-tensors", "gptq_v2"]
-    if name is None and next(iter(layers.values())).quantized().scales.dtype == torch.float16:
+    codebooks = any(scheme.codebook is not None for scheme in schemes.values())
+    if name is None and (codebooks or next(iter(layers.values())).quantized().scales.dtype == torch.float16):
         candidates = [*default_format(set(schemes.values())), *candidates]
     reasons = {}
     for candidate in candidates:

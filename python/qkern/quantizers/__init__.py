@@ -12,7 +12,7 @@ from qkern.quantizers.gptq_gguf import GGUFResult, gguf_output_error, quantize_g
 from qkern.quantizers.hessian import HessianAccumulator
 from qkern.quantizers.observers import OBSERVERS, ActivationRange, ActivationSample
 from qkern.quantizers.requantize import requantize
-from qkern.quantizers.rtn import quantize_rtn
+from qkern.quantizers.rtn import default_search, quantize_rtn
 from qkern.quantizers.smoothquant import Smoothing, search_smoothing, smoothing_scales
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "HessianAccumulator",
     "LayerResult",
     "Smoothing",
+    "default_search",
     "gguf_output_error",
     "grouped_query_share",
     "output_error",

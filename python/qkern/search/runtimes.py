@@ -108,8 +108,9 @@ def stored_bits(spelling: str, N: int, K: int, *, kept: int = 16, in_file: bool 
     kept : int
         Bits of a weight that stays as it is.
     in_file : bool
-        Of its tensors in a compressed-tensors checkpoint (rows padded to words, and the stored shape), or in
-        a GGUF (tensors padded to 32 bytes), instead of codes, scales and zero points alone.
+        Of its tensors in a compressed-tensors checkpoint (rows padded to words, and the stored shape), for
+        nf4 and fp4 in a bitsandbytes one, or in a GGUF (tensors padded to 32 bytes), instead of codes, scales
+        and zero points alone.
     """
     choice = parse_choice(spelling)
     if choice is None:
@@ -118,9 +119,11 @@ def stored_bits(spelling: str, N: int, K: int, *, kept: int = 16, in_file: bool 
         size = N * choice.row_bytes(K)
         return 8 * (-(-size // 32) * 32 if in_file else size)
     if in_file:
-        return 8 * format_named("compressed-tensors").stored_bytes(choice, N, K)
+        name = "compressed-tensors" if choice.codebook is None else "bitsandbytes"
+        return 8 * format_named(name).stored_bytes(choice, N, K)
     rows, groups = choice.scale_shape(N, K)
-    return N * K * choice.bits + 16 * rows * groups + choice.bits * rows * groups * choice.zero_point
+    scales = 8 * choice.scale_bytes(rows * groups)
+    return N * K * choice.bits + scales + choice.bits * rows * groups * choice.zero_point
 
 
 def make_space(

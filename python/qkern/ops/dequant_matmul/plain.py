@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError
+from qkern.ops.quantize_groupwise.nested import BLOCK
 from qkern.schemes import NestedScales, PackedWeight, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["PREFIX", "nested_from_bytes", "nested_to_bytes", "pack", "unpack"]
+__all__ = ["PREFIX", "nested_from_bytes", "nested_size", "nested_to_bytes", "pack", "unpack"]
 
 PREFIX: Final = "plain."
 _ALIGN: Final = 64
@@ -37,6 +38,11 @@ def nested_to_bytes(nested: NestedScales) -> Tensor:
     head = np.array([(nested.block, nested.offset, nested.absmax.numel())], dtype=_NESTED_HEAD)
     first = torch.from_numpy(head.view(np.uint8).copy()).to(nested.codes.device)
     return torch.cat([first, _bytes(nested.table), _bytes(nested.absmax), _bytes(nested.codes)])
+
+
+def nested_size(scales: int) -> int:
+    """Bytes of `nested_to_bytes` for so many scales, in blocks as `quantize_groupwise` makes them."""
+    return _NESTED_HEAD.itemsize + 4 * (_TABLE + -(-scales // BLOCK)) + scales
 
 
 def _nested_head(raw: Tensor) -> tuple[int, float, int]:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from qkern.errors import InputError, UnsupportedError
-from qkern.ops.quantize_groupwise import cpu, cuda, reference, triton
+from qkern.ops.quantize_groupwise import absmax, cpu, cuda, reference, triton
 from qkern.ops.registry import Backend, Implementation, Request, register, select
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme, as_scheme
 
 __all__ = ["SEARCHES", "quantize_groupwise"]
 
-SEARCHES = ("minmax", "mse")
+SEARCHES = ("minmax", "mse", "absmax")
 
 register(
     Implementation(
@@ -57,7 +57,8 @@ def quantize_groupwise(
         weight counts; needs ``search="mse"``.
     search : str
         ``"minmax"``: the grid covers the range of the group; ``"mse"``: scale (and its sign, or the zero
-        point) are searched for the smallest squared error, never worse than min-max.
+        point) are searched for the smallest squared error, never worse than min-max; ``"absmax"``: nf4,
+        fp4 and w8a8 bit for bit as bitsandbytes quantizes them on a CPU, scales in fp32, in plain torch.
     scale_dtype : torch.dtype
         Dtype in which the scales are stored; codes are chosen against the rounded scale. Double
         quantization (``d``) stores the scales as 8-bit codes, and the decoded ones in fp32.
@@ -77,8 +78,8 @@ def quantize_groupwise(
     Raises
     ------
     InputError
-        On a wrong shape or dtype, NaN or Inf in the weight, a scale that overflows `scale_dtype`, or a grid
-        that does not fit the weight.
+        On a wrong shape or dtype, NaN or Inf in the weight, a scale that overflows `scale_dtype`, a grid
+        that does not fit the weight, or a search that the scheme or backend does not have.
     UnsupportedError
         On double quantization of scales that are given.
     """
@@ -96,6 +97,10 @@ def quantize_groupwise(
         _check_importance(importance, weight, search)
     if scales is not None or zeros is not None:
         _check_grid(scales, zeros, weight, scheme, search)
+    if search == "absmax":
+        if backend not in ("auto", Backend.REFERENCE):
+            raise InputError(f"search='absmax' runs in plain torch: got backend={backend!r}; leave it out")
+        return absmax.quantize(weight.detach(), scheme)
     request = Request(device=weight.device, scheme=scheme, dtype=weight.dtype)
     implementation = select("quantize_groupwise", backend, request)
     result: QuantizedWeight = implementation.call(

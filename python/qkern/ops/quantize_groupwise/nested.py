@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from qkern.schemes import NestedScales
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["decode", "divisors", "dynamic_table", "nest"]
 
 BLOCK: Final = 256
 """Scales that share an absmax."""
 _DECADES: Final = 7
+# Ratios of a scale to its absmax are rounded to this many steps of [-1, 1] before a code is chosen.
+_STEPS: Final = 65535
 
 
 @functools.cache
@@ -29,34 +30,48 @@ def dynamic_table() -> Tensor:
     """
     middles = []
     for i in range(_DECADES):
-        pieces = 2 ** (_DECADES - 1 - i)
-        middles += [10.0**-i * (0.1 + 0.9 * (piece + 0.5) / pieces) for piece in range(pieces)]
-    return torch.tensor(
-        sorted([*middles, *(-x for x in middles), 0.0, 1.0]), dtype=torch.float32, device="cpu"
-    )
+        # Ends and middles are rounded to fp32 one by one, which is what fixes the last bit of each entry.
+        ends = torch.linspace(0.1, 1, 2 ** (_DECADES - 1 - i) + 1, dtype=torch.float32, device="cpu")
+        middles.append(10.0**-i * ((ends[1:] + ends[:-1]) / 2))
+    positive = torch.cat(middles)
+    return torch.cat([positive, -positive, positive.new_tensor([0.0, 1.0])]).sort().values
 
 
-def nest(scales: Tensor) -> NestedScales:
-    """Quantize fp32 scales of any shape, relative to their mean, in blocks of `BLOCK`."""
-    flat = scales.reshape(-1).float()
-    # Summed exactly: the same mean on every device and for any number of threads.
-    mean = math.fsum(flat.tolist()) / max(flat.numel(), 1)
-    offset = float(torch.tensor(mean, dtype=torch.float32, device="cpu"))
-    centred = flat - offset
-    blocks = torch.nn.functional.pad(centred, (0, -flat.numel() % BLOCK)).reshape(
-        -(-flat.numel() // BLOCK), BLOCK
-    )
+def nest(scales: Tensor, offset: float | None = None) -> NestedScales:
+    """Quantize fp32 scales of any shape in blocks of `BLOCK`, to the codes of bitsandbytes' CPU kernel.
+
+    Parameters
+    ----------
+    scales : Tensor
+        fp32, on any device.
+    offset : float or None
+        What is subtracted from the scales first; None: their mean.
+    """
+    # On the CPU whatever the device: there are few scales, and the roundings below are those of its kernel.
+    flat = scales.detach().reshape(-1).float().cpu()
+    if offset is None:
+        # Summed exactly: the same mean on every device and for any number of threads.
+        mean = math.fsum(flat.tolist()) / max(flat.numel(), 1)
+        offset = float(torch.tensor(mean, dtype=torch.float32, device="cpu"))
+    blocks = pad(flat - offset, (0, -flat.numel() % BLOCK)).reshape(-(-flat.numel() // BLOCK), BLOCK)
     absmax = blocks.abs().amax(-1)
-    table = dynamic_table().to(scales.device)
-    ratio = blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]
-    codes = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    codes = _codes(blocks * (1.0 / torch.where(absmax == 0, 1.0, absmax))[:, None])
+    codes[absmax == 0] = 0
     return NestedScales(
-        codes=codes.reshape(-1)[: flat.numel()].contiguous(),
-        table=table,
-        absmax=absmax,
+        codes=codes.reshape(-1)[: flat.numel()].contiguous().to(scales.device),
+        table=dynamic_table().to(scales.device),
+        absmax=absmax.to(scales.device),
         offset=offset,
         block=BLOCK,
     )
+
+
+def _codes(ratio: Tensor) -> Tensor:
+    """uint8 codes of ratios in -1..1: of the entry nearest to the step that a ratio is rounded to."""
+    table = dynamic_table()
+    # In double, where the product is exact, so that it is rounded once with the sum.
+    step = (((ratio.clamp(-1, 1) + 1) * 0.5).double() * _STEPS + 0.5).float().floor()
+    return torch.bucketize(step / _STEPS * 2 - 1, (table[1:] + table[:-1]) / 2).to(torch.uint8)
 
 
 def decode(nested: NestedScales, shape: tuple[int, ...]) -> Tensor:
