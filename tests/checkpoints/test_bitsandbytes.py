@@ -92,6 +92,35 @@ def test_weights_on_the_borders_between_two_codes(name):
     assert not torch.equal(kernels.codes, qw.codes)
 
 
+def test_absmax_of_stacks_and_of_nothing():
+    stack = torch.stack([random_weight(6, 128, seed=seed) for seed in range(3)])
+    for spelling in ("w8a8", "nf4g64", "fp4g64"):
+        whole = quantize_groupwise(stack, spelling, search="absmax")
+        for i, weight in enumerate(stack):
+            one = quantize_groupwise(weight, spelling, search="absmax")
+            assert torch.equal(whole.codes[i], one.codes)
+            assert torch.equal(whole.scales[i], one.scales)
+    for spelling in ("w8a8", "nf4g64", "fp4g64d"):
+        for shape in ((0, 64), (3, 0)):
+            qw = quantize_groupwise(torch.zeros(shape), spelling, search="absmax")
+            assert dequantize_groupwise(qw).shape == shape
+    short = quantize_groupwise(random_weight(4, 90), "nf4g64", search="absmax")  # in memory alone
+    assert short.scales.shape == (4, 2)
+
+
+def test_what_absmax_refuses():
+    for spelling in ("w4g64", "w8", "w8za8", "nf4t"):
+        with pytest.raises(InputError, match=f"is that of w8a8, nf4 and fp4.*got {spelling}"):
+            quantize_groupwise(random_weight(4, 64), spelling, search="absmax")
+    with pytest.raises(InputError, match="runs in plain torch: got backend='cpu'"):
+        quantize_groupwise(random_weight(4, 64), "nf4g64", search="absmax", backend="cpu")
+    for spelling, value in (("nf4g64", torch.nan), ("w8a8", 1e5)):  # the latter is Inf in fp16
+        weight = random_weight(4, 64)
+        weight[2, 3] = value
+        with pytest.raises(InputError, match="NaN or Inf"):
+            quantize_groupwise(weight, spelling, search="absmax")
+
+
 @pytest.mark.parametrize("spelling", SCHEMES)
 def test_the_package_reads_our_layer(spelling):
     qw = quantize_groupwise(random_weight(24, 192), spelling, search="absmax")

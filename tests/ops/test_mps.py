@@ -216,6 +216,8 @@ def quantize() -> None:
     quantize_groupwise(weight(), "w4g32z", search="mse", importance=torch.rand(K))
     for spelling in ("w8", "nf4g32"):
         quantize_groupwise(weight(), spelling, search="mse")
+    for spelling in ("w8a8", "nf4g32", "fp4g32d"):
+        quantize_groupwise(weight(), spelling, search="absmax")
     quantize_groupwise(torch.randn(2, N, K), "w4g32", scale_dtype=torch.bfloat16)
     dequantize_groupwise(quantize_groupwise(torch.randn(2, N, K), "w4t"))
 

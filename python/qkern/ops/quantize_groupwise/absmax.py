@@ -1,4 +1,4 @@
-"""nf4, fp4 and w8a8 as bitsandbytes quantizes them on a CPU, bit for bit, in plain torch on any device.
+"""nf4, fp4 and w8a8 as bitsandbytes 0.50 quantizes them on a CPU, bit for bit, in plain torch on any device.
 
 The other searches round a scale to the dtype it is stored in before they choose codes. Here codes are chosen
 by the largest magnitude itself, whose reciprocal multiplies the weights, and the scales are quantized (``d``)

@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -67,11 +68,13 @@ def nest(scales: Tensor, offset: float | None = None) -> NestedScales:
 
 
 def _codes(ratio: Tensor) -> Tensor:
-    """uint8 codes of ratios in -1..1: of the entry nearest to the step that a ratio is rounded to."""
+    """uint8 codes of fp32 ratios on the CPU: of the entry nearest to the step that a ratio is rounded to."""
     table = dynamic_table()
+    shifted = ((ratio.clamp(-1, 1) + 1) * 0.5).numpy()
     # In double, where the product is exact, so that it is rounded once with the sum.
-    step = (((ratio.clamp(-1, 1) + 1) * 0.5).double() * _STEPS + 0.5).float().floor()
-    return torch.bucketize(step / _STEPS * 2 - 1, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    step = np.floor((shifted.astype(np.float64) * _STEPS + 0.5).astype(np.float32))
+    codes = np.searchsorted(((table[1:] + table[:-1]) / 2).numpy(), step / _STEPS * 2 - 1)
+    return torch.from_numpy(codes.astype(np.uint8))
 
 
 def decode(nested: NestedScales, shape: tuple[int, ...]) -> Tensor:
