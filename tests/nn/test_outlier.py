@@ -7,7 +7,7 @@ from dataclasses import replace
 import bitsandbytes
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from qkern import (
     InputError,
@@ -239,6 +239,21 @@ def test_a_model_from_a_16_bit_folder(tmp_path, shipped):
     assert not (tmp_path / "no").exists()
 
 
+def test_stacks_of_experts_are_refused(tmp_path):
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        num_local_experts=2,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(UnsupportedError, match=r"stacks of experts have no OutlierLinear: .*experts"):
+        load(tmp_path / "mixtral", int8=True)
+
+
 def test_outlier_channels_cost_at_most_half_again_of_plain_w8a8(shipped):
     """KL on the injected form beside W8A8 on the plain one; activations are rounded in both."""
     text = HELDOUT.read_text(encoding="utf-8")
@@ -249,5 +264,4 @@ def test_outlier_channels_cost_at_most_half_again_of_plain_w8a8(shipped):
     injected = inject(copy.deepcopy(shipped))
     replace_linears(injected, "w8a8", kind=OutlierLinear)
     outlier = kl_divergence(reference, injected, ids)
-    print(plain.mean(), outlier.mean())
     assert outlier.mean() <= 1.5 * plain.mean()

@@ -323,7 +323,7 @@ class CheckpointQuantizer(QkernQuantizer):
         if linear is None:
             refuse_misfits(_source(model), left_over=[f"{stored}.{part}" for part in parts])
         entry = self._reading(model, self.format.entry, self.description, stored)
-        if WEIGHT in parts and not entry.int8:
+        if WEIGHT in parts and not entry.in_place:
             raise FormatError(f"{_source(model)}: {stored} is there both quantized and plain")
         # Copied: what safetensors returns is a view of the file, which may change later.
         tensors = {f"{stored}.{part}": tensor.to("cpu", copy=True) for part, tensor in parts.items()}

@@ -164,9 +164,7 @@ def replace_linears(
             f"no linear layer to replace in {type(model).__name__}: skip={tuple(skip)!r} leaves none; "
             "pass a model with nn.Linear or Conv1D layers, or skip fewer"
         )
-    return exchange(
-        model, wanted, lambda name, module: kind.from_linear(module, schemes[name], **quantize)
-    )
+    return exchange(model, wanted, lambda name, module: kind.from_linear(module, schemes[name], **quantize))
 
 
 def exchange(

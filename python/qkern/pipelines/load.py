@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qkern.calibration import load_config, load_tokenizer, meta_model
 from qkern.checkpoints import QuantizedCheckpoint, model_folder, read_json
-from qkern.errors import FormatError, InputError
+from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.gguf import read_tokenizer
 from qkern.gguf.checkpoint import GGUFCheckpoint
 from qkern.models import column_weight, describe, fuse_forwards
@@ -24,6 +24,7 @@ from qkern.nn import (
     QuantEmbedding,
     QuantLinear,
     TiedHead,
+    expert_parameters,
     named_linears,
     replace_linears,
 )
@@ -98,7 +99,7 @@ def load(
     FormatError
         If a file is damaged, a tensor is missing or left over or has NaN or Inf, or the format is not read.
     UnsupportedError
-        If the architecture or a tensor type of a GGUF is not read.
+        If the architecture or a tensor type of a GGUF is not read, or experts stand in the way of `int8`.
     """
     if compute not in (None, "auto", "float", "int8"):
         raise InputError(f"unknown compute: got {compute!r}, allowed are 'auto', 'float' and 'int8'")
@@ -143,6 +144,11 @@ def _quantized_already(path: str | Path, what: str) -> InputError:
 
 
 def _replace_by_outlier_linears(model: Any) -> None:
+    experts = expert_parameters(model)
+    if experts:
+        raise UnsupportedError(
+            f"stacks of experts have no OutlierLinear: {', '.join(experts[:4])}; load the model without int8"
+        )
     structure = describe(model)
     names = target_names(structure, choose_targets(model, structure, (), ()))
     replace_linears(model, dict.fromkeys(names, "w8a8"), kind=OutlierLinear)
