@@ -206,6 +206,7 @@ def state_bytes(**change):
         (STATE, state_bytes(nested_blocksize=0), "must have a nested_blocksize"),
         ("m.weight", torch.zeros(128, dtype=torch.uint8), "m.weight must be"),
         ("m.weight.quant_map", torch.zeros(16), "is not the codebook nf4"),
+        ("m.weight.quant_map", codebook("nf4").values + 2e-6, "is not the codebook nf4"),
         ("m.weight.absmax", torch.zeros(4), "absmax must be uint8"),
         ("m.weight.nested_absmax", torch.zeros(2), "nested_absmax must be"),
         ("m.weight.nested_quant_map", None, "nested_quant_map is missing"),

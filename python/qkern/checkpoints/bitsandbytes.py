@@ -245,7 +245,8 @@ def _decode_codebook(name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeigh
     if packed.numel() != N * K // 2:
         raise FormatError(f"tensor {name}.weight holds {packed.numel()} bytes, not the codes of {[N, K]}")
     table = take(tensors, f"{name}.weight.quant_map", (torch.float32,), (scheme.levels,))
-    if not torch.equal(table, _table(kind)):
+    # bitsandbytes computes with its own numbers whatever is stored, which another device may have rounded.
+    if not torch.allclose(table, _table(kind), rtol=0, atol=1e-6):
         raise FormatError(
             f"tensor {name}.weight.quant_map is not the codebook {kind}: other ones are not read"
         )
