@@ -65,12 +65,9 @@ def test_quantizing_on_loading_is_quantize(
     assert all(str(layer.scheme) == str(theirs[name].scheme) for name, layer in mine.items())
     assert torch.equal(logits(model), logits(expected))
     json.dumps(model.config.to_dict())  # as printing a config does
-    if scheme == "nf4g32":
-        with pytest.raises(UnsupportedError, match="not the nf4 codebook"):
-            model.save_pretrained(tmp_path / "saved")
-        return
     model.save_pretrained(tmp_path / "saved")
-    for load in (qkern.load, from_pretrained):
+    # bitsandbytes' own layers round otherwise: transformers keeps its class for these.
+    for load in (qkern.load,) if scheme == "nf4g32" else (qkern.load, from_pretrained):
         assert torch.equal(logits(load(tmp_path / "saved")), logits(expected))
 
 

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
     from qkern.pipelines.layerwise import Settings
 
-__all__ = ["STORED", "AwqConfig", "CompressedTensorsConfig", "GPTQConfig", "QkernConfig", "StoredConfig"]
+__all__ = [
+    "STORED",
+    "WRITTEN",
+    "AwqConfig",
+    "BitsAndBytesConfig",
+    "CompressedTensorsConfig",
+    "GPTQConfig",
+    "QkernConfig",
+    "StoredConfig",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -332,9 +341,16 @@ class CompressedTensorsConfig(StoredConfig, transformers.CompressedTensorsConfig
     """Of a compressed-tensors checkpoint."""
 
 
+class BitsAndBytesConfig(StoredConfig, transformers.BitsAndBytesConfig):  # type: ignore[misc]
+    """Of a bitsandbytes checkpoint, which is written here and loaded by transformers' own quantizer."""
+
+
 STORED: Final[dict[str, type[StoredConfig]]] = {
     "awq": AwqConfig,
     "gptq": GPTQConfig,
     "compressed-tensors": CompressedTensorsConfig,
 }
-"""By ``quant_method``."""
+"""By ``quant_method``, what qkern loads in transformers' place."""
+
+WRITTEN: Final[dict[str, type[StoredConfig]]] = {**STORED, "bitsandbytes": BitsAndBytesConfig}
+"""By ``quant_method``, what ``save_pretrained`` writes."""

@@ -20,16 +20,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from qkern.calibration import load_tokenizer
-from qkern.checkpoints import decode_layer, detect, model_folder, open_safetensors
+from qkern.checkpoints import bitsandbytes_details, decode_layer, detect, model_folder, open_safetensors
 from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
-from qkern.integrations.hf_config import STORED, QkernConfig, StoredConfig
+from qkern.integrations.hf_config import STORED, WRITTEN, QkernConfig, StoredConfig
 from qkern.models import column_weight, describe, fuse_forwards
 from qkern.nn import QuantLinear, named_linears, quant_linears, replace_linears
 from qkern.nn.linear import is_conv1d
 from qkern.pipelines import quantize
 from qkern.pipelines.checks import find_targets, target_names
 from qkern.pipelines.load import COMPUTED, model_names, refuse_misfits
-from qkern.pipelines.save import choose_format, plain_tensors
+from qkern.pipelines.save import BITSANDBYTES, choose_format, plain_tensors
 from qkern.quantizers import quantize_rtn
 from qkern.schemes import FLOAT_DTYPES
 
@@ -232,14 +232,17 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
             act_order |= weight.group_index is not None
             if weight.input_scale is not None:
                 static.add(name)
+        details = self._details()
+        if fmt.name == BITSANDBYTES:
+            details |= bitsandbytes_details(str(model.dtype).removeprefix("torch."))
         description = fmt.config(
             {name: layer.scheme for name, layer in layers.items()},
             act_order=act_order,
             static=static,
             skipped=skipped,
-            details=self._details(),
+            details=details,
         )
-        self.quantization_config = STORED[description["quant_method"]].from_dict(description)
+        self.quantization_config = WRITTEN[description["quant_method"]].from_dict(description)
         model.config.quantization_config = self.quantization_config
         return tensors, {}
 
