@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qkern.pipelines.quantize import quantize
     from qkern.pipelines.save import save
     from qkern.pipelines.search import search_assignment, sensitivity
+    from qkern.pipelines.verify import verify
     from qkern.search import MixedPrecision
 
 # Loaded on first use, so that `import qkern` costs little beyond `import torch`.
@@ -47,6 +48,7 @@ _LAZY = {
     "save": "qkern.pipelines",
     "search_assignment": "qkern.pipelines",
     "sensitivity": "qkern.pipelines",
+    "verify": "qkern.pipelines",
 }
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "save",
     "search_assignment",
     "sensitivity",
+    "verify",
 ]
 
 

@@ -36,6 +36,7 @@ COMMANDS: Final = (
     "search",
     "imatrix",
     "export-gguf",
+    "verify",
     "perplexity",
     "compare",
     "generate",

@@ -11,6 +11,7 @@ from qkern.pipelines.recipe import QuantizationReport
 from qkern.pipelines.save import save
 from qkern.pipelines.search import search_assignment, sensitivity
 from qkern.pipelines.search_report import SearchReport, SensitivityReport
+from qkern.pipelines.verify import Verification, verify
 
 __all__ = [
     "Comparison",
@@ -19,6 +20,7 @@ __all__ = [
     "QuantizationReport",
     "SearchReport",
     "SensitivityReport",
+    "Verification",
     "compare",
     "convert_qat",
     "export_gguf",
@@ -30,4 +32,5 @@ __all__ = [
     "save",
     "search_assignment",
     "sensitivity",
+    "verify",
 ]

@@ -30,7 +30,14 @@ if TYPE_CHECKING:
     from qkern.schemes import Scheme
     from qkern.search import MixedPrecision, Runtime
 
-__all__ = ["Outcome", "StoredTensor", "checkpoint_outcome", "gguf_outcome"]
+__all__ = [
+    "Outcome",
+    "StoredTensor",
+    "checkpoint_outcome",
+    "gguf_outcome",
+    "runtime_refusals",
+    "split_groups",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +109,7 @@ def checkpoint_outcome(
     shapes = {name: _shape(linear) for name, linear in named_linears(model).items()}
     tensors = [_stored(source, name, schemes, shapes, chosen) for name in source.stored_once()]
     linears = {name: str(scheme) for name, scheme in schemes.items()}
-    problems = list(reasons) if chosen is None else _refusals(runtime, linears, shapes, chosen)
+    problems = list(reasons) if chosen is None else runtime_refusals(runtime, linears, shapes, chosen)
     job = Job(
         model=model,
         structure=structure,
@@ -127,7 +134,7 @@ def checkpoint_outcome(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bpw_linear=_bpw_linear(source, structure, linears, shapes),
         kept={**targets.kept, **_embeddings(model)},
-        problems=problems + _split_groups(runtime, structure, linears, shapes),
+        problems=problems + split_groups(runtime, structure, linears, shapes),
         # A shard is written twice, and finished layers go when all of it is there.
         disk=finished + after + min(after, shard),
         memory=memory,
@@ -203,7 +210,7 @@ def _embeddings(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _refusals(
+def runtime_refusals(
     runtime: Runtime, choices: Mapping[str, str], shapes: Mapping[str, tuple[int, int]], format: str
 ) -> list[str]:
     """Say what the runtime cannot load, in one line a reason."""
@@ -219,7 +226,7 @@ def _few(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _split_groups(
+def split_groups(
     runtime: Runtime,
     structure: Structure,
     choices: Mapping[str, str],
@@ -288,7 +295,7 @@ def gguf_outcome(
             for name, tensor in owners.items()
             if tensor.type.block == 1
         },
-        problems=_refusals(runtime, coded, shapes, "compressed-tensors"),
+        problems=runtime_refusals(runtime, coded, shapes, "compressed-tensors"),
         disk=size,
         # Of a tensor what is read, in fp32, and its blocks or what they stand for.
         memory=max(3 * largest, 0 if job is None else peak_bytes(job)),

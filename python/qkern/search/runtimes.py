@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,10 @@ __all__ = ["RUNTIMES", "Runtime", "make_space", "runtime_named", "stored_bits", 
 
 # vLLM's kernels for packed weights take whole tiles of these sizes.
 _TILE: Final = (64, 128)
+# Of GPTQ checkpoints vLLM runs symmetric ones of these bits and group sizes alone.
+_VLLM_GPTQ: Final = ((4, 8), (None, 32, 64, 128))
+# Of experts of their own vLLM makes one, with one scheme.
+_EXPERTS: Final = re.compile(r"(.*\bexperts)\.\d+\..*")
 # Where a row has no whole super-blocks of 256.
 _SMALL_TYPES: Final = ("q4_0", "q5_0", "q8_0", KEPT)
 
@@ -60,6 +65,14 @@ class Runtime:
                 return f"blocks of {choice.block} do not divide rows of {K}"
             return None
         if self.name == "vllm":
+            bits, sizes = _VLLM_GPTQ
+            if format.startswith("gptq") and (
+                choice.zero_point or choice.bits not in bits or choice.group_size not in sizes
+            ):
+                return (
+                    f"vLLM takes GPTQ with 4 and 8 bits, symmetric, in groups of 32, 64 or 128 or channels "
+                    f"alone: got {spelling}; use compressed-tensors"
+                )
             if choice.zero_point and choice.bits not in (4, 8):
                 return f"vLLM takes zero points with 4 and 8 bits alone: got {spelling}"
             if choice.act_bits is not None and (choice.zero_point or not choice.has_plain_sums):
@@ -253,6 +266,7 @@ def tied_linears(
             kept[name] = "router"
         else:
             index, _, rest = name.removeprefix(inside).partition(".")
-            group = next((group[0] for group in fused if rest in group), rest)
+            expert = _EXPERTS.fullmatch(rest) if runtime.is_fused else None
+            group = expert[1] if expert else next((group[0] for group in fused if rest in group), rest)
             found.setdefault((int(index), group), []).append(name)
     return [(layer, tuple(names)) for (layer, _), names in sorted(found.items(), key=lambda item: item[0][0])]

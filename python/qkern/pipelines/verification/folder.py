@@ -1,0 +1,403 @@
+"""A folder of safetensors under verification: what is wrong with it, and its matrices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qkern.calibration import bind_names, load_config, meta_model
+from qkern.checkpoints import model_folder
+from qkern.errors import FormatError, QkernError
+from qkern.models import column_weight, describe
+from qkern.nn import named_linears
+from qkern.ops import dequantize_groupwise, quantize_groupwise
+from qkern.pipelines.load import COMPUTED
+from qkern.pipelines.verification.layouts import (
+    MARKERS,
+    LayerLayout,
+    UnpackedLayer,
+    format_of,
+    is_excluded,
+    layout_of,
+    parts_of,
+    unpack,
+)
+from qkern.pipelines.verification.original import Matrix
+from qkern.pipelines.verification.safetensors_files import StoredTensor, read_folder, read_json_object
+from qkern.schemes import Scheme
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qkern.pipelines.verification.report import Findings
+
+__all__ = ["FolderSubject"]
+
+_LEGACY: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_HEAD: Final = "lm_head"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """A quantized layer: name in the files and in the model, layout, shape, and its tensors by part."""
+
+    name: str
+    linear: str
+    layout: LayerLayout
+    N: int
+    K: int
+    parts: dict[str, StoredTensor]
+
+    @property
+    def scheme(self) -> Scheme:
+        """Its scheme; AWQ's symmetric layers have zero points of 8, which a scheme with them holds."""
+        return Scheme(
+            bits=self.layout.bits,
+            group_size=self.layout.group_size,
+            zero_point=not self.layout.symmetric,
+            act_bits=8 if self.layout.activations else None,
+        )
+
+    def unpacked(self) -> UnpackedLayer:
+        return unpack(self.layout, self.parts, self.N, self.K)
+
+
+class FolderSubject:
+    """A checkpoint folder, quantized or 16-bit.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder or hub id.
+    findings : Findings
+        Takes what is wrong with files, configuration, tensors and values.
+
+    Attributes
+    ----------
+    format : str or None
+        Name of the format; None if it is 16-bit, or its configuration is not read.
+    runtime : str
+        The runtime that it is for where none is named.
+    choices : dict of str to str
+        Scheme of every quantized linear, by its name in the model.
+    plain : Mapping
+        Tensors that are not quantized, by their name in the model; read when they are asked for.
+    model : PreTrainedModel or None
+        The model without weights; None if transformers cannot build it.
+    why_not_loaded : None
+        `qkern.load` reads every folder that can be verified.
+
+    Raises
+    ------
+    InputError
+        If there is no such folder.
+    """
+
+    runtime = "torch"
+    why_not_loaded: str | None = None
+
+    def __init__(self, path: str | Path, findings: Findings) -> None:
+        self.folder = model_folder(path)
+        self._findings = findings
+        self._tensors, problems = read_folder(self.folder)
+        findings.add("files", *problems)
+        findings.count("files", len({tensor.file for tensor in self._tensors.values()}))
+        self.format: str | None = None
+        self._layers: dict[str, _Layer] = {}
+        self._names: dict[str, str] = {}
+        self._config = self._read_config()
+        self.model = self._build_model()
+        if self.model is not None:
+            self._match_tensors()
+            self._check_config()
+            self._check_values()
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Scheme of every complete quantized linear."""
+        return {name: str(self._symmetric(layer).scheme) for name, layer in self._layers.items()}
+
+    @property
+    def plain(self) -> Mapping[str, Tensor]:
+        """Tensors that are not quantized."""
+        return _Plain({name: self._tensors[stored] for name, stored in self._names.items()})
+
+    # Configuration and model -----------------------------------------------------------------------------
+
+    def _read_config(self) -> dict[str, Any]:
+        """Return the ``quantization_config``, empty if there is none."""
+        config, problem = read_json_object(self.folder / "config.json")
+        if problem is not None:
+            self._findings.add("config", problem)
+        found = config.get("quantization_config") or {}
+        for file, method in _LEGACY.items():
+            if (self.folder / file).exists():
+                legacy, problem = read_json_object(self.folder / file)
+                differing = [key for key in legacy.keys() & found.keys() if legacy[key] != found[key]]
+                if problem is not None:
+                    self._findings.add("config", problem)
+                elif differing:
+                    self._findings.add("config", f"{file} and config.json differ in {', '.join(differing)}")
+                found = found or {"quant_method": method, **legacy}
+        if found:
+            try:
+                self.format = format_of(found)
+            except FormatError as error:
+                self._findings.add("config", str(error))
+        return dict(found)
+
+    def _build_model(self) -> Any:
+        try:
+            config = load_config(self.folder)
+            if f"{_HEAD}.{MARKERS.get(self.format or '')}" in self._tensors:
+                config.tie_word_embeddings = False
+            return meta_model(config)
+        except QkernError as error:
+            if not self._findings.has("config"):
+                self._findings.add("config", str(error))
+            return None
+
+    def _check_config(self) -> None:
+        """Look for linears that are not quantized and that the configuration does not exclude."""
+        if self.format is None:
+            return
+        assert self.model is not None
+        inside = describe(self.model).layers + "."
+        quantized = {layer.linear for layer in self._layers.values()}
+        for name in named_linears(self.model):
+            stored = self._names.get(f"{name}.weight")
+            if name in quantized or stored is None or not name.startswith((inside, _HEAD)):
+                continue
+            # A tied head is stored as the embedding; files of a bare decoder leave a prefix out.
+            spellings = (name, stored.removesuffix(".weight"))
+            if all(is_excluded(self._config, self.format, spelling) is False for spelling in spellings):
+                self._findings.add(
+                    "config", f"{name} is 16-bit, but the configuration says that it is quantized"
+                )
+
+    # Tensors ---------------------------------------------------------------------------------------------
+
+    def _match_tensors(self) -> None:
+        """Find layers and plain tensors; enter what is missing, left over, or of another form."""
+        linears = {
+            name: tuple(column_weight(linear).shape) for name, linear in named_linears(self.model).items()
+        }
+        marker = f".{MARKERS[self.format]}" if self.format is not None else None
+        layers = [name.removesuffix(marker) for name in self._tensors if marker and name.endswith(marker)]
+        if self.format is not None and not layers:
+            self._findings.add(
+                "tensors", f"no tensor's name ends in {marker}, which every layer of {self.format} has"
+            )
+        used: set[str] = set()
+        for name in layers:
+            used |= self._match_layer(name, linears)
+        self._match_plain(used)
+
+    def _match_layer(self, name: str, linears: Mapping[str, tuple[int, ...]]) -> set[str]:
+        """Enter a layer; return the names of its tensors."""
+        assert self.format is not None
+        prefixed = f"{self.model.base_model_prefix}.{name}"
+        linear = prefixed if name not in linears and prefixed in linears else name
+        there = {key for key in self._tensors if key.rpartition(".")[0] == name and not key.endswith(".bias")}
+        self._findings.count("tensors", len(there))
+        if linear not in linears:
+            self._findings.add("tensors", f"{name} is quantized, but the model has no such linear")
+            return there
+        try:
+            layout = layout_of(self._config, self.format, name)
+            if is_excluded(self._config, self.format, name):
+                self._findings.add("config", f"{name} is quantized, but the configuration excludes it")
+        except FormatError as error:
+            self._findings.add("config", str(error))
+            return there
+        N, K = linears[linear]
+        parts, problems = {}, []
+        for part, expected in parts_of(layout, N, K).items():
+            tensor = self._tensors.get(f"{name}.{part}")
+            if tensor is None:
+                problems += [f"{name}.{part} is missing"] if expected.is_needed else []
+            elif (tensor.dtype, tensor.shape) not in expected.forms:
+                problems.append(
+                    f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}: {layout.bits} bits in groups of "
+                    f"{layout.group_size or K} of a matrix {[N, K]} make it {expected}"
+                )
+            else:
+                parts[part] = tensor
+        allowed = {f"{name}.{part}" for part in parts_of(layout, N, K)}
+        if layout.format == "compressed-tensors":
+            allowed.add(f"{name}.weight_g_idx")  # an unused one is written by older versions
+            if f"{name}.weight_g_idx" in self._tensors:
+                parts["weight_g_idx"] = self._tensors[f"{name}.weight_g_idx"]
+        problems += [
+            f"{key} is left over: the configuration has no use for it" for key in sorted(there - allowed)
+        ]
+        problems += self._shape_problems(name, parts, N, K)
+        self._findings.add("tensors", *problems)
+        if not problems:
+            self._layers[linear] = _Layer(name=name, linear=linear, layout=layout, N=N, K=K, parts=parts)
+        return there
+
+    @staticmethod
+    def _shape_problems(name: str, parts: Mapping[str, StoredTensor], N: int, K: int) -> list[str]:
+        if "weight_shape" not in parts:
+            return []
+        said = parts["weight_shape"].array().tolist()
+        return [] if said == [N, K] else [f"{name}.weight_shape says {said}: the model has {[N, K]}"]
+
+    def _match_plain(self, used: set[str]) -> None:
+        stored = self._tensors.keys() - used
+        names, missing = bind_names(self.model, stored)
+        state = self.model.state_dict()
+        quantized = {name.rpartition(".")[0] for name in used}
+        owners = {
+            f"{prefix}{name}.weight"
+            for name in quantized
+            for prefix in ("", f"{self.model.base_model_prefix}.")
+        }
+        ignored = (*COMPUTED, *(self.model._keys_to_ignore_on_load_unexpected or ()))
+        problems = [f"{name} is missing" for name in missing if name not in owners]
+        left_over = stored - set(names.values())
+        problems += [
+            f"{name} is left over: the model has no place for it"
+            for name in sorted(left_over)
+            if not any(re.search(pattern, name) for pattern in ignored)
+        ]
+        for name, key in names.items():
+            tensor = self._tensors[key]
+            if tensor.shape != tuple(state[name].shape):
+                problems.append(
+                    f"{key} has the shape {list(tensor.shape)}: the model has {list(state[name].shape)}"
+                )
+            elif not tensor.is_float and state[name].is_floating_point():
+                problems.append(f"{key} is {tensor.dtype}: 16 or 32-bit floats are needed")
+            else:
+                self._names[name] = key
+        self._findings.count("tensors", len(names))
+        self._findings.add("tensors", *problems)
+
+    # Values ----------------------------------------------------------------------------------------------
+
+    def _check_values(self) -> None:
+        for key in sorted(set(self._names.values())):
+            tensor = self._tensors[key]
+            if tensor.is_float:
+                broken = int((~np.isfinite(tensor.floats())).sum())
+                self._findings.add("values", *([f"{key} has {broken} NaN or Inf values"] if broken else ()))
+            self._findings.count("values")
+        midpoints = []
+        for layer in self._layers.values():
+            unpacked = layer.unpacked()
+            self._findings.add("values", *_value_problems(layer, unpacked))
+            self._findings.count("values", len(layer.parts))
+            midpoints.append(bool((unpacked.zeros == layer.layout.midpoint).all()))
+        declared = [not layer.layout.symmetric for layer in self._layers.values()]
+        if midpoints and all(midpoints) and all(declared) and self.format != "awq":
+            self._findings.add(
+                "config",
+                "the configuration says asymmetric, but every zero point is that of a symmetric grid",
+            )
+
+    # Matrices --------------------------------------------------------------------------------------------
+
+    @property
+    def matrices(self) -> Iterator[str]:
+        """Names in the model of the quantized linears that can be read."""
+        return iter(self._layers)
+
+    def matrix(self, linear: str) -> Matrix:
+        """Unpack a linear."""
+        layer = self._layers[linear]
+        unpacked = layer.unpacked()
+        in_order = np.array_equal(unpacked.groups, layer.layout.group_of_columns(layer.K))
+        order = None if in_order else torch.from_numpy(np.argsort(unpacked.groups, kind="stable"))
+        scheme = self._symmetric(layer).scheme.weight_only()
+        return Matrix(
+            values=torch.from_numpy(unpacked.weights()),
+            round=partial(_rounded, scheme=scheme),
+            group_size=scheme.group_length(layer.K),
+            order=order,
+        )
+
+    def in_model(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor as the model has it, by its name there, in fp32."""
+        for linear in self._layers:
+            yield f"{linear}.weight", self.matrix(linear).values
+        for name, tensor in self.plain.items():
+            yield name, tensor.float()
+
+    def shape(self, linear: str) -> tuple[int, int]:
+        """Rows and columns of a quantized linear."""
+        return self._layers[linear].N, self._layers[linear].K
+
+    @staticmethod
+    def _symmetric(layer: _Layer) -> _Layer:
+        """Return the layer with AWQ's zero points, if they are all the midpoint, as a symmetric grid."""
+        if layer.layout.format == "awq" and bool((layer.unpacked().zeros == layer.layout.midpoint).all()):
+            return replace(layer, layout=replace(layer.layout, symmetric=True))
+        return layer
+
+
+class _Plain(Mapping[str, Tensor]):
+    """Tensors by name, read when they are asked for."""
+
+    def __init__(self, stored: dict[str, StoredTensor]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._stored[name]
+        if tensor.dtype == "BF16":
+            return torch.from_numpy(tensor.floats()).bfloat16()
+        return torch.from_numpy(np.array(tensor.array()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def _rounded(rows: Tensor, scheme: Scheme) -> Tensor:
+    return dequantize_groupwise(quantize_groupwise(rows, scheme))
+
+
+def _value_problems(layer: _Layer, unpacked: UnpackedLayer) -> Iterator[str]:
+    """Yield what is wrong with the numbers of a layer."""
+    layout, name = layer.layout, layer.name
+    scales, zeros, groups = unpacked.scales, unpacked.zeros, unpacked.groups
+    broken = int((~np.isfinite(scales)).sum())
+    if broken:
+        yield f"{name}: {broken} scales are NaN or Inf"
+    if groups.min(initial=0) < 0 or groups.max(initial=0) >= scales.shape[1]:
+        yield (
+            f"{name}: the group index runs from {groups.min()} to {groups.max()}, and there are groups 0 to "
+            f"{scales.shape[1] - 1}"
+        )
+        return
+    if not layout.act_order and not np.array_equal(groups, layout.group_of_columns(layer.K)):
+        yield f"{name}: the group index is out of order, but readers ignore it: desc_act is false"
+    lost = (scales == 0)[:, groups] & (unpacked.codes != zeros[:, groups])
+    if lost.any():
+        yield f"{name}: {int(lost.any(1).sum())} rows have scales of 0 for codes that are not zero"
+    if layout.symmetric and not bool((zeros == layout.midpoint).all()):
+        wrong = np.unique(zeros[zeros != layout.midpoint])[:4].tolist()
+        yield f"{name}: zero points {wrong}, but the configuration's symmetric codes have {layout.midpoint}"
+    if layout.format == "gptq" and bool((zeros == 0).any()):
+        yield f"{name}: zero points of 0, which half of the readers of GPTQ v1 take for {2 * layout.midpoint}"
+    if layout.int8 and layout.bits < 8:
+        values = layer.parts["weight"].array()
+        if values.min(initial=0) < -layout.midpoint or values.max(initial=0) >= layout.midpoint:
+            yield f"{name}: weight has values that {layout.bits} bits do not hold"
+    if layout.static:
+        scale = layer.parts["input_scale"].floats().reshape(-1)
+        if not bool((np.isfinite(scale) & (scale > 0)).all()):
+            yield f"{name}: input_scale must be above 0 and finite: got {scale.tolist()}"
+        zero = layer.parts.get("input_zero_point")
+        if zero is not None and zero.array().any():
+            yield f"{name}: input_zero_point must be 0, as symmetric activations have it"

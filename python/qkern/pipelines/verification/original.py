@@ -1,0 +1,350 @@
+"""Whether a matrix is as far from the original's as its grid explains.
+
+The measure is rounding the original to nearest on the same grid: GPTQ, AWQ and searches of scales move
+weights further, or less far, but within small factors of it. What a damaged or misread file does is beyond
+them:
+
+- codes in another order have nothing to do with the original: rows are orthogonal to it;
+- zero points off by one move every weight of a group by a whole step, rounding their mean by a fraction;
+- scales of other rows or groups change the length of weights, which rounding leaves alone up to the square of
+  its own relative error.
+
+AWQ and SmoothQuant move factors from linears into the norms or linears before them. Those of norms are known
+from the norms; those of linears are estimated, column by column, and must fit both.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from qkern.models import describe, pair_channels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from qkern.models import LinearPair, NormLinears
+
+__all__ = ["Comparison", "Matrix", "compare_matrix"]
+
+# Times the error of rounding to nearest, root mean square. On the shipped model and others, at 2 to 8 bits,
+# GPTQ stays below 1.3 of a matrix, 1.5 of a row, 3 of a block of 32.
+TENSOR_LIMIT: Final = 2.0
+ROW_LIMIT: Final = 3.0
+GROUP_LIMIT: Final = 4.0
+# Steps of the grid: the mean error of a group; off by one it is about 1, with GPTQ at 2 bits below 0.3.
+OFFSET_LIMIT: Final = 0.75
+# Of the cosine that rounding to nearest leaves between a row and the original's.
+ORDER_LIMIT: Final = 0.5
+# Logarithm of length found over length wanted: this much, and twice rounding's relative error squared.
+SCALE_LIMIT: Final = 0.05
+SCALE_FACTOR: Final = 2.0
+# A group that rounding hits by luck is measured by its row.
+LUCKY: Final = 0.5
+# Of factors that are estimated from codes, and of biases that they moved.
+FACTOR_ERROR: Final = 0.25
+CHUNK_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """A matrix of a file and its grid.
+
+    Parameters
+    ----------
+    values : Tensor
+        fp32 ``[N, K]``, the decoded weights.
+    round : callable
+        Rounds rows ``[*, K]`` of columns in the order `order` to nearest on the matrix's grid.
+    group_size : int
+        Columns, in that order, that share a scale; the last group may be shorter.
+    order : Tensor or None
+        int64 ``[K]``: columns by group; None: as they are.
+    """
+
+    values: Tensor
+    round: Callable[[Tensor], Tensor]
+    group_size: int
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sums:
+    """Sums over the columns of each group, float64 ``[N, G]``, and how many columns it has, ``[G]``."""
+
+    error: Tensor
+    rounding: Tensor
+    moved: Tensor
+    original: Tensor
+    found: Tensor
+    product: Tensor
+    rounded: Tensor
+    rounded_product: Tensor
+    columns: Tensor
+
+
+def compare_matrix(original: Tensor, matrix: Matrix) -> tuple[float, list[str]]:
+    """Compare a matrix with the original's.
+
+    Parameters
+    ----------
+    original : Tensor
+        ``[N, K]``, factors that were moved applied.
+    matrix : Matrix
+        What the file has.
+
+    Returns
+    -------
+    error : float
+        ``|W' - W| / |W|``.
+    problems : list of str
+        What the grid does not explain; empty if it explains all.
+    """
+    sums = _summed(original, matrix)
+    total = sums.original.sum().clamp(min=1e-30)
+    problems = [
+        *_order_problems(sums),
+        *_offset_problems(sums),
+        *_scale_problems(sums),
+        *_size_problems(sums),
+    ]
+    return float((sums.error.sum() / total).sqrt()), problems
+
+
+def _summed(original: Tensor, matrix: Matrix) -> _Sums:
+    N, K = matrix.values.shape
+    g = matrix.group_size
+    G = -(-K // g)
+    columns = torch.full((G,), g, dtype=torch.float64, device="cpu")
+    columns[-1] = K - (G - 1) * g
+    rows = max(CHUNK_BYTES // (8 * max(K, 1)), 1)
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, N, rows):
+        W, D = (tensor[start : start + rows].float() for tensor in (original, matrix.values))
+        if matrix.order is not None:
+            W, D = W[:, matrix.order], D[:, matrix.order]
+        R = matrix.round(W.contiguous())
+        W, D, R = (torch.nn.functional.pad(t.double(), (0, G * g - K)).view(-1, G, g) for t in (W, D, R))
+        products = ((D - W) ** 2, (R - W) ** 2, D - W, W * W, D * D, D * W, R * R, R * W)
+        parts.append(tuple(product.sum(-1) for product in products))
+    joined = [torch.cat(part) for part in zip(*parts, strict=True)]
+    names = ("error", "rounding", "moved", "original", "found", "product", "rounded", "rounded_product")
+    return _Sums(**dict(zip(names, joined, strict=True)), columns=columns)
+
+
+def _order_problems(sums: _Sums) -> list[str]:
+    """Name rows that are not the original's, as if codes were in another order."""
+    cosine = _cosine(sums.product, sums.found, sums.original)
+    rounded = _cosine(sums.rounded_product, sums.rounded, sums.original)
+    bad = cosine < ORDER_LIMIT * rounded
+    return _named(bad, cosine, lowest=True, what="rows do not follow the original's: cosine {:.2f}")
+
+
+def _cosine(product: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return product.sum(1) / (first.sum(1) * second.sum(1)).sqrt().clamp(min=1e-30)
+
+
+def _offset_problems(sums: _Sums) -> list[str]:
+    """Name groups whose weights all lie off to one side, as with wrong zero points."""
+    steps = (12 * _rounding(sums) / sums.columns).sqrt()
+    offset = (sums.moved / sums.columns / steps.clamp(min=1e-30)).abs()
+    offset[sums.rounding.expand_as(offset) == 0] = 0
+    return _named(
+        offset > OFFSET_LIMIT, offset, what="groups are off to one side by {:.2f} steps: wrong zero points?"
+    )
+
+
+def _scale_problems(sums: _Sums) -> list[str]:
+    """Name columns and rows whose weights are too long or too short, as with other groups' scales."""
+    slope = (sums.product / sums.found.clamp(min=1e-30)).clamp(min=1e-6).log().abs()
+    slope[sums.found == 0] = 0
+    problems = []
+    for dimension, what in ((0, "groups of columns"), (1, "rows")):
+        relative = sums.rounding.sum(dimension) / sums.original.sum(dimension).clamp(min=1e-30)
+        typical = slope.median(dimension).values
+        bad = typical > SCALE_LIMIT + SCALE_FACTOR * relative
+        problems += _named(bad, typical.exp(), what=f"{what} have the wrong length, by a factor {{:.2f}}")
+    return problems
+
+
+def _size_problems(sums: _Sums) -> list[str]:
+    """Name what has too large an error in itself: the matrix, rows, groups."""
+    tensor = float((sums.error.sum() / sums.rounding.sum().clamp(min=1e-30)).sqrt())
+    if sums.rounding.sum() == 0:  # the grid holds the original
+        return [] if sums.error.sum() == 0 else ["differs from the original, which its grid holds"]
+    problems = []
+    if tensor > TENSOR_LIMIT:
+        problems.append(
+            f"its error is {tensor:.1f} times that of rounding to nearest: allowed is {TENSOR_LIMIT:g}"
+        )
+    row = (sums.error.sum(1) / sums.rounding.sum(1).clamp(min=1e-30)).sqrt()
+    group = (sums.error / _rounding(sums)).sqrt()
+    for ratio, limit, what in ((row, ROW_LIMIT, "rows"), (group, GROUP_LIMIT, "groups")):
+        text = f"{what} have {{:.1f}} times the error of rounding to nearest: allowed is {limit:g}"
+        problems += _named(ratio > limit, ratio, what=text)
+    return problems
+
+
+def _rounding(sums: _Sums) -> Tensor:
+    """Squared error of rounding each group, at least a part of its row's."""
+    share = sums.columns / sums.columns.sum()
+    floor = LUCKY**2 * sums.rounding.sum(1, keepdim=True) * share
+    return sums.rounding.maximum(floor).clamp(min=1e-30)
+
+
+def _named(bad: Tensor, values: Tensor, *, what: str, lowest: bool = False) -> list[str]:
+    """One line for what is bad: how many of how many, and the worst value, which `what` has a place for."""
+    if not bool(bad.any()):
+        return []
+    worst = values[bad].min() if lowest else values[bad].max()
+    first = tuple(int(place) for place in bad.nonzero()[0])
+    where = first[0] if len(first) == 1 else first
+    return [f"{int(bad.sum())} of {bad.numel()} {what.format(float(worst))} (first: {where})"]
+
+
+# Factors that were moved -----------------------------------------------------------------------------------
+
+
+class Comparison:
+    """Compares the matrices and plain tensors of a file with those of the original.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The original, may be without weights; if its architecture is not known no factor is looked for.
+    original : callable
+        Gives a tensor of the original by its name, matrices as ``[N, K]``.
+    plain : mapping
+        Tensors of the file that are not quantized, by name.
+    matrix : callable
+        Gives a matrix of the file by the name of its linear.
+    norm_offset : float
+        Norms multiply by their weight and this.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        original: Callable[[str], Tensor],
+        plain: Mapping[str, Tensor],
+        matrix: Callable[[str], Matrix],
+        *,
+        norm_offset: float,
+    ) -> None:
+        self._model, structure = model, describe(model)
+        self._original, self._plain, self._matrix = original, plain, matrix
+        architecture = structure.architecture
+        prefixes = [f"{structure.layers}.{index}." for index in range(structure.count)]
+        entries = () if architecture is None else architecture.norm_linears
+        pairs = () if architecture is None else architecture.linear_linears
+        self._columns: dict[str, Tensor] = {}
+        self._norms: dict[str, Tensor] = {}
+        for prefix, entry in itertools.product(prefixes, entries):
+            self._take_norm(prefix, entry, norm_offset)
+        self._pair_of = {
+            f"{prefix}{name}": (prefix, pair)
+            for prefix, pair in itertools.product(prefixes, pairs)
+            for name in (pair.first, pair.second)
+        }
+        self._folds: dict[str, _Fold | None] = {}
+
+    def _take_norm(self, prefix: str, entry: NormLinears, offset: float) -> None:
+        """Enter the factors of the columns of linears whose norm differs from the original's."""
+        name = f"{prefix}{entry.norm}"
+        if f"{name}.weight" not in self._plain:
+            return
+        before = self._original(f"{name}.weight").float() + offset
+        after = self._plain[f"{name}.weight"].float() + offset
+        if before.shape == after.shape and not torch.equal(before, after):
+            safe = (before != 0) & (after != 0)
+            self._norms[name] = torch.where(safe, before / torch.where(safe, after, 1.0), 1.0)
+            self._columns |= {f"{prefix}{linear}": self._norms[name] for linear in entry.linears}
+
+    def compare(self, linear: str) -> tuple[float, list[str]]:
+        """Compare the matrix of a linear; the result is that of `compare_matrix`."""
+        result = compare_matrix(self._wanted(linear), self._matrix(linear))
+        if result[1] and linear in self._pair_of:
+            fold = self._fold(linear)
+            return result if fold is None else fold.results[linear]
+        return result
+
+    def _wanted(self, linear: str) -> Tensor:
+        weight = self._original(f"{linear}.weight").float()
+        return weight * self._columns[linear] if linear in self._columns else weight
+
+    def _fold(self, linear: str) -> _Fold | None:
+        """Factors between the two linears of a pair, if both fit the same ones."""
+        prefix, pair = self._pair_of[linear]
+        if prefix + pair.second not in self._folds:
+            self._folds[prefix + pair.second] = self._find_fold(prefix, pair)
+        return self._folds[prefix + pair.second]
+
+    def _find_fold(self, prefix: str, pair: LinearPair) -> _Fold | None:
+        names = (f"{prefix}{pair.first}", f"{prefix}{pair.second}")
+        weights = [self._wanted(name) for name in names]
+        matrices = [self._matrix(name) for name in names]
+        rows, share = pair_channels(
+            self._model.config, pair, *(self._model.get_submodule(name) for name in names)
+        )
+        found, wanted = matrices[1].values, weights[1]
+        columns = (found * wanted).sum(0) / (wanted * wanted).sum(0).clamp(min=1e-30)
+        if not bool((columns > 0).all()):
+            return None
+        # Of columns that read the same row the mean, of logarithms.
+        count = torch.bincount(share)
+        factors = (torch.zeros(len(count)).index_add_(0, share, columns.log()) / count).exp()
+        weights[0][rows] /= factors[:, None]
+        weights[1] *= factors[share]
+        results = {
+            name: compare_matrix(weight, matrix)
+            for name, weight, matrix in zip(names, weights, matrices, strict=True)
+        }
+        return None if any(problems for _, problems in results.values()) else _Fold(results, rows, factors)
+
+    def plain_problem(self, name: str) -> str | None:
+        """Say how a tensor that is not quantized differs from the original's; call it after `compare`."""
+        found, original = self._plain[name], self._original(name)
+        if found.shape != original.shape:
+            return f"{name} has the shape {list(found.shape)}: the original's has {list(original.shape)}"
+        if torch.equal(original.to(found.dtype), found):
+            return None
+        module, _, leaf = name.rpartition(".")
+        expected = self._moved(module, leaf, original.float())
+        if expected is not None and _is_near(found.float(), expected):
+            return None
+        error = float((found.double() - original.double()).norm() / original.double().norm().clamp(min=1e-30))
+        return f"{name} is not quantized and differs from the original's by {error:.1e} of its length"
+
+    def _moved(self, module: str, leaf: str, original: Tensor) -> Tensor | None:
+        """Return what a norm or bias becomes by the factors that were moved out of it; None if none were."""
+        if module in self._norms:
+            # The weight itself says what was moved, and the linears that read it are compared with it.
+            return (
+                self._plain[f"{module}.weight"].float()
+                if leaf == "weight"
+                else original / self._norms[module]
+            )
+        prefix, pair = self._pair_of.get(module, ("", None))
+        fold = None if pair is None else self._folds.get(prefix + pair.second)
+        if pair is None or fold is None or leaf != "bias" or module != prefix + pair.first:
+            return None
+        expected = original.clone()
+        expected[fold.rows] /= fold.factors
+        return expected
+
+
+def _is_near(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=FACTOR_ERROR, atol=1e-3 * float(expected.abs().max()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """Factors that left rows of one linear for columns of the next, and how both compare with them."""
+
+    results: dict[str, tuple[float, list[str]]]
+    rows: slice
+    factors: Tensor
