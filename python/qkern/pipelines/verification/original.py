@@ -285,18 +285,19 @@ class Comparison:
 
     def _find_fold(self, prefix: str, pair: LinearPair) -> _Fold | None:
         names = (f"{prefix}{pair.first}", f"{prefix}{pair.second}")
+        if any(f"{name}.weight" in self._plain for name in names):
+            return None
         weights = [self._wanted(name) for name in names]
         matrices = [self._matrix(name) for name in names]
         rows, share = pair_channels(
             self._model.config, pair, *(self._model.get_submodule(name) for name in names)
         )
-        found, wanted = matrices[1].values, weights[1]
-        columns = (found * wanted).sum(0) / (wanted * wanted).sum(0).clamp(min=1e-30)
-        if not bool((columns > 0).all()):
-            return None
-        # Of columns that read the same row the mean, of logarithms.
-        count = torch.bincount(share)
-        factors = (torch.zeros(len(count)).index_add_(0, share, columns.log()) / count).exp()
+        columns, certain = _factors(matrices[1].values.t(), weights[1].t())
+        made, certain_rows = _factors(matrices[0].values[rows], weights[0][rows])
+        # Each channel's factor is in its row and in every column that reads it: the mean, by what is certain.
+        weight, total = certain_rows, certain_rows * -made
+        weight = weight.index_add(0, share, certain)
+        factors = (total.index_add(0, share, certain * columns) / weight).exp()
         weights[0][rows] /= factors[:, None]
         weights[1] *= factors[share]
         results = {
@@ -328,13 +329,27 @@ class Comparison:
                 if leaf == "weight"
                 else original / self._norms[module]
             )
+        if (
+            leaf == "weight" and module in self._columns
+        ):  # a linear that stays 16-bit beside others that do not
+            return original * self._columns[module]
         prefix, pair = self._pair_of.get(module, ("", None))
-        fold = None if pair is None else self._folds.get(prefix + pair.second)
-        if pair is None or fold is None or leaf != "bias" or module != prefix + pair.first:
+        if pair is None or leaf != "bias" or module != prefix + pair.first:
+            return None
+        fold = self._fold(module)
+        if fold is None:
             return None
         expected = original.clone()
         expected[fold.rows] /= fold.factors
         return expected
+
+
+def _factors(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of the factors between rows, least squares, and the inverse of their variances."""
+    product, squares = (found * wanted).sum(1), (wanted * wanted).sum(1).clamp(min=1e-30)
+    cosine = product / (squares * (found * found).sum(1)).sqrt().clamp(min=1e-30)
+    certain = cosine.clamp(min=0) ** 2 / (1 - cosine**2).clamp(min=1e-6) * wanted.shape[1]
+    return (product / squares).clamp(min=1e-6).log(), certain.clamp(min=1e-6)
 
 
 def _is_near(found: Tensor, expected: Tensor) -> bool:

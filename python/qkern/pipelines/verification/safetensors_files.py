@@ -170,6 +170,12 @@ def _read_shards(
     return found, problems
 
 
+def _numbers(found: Any) -> tuple[int, ...]:
+    if not all(isinstance(number, int) and 0 <= number < 1 << 62 for number in found):
+        raise ValueError(f"{found} are no sizes")
+    return tuple(found)
+
+
 def _read_file(file: Path) -> tuple[list[StoredTensor], list[str]]:
     """Tensors of one file, those that lie within it."""
     try:
@@ -180,7 +186,7 @@ def _read_file(file: Path) -> tuple[list[StoredTensor], list[str]]:
                 return [], [f"{file.name} is truncated: its header has {length} bytes, the file {size}"]
             header = json.loads(stream.read(length))
         entries = [
-            (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            (name, entry["dtype"], _numbers(entry["shape"]), *_numbers(entry["data_offsets"]))
             for name, entry in header.items()
             if name != "__metadata__"
         ]
