@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qkern.models import fuse_forwards
     from qkern.nn import FakeQuantLinear, OutlierLinear, QuantEmbedding, QuantLinear, replace_linears
     from qkern.pipelines.compare import compare
+    from qkern.pipelines.convert import convert
     from qkern.pipelines.export_gguf import export_gguf
     from qkern.pipelines.imatrix import imatrix
     from qkern.pipelines.load import load
@@ -34,6 +35,7 @@ _LAZY = {
     "QuantEmbedding": "qkern.nn",
     "QuantLinear": "qkern.nn",
     "compare": "qkern.pipelines",
+    "convert": "qkern.pipelines",
     "convert_qat": "qkern.pipelines",
     "disable": "qkern.integrations.hf_quantizer",
     "enable": "qkern.integrations.hf_quantizer",
@@ -67,6 +69,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "compare",
+    "convert",
     "convert_qat",
     "disable",
     "enable",

@@ -386,8 +386,8 @@ def test_calibrated_methods_are_explained(tmp_path, method, scheme, format):
         scheme=scheme,
         format=format,
         calibration=CALIBRATION,
-        samples=8,
-        length=256,
+        samples=4,
+        length=128,
         output=folder,
         device="cpu",
     )
@@ -396,9 +396,6 @@ def test_calibrated_methods_are_explained(tmp_path, method, scheme, format):
     kl = next(check for check in found.checks if check.name == "kl")
     assert kl.count == 512
     assert 0 < kl.value < 1
-    if method == "gptq":
-        low = qkern.verify(folder, against=MODEL, text=HELDOUT, tokens=512, max_kl=kl.value / 2)
-        assert failed(low) == {"kl"}
 
 
 @pytest.fixture(scope="module")

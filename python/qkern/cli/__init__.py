@@ -36,6 +36,7 @@ COMMANDS: Final = (
     "search",
     "imatrix",
     "export-gguf",
+    "convert",
     "verify",
     "perplexity",
     "compare",

@@ -278,6 +278,10 @@ class GGUFCheckpoint:
                 ", ".join(f"{count} {name}" for name, count in counts.items()),
             )
 
+    def type_of(self, name: str) -> str:
+        """Type of a tensor in the file, by transformers' name, for example ``"q4_k"``."""
+        return self._infos[name].type.name
+
     def weight(self, name: str) -> QuantizedWeight:
         """Read a layer that stays quantized, its rows in transformers' order.
 

@@ -1,6 +1,7 @@
 """The public verbs: each checks, calls the packages below, and writes all or nothing."""
 
 from qkern.pipelines.compare import Comparison, compare
+from qkern.pipelines.convert import ConversionReport, convert
 from qkern.pipelines.export_gguf import GGUFReport, export_gguf
 from qkern.pipelines.imatrix import imatrix
 from qkern.pipelines.load import load
@@ -15,6 +16,7 @@ from qkern.pipelines.verify import Verification, verify
 
 __all__ = [
     "Comparison",
+    "ConversionReport",
     "GGUFReport",
     "Plan",
     "QuantizationReport",
@@ -22,6 +24,7 @@ __all__ = [
     "SensitivityReport",
     "Verification",
     "compare",
+    "convert",
     "convert_qat",
     "export_gguf",
     "imatrix",
