@@ -37,6 +37,7 @@ RESULTS = {
     "compressed-w3": {"scheme": "w3g32z", "format": "compressed-tensors"},
     "compressed-w2": {"scheme": "w2g16", "format": "compressed-tensors"},
     "w8a8": {"scheme": "w8a8", "format": "compressed-tensors"},
+    "w8a8-static": {"scheme": "w8a8", "format": "compressed-tensors", "activations": "static"},
     "sharded": {"scheme": "w4g32", "format": "gptq", "max_shard_size": "40KB"},
     "head": {"scheme": "w4g32", "format": "compressed-tensors", "include": ["lm_head"]},
 }
@@ -58,7 +59,7 @@ def results(original, tmp_path_factory):
     def make(name):
         if name not in made:
             options = {"method": "rtn", **RESULTS[name]}
-            calibration = ids if options["method"] == "gptq" else None
+            calibration = ids if {"gptq", "static"} & set(map(str, options.values())) else None
             made[name] = tmp_path_factory.mktemp("results") / name
             qkern.quantize(original, output=made[name], calibration=calibration, device="cpu", **options)
         return made[name]
@@ -237,7 +238,9 @@ ALONE = {
     "wrong shape in weight_shape": ("compressed", filled(f"{LAYER}.weight_shape", 1, 65), "tensors"),
     "transposed packing": ("gptq", replace(f"{LAYER}.qweight", lambda words: words.view(96, 8)), "tensors"),
     "NaN in a norm": ("gptq", filled("model.norm.weight", 3, torch.nan), "values"),
-    "input_scale of 0": (
+    "input_scale of 0": ("w8a8-static", filled(f"{LAYER}.input_scale", 0, 0.0), "values"),
+    "missing input_scale": ("w8a8-static", drop(f"{LAYER}.input_scale"), "tensors"),
+    "input_scale of dynamic activations": (
         "w8a8",
         tensors(lambda stored: stored.update({f"{LAYER}.input_scale": torch.zeros(1)})),
         "tensors",
@@ -248,6 +251,11 @@ ALONE = {
         "gptq",
         lambda folder: (folder / "quantize_config.json").write_text('{"bits": 3}'),
         "config",
+    ),
+    "bias that the model has not": (
+        "gptq",
+        tensors(lambda stored: stored.update({f"{LAYER}.bias": torch.ones(96)})),
+        "tensors",
     ),
     "no quantization_config": (
         "awq",
@@ -324,6 +332,12 @@ def test_problems_name_the_tensor(copied, original):
     assert json.loads(json.dumps(found.as_dict()))["is_sound"] is False
 
 
+def test_biases_of_zeros_are_allowed(copied, original):
+    folder = copied("gptq")
+    tensors(lambda stored: stored.update({f"{LAYER}.bias": torch.zeros(96)}))(folder)
+    assert qkern.verify(folder, against=original).is_sound
+
+
 def test_what_load_computes_with_is_compared(results, monkeypatch):
     loaded = qkern.load(results("gptq"), dtype=torch.float32)
     with torch.no_grad():
@@ -350,6 +364,23 @@ def test_hostile_headers_are_named(copied):
         assert "files" in failed(qkern.verify(folder))
     file.write_bytes((1 << 60).to_bytes(8, "little"))
     assert "truncated" in problems(qkern.verify(folder), "files")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dynamic": ["a"]},
+        {"bits": "4"},
+        {"group_size": 0},
+        {"sym": 1},
+        {"dynamic": {"+:(": {}}},
+        {"quant_method": "x"},
+    ],
+)
+def test_hostile_configurations_are_named(copied, fields):
+    folder = copied("gptq")
+    config(**fields)(folder)
+    assert "config" in failed(qkern.verify(folder))
 
 
 # Runtimes
@@ -452,6 +483,37 @@ def test_damaged_gguf(file, tmp_path):
     assert failed(qkern.verify(copy, against=MODEL)) == {"error"}
     copy.write_bytes(file.read_bytes()[:-1000])
     assert "files" in failed(qkern.verify(copy))
+
+
+def test_gguf_that_is_not_loaded(tiny, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+    tiny("qwen3_moe", vocab_size=len(tokenizer), **ends).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    qkern.export_gguf(tmp_path / "model", tmp_path / "model.gguf", "q8_0")
+    found = qkern.verify(tmp_path / "model.gguf", against=tmp_path / "model")
+    assert found.is_sound, found.as_dict()
+    checks = {check.name: check for check in found.checks}
+    assert {name for name, check in checks.items() if check.status == "skipped"} == {
+        "weights",
+        "generation",
+        "kl",
+    }
+    assert "has architecture 'qwen3moe'" in checks["weights"].skipped
+    # Rows of 48 are no blocks: those stacks of experts are f16.
+    assert (checks["error"].count, checks["original"].count) == (14, 27)
+
+
+def test_model_that_does_not_run(results, monkeypatch):
+    def broken(*_, **__):
+        raise TypeError("no layer types")
+
+    monkeypatch.setattr("qkern.evaluation.decoding.TransformersDecoder.prefill", broken)
+    found = qkern.verify(results("gptq"))
+    assert failed(found) == {"generation"}
+    assert problems(found, "generation") == "the model does not run: TypeError: no layer types"
 
 
 def test_arguments(results, file):

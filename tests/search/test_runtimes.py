@@ -9,7 +9,7 @@ from qkern.models import column_weight, describe
 from qkern.nn import named_linears
 from qkern.ops import gguf_encode
 from qkern.quantizers import quantize_rtn
-from qkern.search import RUNTIMES, make_space, runtime_named, stored_bits
+from qkern.search import RUNTIMES, make_space, runtime_named, stored_bits, tied_linears
 
 
 @pytest.mark.parametrize("spelling", ["w2g16", "w2g64", "w3g32", "w4g32z", "w8", "w4", "w3z"])
@@ -57,6 +57,29 @@ def test_vllm_ties_what_it_fuses(tiny):
     assert names == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
     for gene in space.genes:
         assert gene.weights == sum(model.get_submodule(name).weight.numel() for name in gene.names)
+
+
+def test_rules_of_vllm():
+    vllm = runtime_named("vllm")
+    for scheme in ("w4g128", "w4", "w8g32", "w8"):
+        assert vllm.refusal(scheme, 64, 256, format="gptq") is None
+    for scheme in ("w3g128", "w2g64", "w4g128z", "w4g256"):
+        for format in ("gptq", "gptq_v2"):
+            assert "vLLM takes GPTQ with 4 and 8 bits" in vllm.refusal(scheme, 64, 256, format=format)
+    assert vllm.refusal("w4g128z", 64, 256, format="awq") is None
+    assert vllm.refusal("w3g128", 64, 256) is None
+    assert "zero points with 4 and 8 bits alone" in vllm.refusal("w3g128z", 64, 256)
+
+
+def test_experts_of_their_own_share_a_choice(tiny):
+    structure = describe(tiny("llama"))
+    names = [
+        f"model.layers.0.mlp.experts.{e}.{part}" for e in range(3) for part in ("gate_proj", "down_proj")
+    ]
+    names += ["model.layers.0.self_attn.o_proj"]
+    fused = tied_linears(names, structure, runtime_named("vllm"), head=False, kept={})
+    assert [group for _, group in fused] == [tuple(names[:-1]), (names[-1],)]
+    assert len(tied_linears(names, structure, runtime_named("torch"), head=False, kept={})) == len(names)
 
 
 def test_what_a_runtime_cannot_load_is_no_allele(tiny):

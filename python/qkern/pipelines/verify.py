@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qkern.calibration import bounded_length, load_config, load_tokenizer, meta_model
 from qkern.checkpoints import model_folder
-from qkern.errors import InputError, QkernError
+from qkern.errors import InputError, QkernError, reason_of
 from qkern.evaluation import bos_if_added, kl_divergence, read_text, token_ids, window_logits
 from qkern.evaluation.decoding import TransformersDecoder
 from qkern.models import column_weight, describe
@@ -36,6 +36,8 @@ __all__ = ["CHECKS", "Check", "Verification", "verify"]
 Subject: TypeAlias = FolderSubject | GGUFSubject
 
 _PROMPT: Final = 8
+# Vocabularies begin with special tokens, padding among them.
+_FIRST: Final = 3
 _NEW_TOKENS: Final = 8
 _OF_MODEL: Final = ("weights", "generation", "kl")
 _OF_ORIGINAL: Final = ("original", "error", "kl")
@@ -56,7 +58,8 @@ def verify(
     Every tensor is read again by readers that share no code with those that wrote it (of a GGUF by the gguf
     package's own dequantizers). The checks are those of `CHECKS`; a failed one does not stop the others. What
     is damaged consistently, such as nibbles in another order, zero points off by one where the grid is
-    asymmetric, scales of other rows, or bits of a GGUF's codes, only shows beside the original.
+    asymmetric, scales of other rows, or bits of a GGUF's codes, only shows beside the original. The loaded
+    model, fp32 where it is not quantized, is in memory, and for the KL the original in fp32 too.
 
     Parameters
     ----------
@@ -140,14 +143,18 @@ def _check_generation(model: Any, findings: Findings) -> None:
     """Let the model go on by itself, in float arithmetic where its scheme says nothing else."""
     decoder = TransformersDecoder(model)
     vocabulary = model.get_input_embeddings().num_embeddings
-    with compute_mode(model, None):
-        logits = decoder.prefill(torch.arange(_PROMPT, device="cpu") % vocabulary)
-        for token in range(_NEW_TOKENS):
-            if not bool(logits.isfinite().all()):
-                findings.add("generation", f"logits are NaN or Inf after {_PROMPT + token} tokens")
-                return
-            findings.count("generation")
-            logits = decoder.step(int(logits.argmax()))
+    try:
+        with compute_mode(model, None):
+            logits = decoder.prefill(torch.arange(_FIRST, _FIRST + _PROMPT, device="cpu") % vocabulary)
+            for token in range(_NEW_TOKENS):
+                if not bool(logits.isfinite().all()):
+                    findings.add("generation", f"logits are NaN or Inf after {_PROMPT + token} tokens")
+                    return
+                findings.count("generation")
+                logits = decoder.step(int(logits.argmax()))
+    except Exception as error:  # the forward is transformers', by a configuration that may be wrong
+        findings.add("generation", f"the model does not run: {type(error).__name__}: {reason_of(error)}")
+        findings.skip(("kl",), "the model does not run")
 
 
 def _check_weights(model: Any, subject: Subject, findings: Findings) -> None:
@@ -242,14 +249,14 @@ def _compare_gguf(folder: Path, subject: GGUFSubject, findings: Findings) -> dic
     matrices = {
         planned[name].source.removesuffix(".weight"): name for name in subject.matrices if name in planned
     }
-    plain = {planned[name].source: value for name, value in subject.plain.items() if name in planned}
+    plain = {planned[name].source: _as_matrix(v) for name, v in subject.plain.items() if name in planned}
     by_source = {tensor.source: tensor for tensor in planned.values()}
     _compare_names(set(planned), set(planned), {*subject.matrices, *subject.plain}, findings)
 
     def original(name: str) -> Tensor:
         values = by_source[name].read()
         assert isinstance(values, Tensor)
-        return values.flatten(0, -2) if values.dim() > 2 else values
+        return _as_matrix(values)
 
     # The norms of a file are what is multiplied by.
     comparison = Comparison(
@@ -262,6 +269,11 @@ def _compare_gguf(folder: Path, subject: GGUFSubject, findings: Findings) -> dic
     errors = _compare_matrices(comparison, matrices, original, subject, findings)
     _compare_plain(comparison, list(plain), findings)
     return errors
+
+
+def _as_matrix(values: Tensor) -> Tensor:
+    """Put experts one below the other."""
+    return values.flatten(0, -2) if values.dim() > 2 else values
 
 
 def _compare_names(allowed: set[str], needed: set[str], found: set[str], findings: Findings) -> None:
@@ -305,8 +317,8 @@ def _check_kl(
     window: int,
     max_kl: float,
 ) -> None:
-    if content is None or model is None:
-        findings.skip(("kl",), "no text was given (--text)" if content is None else "the model is not loaded")
+    if content is None or model is None or findings.has("generation"):
+        findings.skip(("kl",), "no text was given (--text)" if content is None else "the model does not run")
         return
     try:
         tokenizer = load_tokenizer(folder)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qkern.calibration import bind_names, load_config, meta_model
 from qkern.checkpoints import model_folder
-from qkern.errors import FormatError, QkernError
+from qkern.errors import FormatError, QkernError, reason_of
 from qkern.models import column_weight, describe
 from qkern.nn import named_linears
 from qkern.ops import dequantize_groupwise, quantize_groupwise
@@ -22,6 +22,7 @@ from qkern.pipelines.load import COMPUTED
 from qkern.pipelines.verification.layouts import (
     MARKERS,
     LayerLayout,
+    Part,
     UnpackedLayer,
     format_of,
     is_excluded,
@@ -34,6 +35,7 @@ from qkern.pipelines.verification.safetensors_files import StoredTensor, read_fo
 from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from qkern.pipelines.verification.report import Findings
@@ -137,6 +139,9 @@ class FolderSubject:
         if problem is not None:
             self._findings.add("config", problem)
         found = config.get("quantization_config") or {}
+        if not isinstance(found, dict):
+            self._findings.add("config", f"quantization_config must be an object: got {found!r:.60}")
+            return {}
         for file, method in _LEGACY.items():
             if (self.folder / file).exists():
                 legacy, problem = read_json_object(self.folder / file)
@@ -177,7 +182,8 @@ class FolderSubject:
                 continue
             # A tied head is stored as the embedding; files of a bare decoder leave a prefix out.
             spellings = (name, stored.removesuffix(".weight"))
-            if all(is_excluded(self._config, self.format, spelling) is False for spelling in spellings):
+            ask = partial(is_excluded, self._config, self.format)
+            if all(self._asked(partial(ask, spelling)) is False for spelling in spellings):
                 self._findings.add(
                     "config", f"{name} is 16-bit, but the configuration says that it is quantized"
                 )
@@ -210,39 +216,61 @@ class FolderSubject:
         if linear not in linears:
             self._findings.add("tensors", f"{name} is quantized, but the model has no such linear")
             return there
-        try:
-            layout = layout_of(self._config, self.format, name)
-            if is_excluded(self._config, self.format, name):
-                self._findings.add("config", f"{name} is quantized, but the configuration excludes it")
-        except FormatError as error:
-            self._findings.add("config", str(error))
+        layout = self._asked(partial(layout_of, self._config, self.format, name))
+        if self._asked(partial(is_excluded, self._config, self.format, name)):
+            self._findings.add("config", f"{name} is quantized, but the configuration excludes it")
+        if layout is None:
             return there
         N, K = linears[linear]
-        parts, problems = {}, []
-        for part, expected in parts_of(layout, N, K).items():
-            tensor = self._tensors.get(f"{name}.{part}")
-            if tensor is None:
-                problems += [f"{name}.{part} is missing"] if expected.is_needed else []
-            elif (tensor.dtype, tensor.shape) not in expected.forms:
-                problems.append(
-                    f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}: {layout.bits} bits in groups of "
-                    f"{layout.group_size or K} of a matrix {[N, K]} make it {expected}"
-                )
-            else:
-                parts[part] = tensor
-        allowed = {f"{name}.{part}" for part in parts_of(layout, N, K)}
-        if layout.format == "compressed-tensors":
-            allowed.add(f"{name}.weight_g_idx")  # an unused one is written by older versions
-            if f"{name}.weight_g_idx" in self._tensors:
-                parts["weight_g_idx"] = self._tensors[f"{name}.weight_g_idx"]
-        problems += [
-            f"{key} is left over: the configuration has no use for it" for key in sorted(there - allowed)
-        ]
+        parts, problems = self._match_parts(name, parts_of(layout, N, K), there)
+        for problem in problems:
+            self._findings.add(
+                "tensors", f"{problem}; {layout.bits} bits, groups of {layout.group_size or K}"
+            )
         problems += self._shape_problems(name, parts, N, K)
-        self._findings.add("tensors", *problems)
+        self._findings.add("tensors", *self._shape_problems(name, parts, N, K))
+        if self.model.get_submodule(linear).bias is None:
+            there |= self._match_bias(name, N)
         if not problems:
             self._layers[linear] = _Layer(name=name, linear=linear, layout=layout, N=N, K=K, parts=parts)
         return there
+
+    def _asked(self, question: Callable[[], Any]) -> Any:
+        """Ask the configuration; None, and a problem, if it says nothing that can be understood."""
+        try:
+            return question()
+        except FormatError as error:
+            self._findings.add("config", str(error))
+        except (AttributeError, TypeError, ValueError) as error:  # objects where lists are, and the like
+            self._findings.add("config", f"quantization_config is not understood: {reason_of(error)}")
+        return None
+
+    def _match_parts(
+        self, name: str, expected: Mapping[str, Part], there: set[str]
+    ) -> tuple[dict[str, StoredTensor], list[str]]:
+        """Tensors of a layer that are what they should be, and what is wrong with the others."""
+        parts, problems = {}, []
+        for part, form in expected.items():
+            tensor = self._tensors.get(f"{name}.{part}")
+            if tensor is None:
+                problems += [f"{name}.{part} is missing"] if form.is_needed else []
+            elif (tensor.dtype, tensor.shape) not in form.forms:
+                problems.append(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)} and should be {form}")
+            else:
+                parts[part] = tensor
+        left_over = there - {f"{name}.{part}" for part in expected}
+        return parts, problems + [f"{key} is left over: there is no use for it" for key in sorted(left_over)]
+
+    def _match_bias(self, name: str, N: int) -> set[str]:
+        """Let zeros pass as the bias of a layer that has none in the model: some writers give every layer one."""
+        bias = self._tensors.get(f"{name}.bias")
+        if bias is None:
+            return set()
+        if bias.shape != (N,) or not bias.is_float or bias.floats().any():
+            self._findings.add(
+                "tensors", f"{bias.name} is no vector of {N} zeros, and the model's linear has no bias"
+            )
+        return {bias.name}
 
     @staticmethod
     def _shape_problems(name: str, parts: Mapping[str, StoredTensor], N: int, K: int) -> list[str]:

@@ -151,8 +151,8 @@ class GGUFSubject:
         """Decode a matrix."""
         values = self._decoded(name)
         assert values is not None
-        values = values.flatten(0, -2)
-        return Matrix(values=values, round=partial(_rounded, kind=self._kind(name)), group_size=_BLOCK)
+        rows = values.flatten(0, -2)  # experts one below the other
+        return Matrix(values=rows, round=partial(_rounded, kind=self._kind(name)), group_size=_BLOCK)
 
     def in_model(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor that `qkern.load` reads, by transformers' name, rows in the model's order."""

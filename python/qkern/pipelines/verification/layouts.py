@@ -312,8 +312,8 @@ def parts_of(layout: LayerLayout, N: int, K: int) -> dict[str, Part]:
     if not layout.symmetric:
         packed = tuple(("I32", (width, G)) for width in _widths(N, b))
         parts["weight_zero_point"] = Part((*packed, ("I8", (N, G))))
-    if layout.act_order:
-        parts["weight_g_idx"] = _either(_INDICES, (K,))
+    # Older versions write one that is not used too.
+    parts["weight_g_idx"] = _either(_INDICES, (K,), is_needed=layout.act_order)
     if layout.static:
         parts["input_scale"] = _either(_SCALES, (1,), ())
         parts["input_zero_point"] = _either(("I8", *_INDICES), (1,), (), is_needed=False)
