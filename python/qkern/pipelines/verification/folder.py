@@ -22,7 +22,6 @@ from qkern.pipelines.load import COMPUTED
 from qkern.pipelines.verification.layouts import (
     MARKERS,
     LayerLayout,
-    Part,
     UnpackedLayer,
     format_of,
     is_excluded,
@@ -222,13 +221,9 @@ class FolderSubject:
         if layout is None:
             return there
         N, K = linears[linear]
-        parts, problems = self._match_parts(name, parts_of(layout, N, K), there)
-        for problem in problems:
-            self._findings.add(
-                "tensors", f"{problem}; {layout.bits} bits, groups of {layout.group_size or K}"
-            )
+        parts, problems = self._match_parts(name, layout, N, K, there)
         problems += self._shape_problems(name, parts, N, K)
-        self._findings.add("tensors", *self._shape_problems(name, parts, N, K))
+        self._findings.add("tensors", *problems)
         if self.model.get_submodule(linear).bias is None:
             there |= self._match_bias(name, N)
         if not problems:
@@ -246,23 +241,27 @@ class FolderSubject:
         return None
 
     def _match_parts(
-        self, name: str, expected: Mapping[str, Part], there: set[str]
+        self, name: str, layout: LayerLayout, N: int, K: int, there: set[str]
     ) -> tuple[dict[str, StoredTensor], list[str]]:
-        """Tensors of a layer that are what they should be, and what is wrong with the others."""
+        """Take the tensors of a layer that are what they should be; say what is wrong with the others."""
+        expected = parts_of(layout, N, K)
         parts, problems = {}, []
         for part, form in expected.items():
             tensor = self._tensors.get(f"{name}.{part}")
             if tensor is None:
                 problems += [f"{name}.{part} is missing"] if form.is_needed else []
             elif (tensor.dtype, tensor.shape) not in form.forms:
-                problems.append(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)} and should be {form}")
+                problems.append(
+                    f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}: {layout.bits} bits in groups of "
+                    f"{layout.group_size or K} of a matrix {[N, K]} make it {form}"
+                )
             else:
                 parts[part] = tensor
         left_over = there - {f"{name}.{part}" for part in expected}
         return parts, problems + [f"{key} is left over: there is no use for it" for key in sorted(left_over)]
 
     def _match_bias(self, name: str, N: int) -> set[str]:
-        """Let zeros pass as the bias of a layer that has none in the model: some writers give every layer one."""
+        """Let zeros pass as a bias that the model has not: some writers give every layer one."""
         bias = self._tensors.get(f"{name}.bias")
         if bias is None:
             return set()

@@ -43,8 +43,10 @@ ORDER_LIMIT: Final = 0.5
 # Logarithm of length found over length wanted: this much, and twice rounding's relative error squared.
 SCALE_LIMIT: Final = 0.05
 SCALE_FACTOR: Final = 2.0
-# A group that rounding hits by luck is measured by its row.
+# A group that rounding hits by luck is measured by its row, and weights that lie on the grid by how exactly
+# fp16 holds their scales.
 LUCKY: Final = 0.5
+STORED_STEP: Final = 2.0**-11
 # Of factors that are estimated from codes, and of biases that they moved.
 FACTOR_ERROR: Final = 0.25
 CHUNK_BYTES: Final = 64 << 20
@@ -129,7 +131,8 @@ def _summed(original: Tensor, matrix: Matrix) -> _Sums:
             W, D = W[:, matrix.order], D[:, matrix.order]
         R = matrix.round(W.contiguous())
         W, D, R = (torch.nn.functional.pad(t.double(), (0, G * g - K)).view(-1, G, g) for t in (W, D, R))
-        products = ((D - W) ** 2, (R - W) ** 2, D - W, W * W, D * D, D * W, R * R, R * W)
+        nearest = ((R - W) ** 2).maximum((STORED_STEP * W) ** 2)
+        products = ((D - W) ** 2, nearest, D - W, W * W, D * D, D * W, R * R, R * W)
         parts.append(tuple(product.sum(-1) for product in products))
     joined = [torch.cat(part) for part in zip(*parts, strict=True)]
     names = ("error", "rounding", "moved", "original", "found", "product", "rounded", "rounded_product")
@@ -174,8 +177,6 @@ def _scale_problems(sums: _Sums) -> list[str]:
 def _size_problems(sums: _Sums) -> list[str]:
     """Name what has too large an error in itself: the matrix, rows, groups."""
     tensor = float((sums.error.sum() / sums.rounding.sum().clamp(min=1e-30)).sqrt())
-    if sums.rounding.sum() == 0:  # the grid holds the original
-        return [] if sums.error.sum() == 0 else ["differs from the original, which its grid holds"]
     problems = []
     if tensor > TENSOR_LIMIT:
         problems.append(
@@ -197,7 +198,7 @@ def _rounding(sums: _Sums) -> Tensor:
 
 
 def _named(bad: Tensor, values: Tensor, *, what: str, lowest: bool = False) -> list[str]:
-    """One line for what is bad: how many of how many, and the worst value, which `what` has a place for."""
+    """Say in one line how many are bad, and the worst value, for which `what` has a place."""
     if not bool(bad.any()):
         return []
     worst = values[bad].min() if lowest else values[bad].max()
