@@ -12,7 +12,14 @@ from qkern.schemes import QuantizedWeight, Scheme
 if TYPE_CHECKING:
     from qkern.integrations.hf_quantizer import QkernConfig, disable, enable
     from qkern.models import fuse_forwards
-    from qkern.nn import FakeQuantLinear, OutlierLinear, QuantEmbedding, QuantLinear, replace_linears
+    from qkern.nn import (
+        FakeQuantLinear,
+        OutlierLinear,
+        QuantEmbedding,
+        QuantLinear,
+        replace_linears,
+        unfuse_experts,
+    )
     from qkern.pipelines.compare import compare
     from qkern.pipelines.convert import convert
     from qkern.pipelines.export_gguf import export_gguf
@@ -50,6 +57,7 @@ _LAZY = {
     "save": "qkern.pipelines",
     "search_assignment": "qkern.pipelines",
     "sensitivity": "qkern.pipelines",
+    "unfuse_experts": "qkern.nn",
     "verify": "qkern.pipelines",
 }
 
@@ -84,6 +92,7 @@ __all__ = [
     "save",
     "search_assignment",
     "sensitivity",
+    "unfuse_experts",
     "verify",
 ]
 

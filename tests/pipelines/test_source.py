@@ -1,5 +1,6 @@
-"""Folders as the layer-by-layer verbs see them: experts of their own become stacks, one layer at a time."""
+"""Folders as the layer-by-layer verbs see them: each expert has its linears, one layer at a time."""
 
+import copy
 import gc
 import json
 
@@ -9,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import qkern
 from qkern.calibration import LayerStream
-from qkern.checkpoints import QuantizedCheckpoint
+from qkern.checkpoints import QuantizedCheckpoint, TensorFolder
 from qkern.errors import FormatError, UnsupportedError
+from qkern.nn import unfuse_experts
 from qkern.pipelines import source
 from qkern.pipelines.source import open_source
 
@@ -31,13 +33,21 @@ def mixture(tiny, tmp_path, monkeypatch):
     return make
 
 
+def equal(opened, model):
+    unfused = copy.deepcopy(model)
+    assert unfuse_experts(unfused)
+    for name, expected in unfused.state_dict().items():
+        assert torch.equal(opened.weights.get(name), expected), name
+        header = opened.header(name)
+        assert (header.is_meta, header.shape, header.dtype) == (True, expected.shape, expected.dtype)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])
-def test_stacks_are_what_transformers_has_in_memory(model_type, tied, mixture, caplog):
+def test_weights_are_those_that_transformers_has_in_memory(model_type, tied, mixture, caplog):
     folder, model = mixture(model_type, tie_word_embeddings=tied)
-    opened = open_source(folder)
-    for name, expected in model.state_dict().items():
-        assert torch.equal(opened.weights.get(name), expected), name
+    equal(open_source(folder), model)
+    equal(open_source(model), model)
     assert caplog.records == []
     matrix = qkern.imatrix(folder, calibration=IDS)
     whole = qkern.imatrix(model, calibration=IDS)
@@ -53,11 +63,10 @@ def test_stacks_are_what_transformers_has_in_memory(model_type, tied, mixture, c
 )
 def test_layers_without_experts_have_none(model_type, dense, mixture, tmp_path):
     folder, model = mixture(model_type, num_hidden_layers=4, **dense)
-    opened = open_source(folder)
-    for name, expected in model.state_dict().items():
-        assert torch.equal(opened.weights.get(name), expected), name
+    equal(open_source(folder), model)
     report = qkern.quantize(folder, method="rtn", scheme="w4g16", skip=["experts"], output=tmp_path / "out")
     assert any(name.endswith("layers.0.mlp.up_proj") for name in report.layers)
+    assert not any(".experts." in name for name in report.layers)
     with pytest.raises(UnsupportedError, match=r"is not what llama\.cpp's"):
         qkern.imatrix(folder, calibration=IDS)
 
@@ -87,13 +96,14 @@ def test_one_layer_is_in_memory_at_a_time(mixture, monkeypatch):
 
 
 def test_experts_that_are_skipped_are_written_as_they_are(mixture, tmp_path):
-    folder, model = mixture("mixtral")
+    folder, _ = mixture("mixtral")
     qkern.quantize(folder, method="rtn", scheme="w4g32", skip=["experts"], output=tmp_path / "quantized")
     with QuantizedCheckpoint(tmp_path / "quantized") as checkpoint:
         assert len(checkpoint.entries) == 2 * 4
-        for name, expected in model.state_dict().items():
-            if ".experts." in name:
-                assert torch.equal(checkpoint.tensors[name], expected), name
+        kept = {name: tensor for name, tensor in TensorFolder(folder).items() if ".experts." in name}
+        assert len(kept) == 2 * 4 * 3
+        for name, expected in kept.items():
+            assert torch.equal(checkpoint.tensors[name], expected), name
 
 
 def change(folder, edit):
@@ -110,7 +120,7 @@ def test_experts_that_differ_are_named(mixture):
         tensors[name] = tensors[name][:, :32].contiguous()
 
     change(folder, cut)
-    with pytest.raises(FormatError, match=rf"{name} .* must be torch.float32 \[48, 64\] as .*: got .*48, 32"):
+    with pytest.raises(FormatError, match=rf"{name} .* must be \[48, 64\] by the config: got \[48, 32\]"):
         qkern.imatrix(folder, calibration=IDS)
 
 

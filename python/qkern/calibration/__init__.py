@@ -2,7 +2,6 @@
 
 from qkern.calibration.batches import bounded_length, calibration_hash, make_batches
 from qkern.calibration.skeleton import (
-    Stack,
     Weights,
     bind_names,
     fill,
@@ -17,7 +16,6 @@ from qkern.calibration.tokenizer import load_tokenizer
 
 __all__ = [
     "LayerStream",
-    "Stack",
     "Weights",
     "bind_names",
     "bounded_length",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -17,23 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["Stack", "Weights", "bind_names", "fill", "filled", "load_config", "meta_copy", "meta_model"]
+    from qkern.nn import ExpertPart
 
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """A parameter ``[E, rows, K]`` that files hold in pieces, such as the matrices of experts.
-
-    Parameters
-    ----------
-    matrices : tuple of tuple of str
-        For each matrix the stored names of its parts, one below the other; all parts are alike in shape.
-    """
-
-    matrices: tuple[tuple[str, ...], ...]
-
-    def __str__(self) -> str:
-        return f"{self.matrices[0][0]} and its like"
+__all__ = ["Weights", "bind_names", "fill", "filled", "load_config", "meta_copy", "meta_model"]
 
 
 class Weights:
@@ -44,13 +29,15 @@ class Weights:
     tensors : mapping
         Stored name to tensor; may read from disk.
     names : mapping
-        Name in the model to stored name, or to the names of its pieces, of every parameter and buffer that
-        is stored.
+        Name in the model to stored name, or to the part of a stored stack of experts, of every parameter
+        and buffer that is stored.
     where : str
         What holds the tensors, for messages.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str | Stack], where: str) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], names: Mapping[str, str | ExpertPart], where: str
+    ) -> None:
         self.tensors = tensors
         self.names = dict(names)
         self.where = where
@@ -59,27 +46,18 @@ class Weights:
         return name in self.names
 
     def get(self, name: str) -> Tensor:
-        """Return one tensor on the CPU; one that is stored in pieces is put together now.
+        """Return one tensor on the CPU.
 
         Raises
         ------
         InputError
             If it holds NaN or Inf.
-        FormatError
-            If its pieces differ in form.
         """
         stored = self.names[name]
-        return self._read(stored) if isinstance(stored, str) else self._stacked(stored)
-
-    def pieces(self) -> set[str]:
-        """Names of all stored tensors that the model takes."""
-        pieces: set[str] = set()
-        for stored in self.names.values():
-            pieces.update((stored,) if isinstance(stored, str) else chain.from_iterable(stored.matrices))
-        return pieces
-
-    def _read(self, stored: str) -> Tensor:
-        tensor = self.tensors[stored].detach().cpu()
+        if isinstance(stored, str):
+            tensor = self.tensors[stored].detach().cpu()
+        else:
+            tensor = stored.of(self.tensors[stored.parameter]).detach().cpu()
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(
                 f"tensor {stored} of {self.where} has NaN or Inf values: "
@@ -87,19 +65,9 @@ class Weights:
             )
         return tensor
 
-    def _stacked(self, stack: Stack) -> Tensor:
-        first = self._read(stack.matrices[0][0])
-        result = first.new_empty(len(stack.matrices), len(stack.matrices[0]), *first.shape)
-        for matrix, parts in zip(result, stack.matrices, strict=True):
-            for place, stored in zip(matrix, parts, strict=True):
-                part = self._read(stored)
-                if (part.shape, part.dtype) != (first.shape, first.dtype):
-                    raise FormatError(
-                        f"tensor {stored} of {self.where} must be {first.dtype} {list(first.shape)} as "
-                        f"{stack.matrices[0][0]} is: got {part.dtype} {list(part.shape)}; fetch it again"
-                    )
-                place.copy_(part)
-        return result.flatten(1, 2)
+    def stored(self) -> set[str]:
+        """Names of all stored tensors that the model takes."""
+        return {name if isinstance(name, str) else name.parameter for name in self.names.values()}
 
 
 def bind_names(model: Any, stored: Collection[str]) -> tuple[dict[str, str], list[str]]:

@@ -8,7 +8,6 @@ recorded once, for every layer, because it may differ from layer to layer.
 from __future__ import annotations
 
 import itertools
-import re
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from qkern.calibration.skeleton import Weights, filled
 from qkern.errors import UnsupportedError
+from qkern.models import role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -287,7 +287,7 @@ class LayerStream:
         groups.extend([name] for name in names if name not in called)
         stages: dict[str, list[tuple[str, ...]]] = {}
         for group in groups:
-            stages.setdefault(re.sub(r"\.\d+\.", ".#.", group[0]), []).append(tuple(dict.fromkeys(group)))
+            stages.setdefault(role(group[0]), []).append(tuple(dict.fromkeys(group)))
         return [tuple(stage) for stage in stages.values()]
 
 

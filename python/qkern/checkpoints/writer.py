@@ -23,7 +23,7 @@ from qkern.checkpoints.shards import ShardWriter, parse_size
 from qkern.errors import InputError, OutputError, UnsupportedError, advice_on_writing, reason_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from torch import Tensor
@@ -154,6 +154,8 @@ class CheckpointWriter:
         A name of `FORMATS`; None writes a 16-bit checkpoint.
     max_shard_size : int or str
         Bytes, or a size such as ``"5GB"``.
+    naming : callable, optional
+        From every name that the writer is given, of a layer or a tensor, to the one that is written.
 
     Raises
     ------
@@ -171,9 +173,15 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, output_dir: str | Path, *, format: str | None = None, max_shard_size: int | str = "5GB"
+        self,
+        output_dir: str | Path,
+        *,
+        format: str | None = None,
+        max_shard_size: int | str = "5GB",
+        naming: Callable[[str], str] = str,
     ) -> None:
         self.output = check_output(output_dir)
+        self._naming = naming
         self.format: Format | None = None if format is None else format_named(format)
         self.schemes: dict[str, Scheme] = {}
         self._act_order = False
@@ -197,10 +205,11 @@ class CheckpointWriter:
         """
         if self.format is None:
             raise UnsupportedError(f"{name}: this writer has no format for quantized layers; name one")
+        name = self._naming(name)
         for key, tensor in self.format.encode(name, qw.to("cpu")).items():
-            self.add_tensor(key, tensor)
+            self._add(key, tensor)
         if bias is not None:
-            self.add_tensor(f"{name}.bias", bias)
+            self._add(f"{name}.bias", bias)
         self.schemes[name] = qw.scheme
         self._act_order |= qw.group_index is not None
         if qw.input_scale is not None:
@@ -216,6 +225,9 @@ class CheckpointWriter:
         OutputError
             If the disk is full.
         """
+        self._add(self._naming(name), tensor)
+
+    def _add(self, name: str, tensor: Tensor) -> None:
         with self._writing():
             self._shards.add(name, tensor)
 
@@ -271,7 +283,7 @@ class CheckpointWriter:
                     self.schemes,
                     act_order=self._act_order,
                     static=self._static,
-                    skipped=skipped,
+                    skipped=[self._naming(name) for name in skipped],
                     details=details,
                 )
                 fields["quantization_config"] = quantization
@@ -289,7 +301,12 @@ class CheckpointWriter:
         import transformers
 
         layers: dict[str, Any] = {name: {"scheme": str(scheme)} for name, scheme in self.schemes.items()}
-        for name, facts in dict(recipe.get("layers") or {}).items():
+        named = {
+            part: {self._naming(name): facts for name, facts in recipe[part].items()}
+            for part in ("layers", "kept")
+            if recipe.get(part)
+        }
+        for name, facts in named.get("layers", {}).items():
             layers[name] = {**layers.get(name, {}), **facts}
         return {
             "qkern": __version__,
@@ -297,6 +314,7 @@ class CheckpointWriter:
             "transformers": transformers.__version__,
             "format": None if self.format is None else self.format.name,
             **recipe,
+            **named,
             "layers": layers,
         }
 

@@ -12,7 +12,7 @@ import torch
 from qkern.errors import FormatError, InputError
 from qkern.gguf import GGUFFile
 from qkern.gguf.reader import gguf_parts
-from qkern.nn import QuantLinear, named_linears
+from qkern.nn import QuantLinear, expert_parameters, named_linears
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +25,8 @@ __all__ = ["bpw_file", "bpw_linear", "file_bytes", "gguf_bpw_linear", "parameter
 def bpw_linear(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> float:
     """Bits per weight of the linear layers: codes, scales and zero points over N * K, biases left out.
 
-    A linear layer that was not quantized counts with the bits of its dtype, so leaving layers out does not
-    look like compression.
+    A linear layer that was not quantized counts with the bits of its dtype, and so do experts in 3-D
+    parameters: leaving layers out does not look like compression.
 
     Parameters
     ----------
@@ -54,6 +54,10 @@ def bpw_linear(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> float
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
             bits += 8 * weight.nbytes
             weights += weight.numel()
+    for name in expert_parameters(model, skip=skip):
+        stack = model.get_parameter(name)
+        bits += 8 * stack.nbytes
+        weights += stack.numel()
     if weights == 0:
         raise InputError("the model has no linear layer to count; pass a causal LM")
     return bits / weights

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 
 from qkern.errors import UnsupportedError
 from qkern.models.architecture import Architecture, architecture_for
+from qkern.nn import ROUTERS
 
-__all__ = ["Structure", "describe", "is_router"]
-
-# Last name components of linears that choose experts; they are tiny and sensitive.
-_ROUTERS: Final = ("gate", "router", "shared_expert_gate", "wg")
+__all__ = ["Structure", "describe", "is_router", "role"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +87,11 @@ def describe(model: Any) -> Structure:
     )
 
 
+def role(name: str) -> str:
+    """Name with ``#`` for its numbers: experts of a layer that do the same have the same."""
+    return re.sub(r"\.\d+(?=\.)", ".#", name)
+
+
 def is_router(name: str) -> bool:
     """Whether a linear of this name chooses experts."""
-    return name.rpartition(".")[2] in _ROUTERS
+    return name.rpartition(".")[2] in ROUTERS

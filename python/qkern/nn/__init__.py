@@ -1,30 +1,41 @@
 """Modules that hold quantized weights, and putting them into a model."""
 
 from qkern.nn.embedding import QuantEmbedding, TiedHead
+from qkern.nn.experts import (
+    ExpertPart,
+    Experts,
+    as_linears,
+    expert_parameters,
+    expert_parts,
+    refuse_experts,
+    unfuse_experts,
+)
 from qkern.nn.fake_quant import FakeQuantLinear
 from qkern.nn.linear import QuantLinear
+from qkern.nn.names import ROUTERS, lies_in, name_matches
 from qkern.nn.outlier import OutlierLinear
-from qkern.nn.replace import (
-    compute_mode,
-    expert_parameters,
-    name_matches,
-    named_linears,
-    quant_linears,
-    replace_linears,
-)
+from qkern.nn.replace import compute_mode, named_linears, quant_linears, replace_linears
 from qkern.nn.shared_input import SharedInput
 
 __all__ = [
+    "ROUTERS",
+    "ExpertPart",
+    "Experts",
     "FakeQuantLinear",
     "OutlierLinear",
     "QuantEmbedding",
     "QuantLinear",
     "SharedInput",
     "TiedHead",
+    "as_linears",
     "compute_mode",
     "expert_parameters",
+    "expert_parts",
+    "lies_in",
     "name_matches",
     "named_linears",
     "quant_linears",
+    "refuse_experts",
     "replace_linears",
+    "unfuse_experts",
 ]

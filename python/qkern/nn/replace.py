@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from torch import nn
 
-from qkern.errors import InputError, UnsupportedError
+from qkern.errors import InputError
 from qkern.nn.embedding import QuantEmbedding
+from qkern.nn.experts import expert_parameters, refuse_experts, unfuse_experts
 from qkern.nn.fake_quant import FakeQuantLinear
 from qkern.nn.linear import COMPUTE, QuantLinear, is_conv1d
+from qkern.nn.names import ROUTERS, lies_in, places
 from qkern.schemes import Scheme, as_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
 __all__ = [
+    "UNTOUCHED",
     "compute_mode",
     "exchange",
-    "expert_parameters",
-    "name_matches",
     "named_linears",
     "quant_linears",
-    "refuse_experts",
     "replace_linears",
     "report_subclasses",
 ]
 
 logger = logging.getLogger(__name__)
 
+UNTOUCHED: Final = ("lm_head", *ROUTERS)
+"""What stays 16-bit unless it is named."""
+
 Wanted = TypeVar("Wanted", bound=nn.Module)
-
-
-def name_matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a dotted name is one of `patterns`, ends with one at a dot, or fits one as a glob."""
-    return any(
-        name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
-        for pattern in patterns
-    )
 
 
 def named_linears(model: nn.Module, *, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
@@ -52,7 +47,7 @@ def named_linears(model: nn.Module, *, skip: Sequence[str] = ()) -> dict[str, nn
     model : nn.Module
         Any model.
     skip : sequence of str
-        Names to leave out, as in `name_matches`.
+        Names to leave out, or those of modules around them, as in `name_matches`.
 
     Returns
     -------
@@ -63,7 +58,7 @@ def named_linears(model: nn.Module, *, skip: Sequence[str] = ()) -> dict[str, nn
         name: module
         for name, module in model.named_modules()
         if (type(module) is nn.Linear or is_conv1d(module) or isinstance(module, QuantLinear))
-        and not name_matches(name, skip)
+        and not lies_in(name, skip)
     }
 
 
@@ -72,33 +67,11 @@ def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-def expert_parameters(model: nn.Module, *, skip: Sequence[str] = ()) -> list[str]:
-    """Names of weights that are stacks of matrices ``[E, N, K]``, as mixtures of experts store them.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Any model.
-    skip : sequence of str
-        Names of parameters or of the modules that own them to leave out, as in `name_matches`.
-    """
-    found = []
-    for owner, module in model.named_modules():
-        # Convolutions of torch have three dimensions too, and are no experts.
-        if type(module).__module__.startswith("torch.nn.") or name_matches(owner, skip):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            full = f"{owner}.{name}" if owner else name
-            if parameter.dim() == 3 and parameter.is_floating_point() and not name_matches(full, skip):
-                found.append(full)
-    return found
-
-
 def replace_linears(
     model: nn.Module,
     scheme: Scheme | str | Mapping[str, Scheme | str],
     *,
-    skip: Sequence[str] = ("lm_head",),
+    skip: Sequence[str] = UNTOUCHED,
     modules: Collection[str] | None = None,
     kind: type[QuantLinear] = QuantLinear,
     **quantize: Any,
@@ -108,13 +81,14 @@ def replace_linears(
     Parameters
     ----------
     model : nn.Module
-        Changed in place.
+        Changed in place. Experts that are 3-D parameters become linears first, see `unfuse_experts`.
     scheme : Scheme, str or mapping
         For example ``"w4g128"``; or the scheme of each linear to replace by its full name, as
         ``MixedPrecision.schemes`` gives it, which takes the place of `skip` and `modules`.
     skip : sequence of str
-        Layers to leave as they are: exact names, name suffixes (``"down_proj"``) or globs
-        (``"*.layers.0.*"``).
+        Layers to leave as they are, by their name or that of a module around them: exact names, name
+        suffixes (``"down_proj"``, ``"experts"``) or globs (``"*.layers.0.*"``). Default: the output head
+        and routers.
     modules : collection of str, optional
         Replace only these names; each must be a linear layer.
     kind : type
@@ -134,7 +108,8 @@ def replace_linears(
         If nothing matched, if a name in `modules` is no linear layer, or if a weight has NaN or Inf (the
         message names it; layers before it are replaced already).
     UnsupportedError
-        If the model stores experts as 3-D parameters that neither `skip` nor `modules` leaves out.
+        On experts in 3-D parameters that `unfuse_experts` does not know and neither `skip` nor `modules`
+        leaves out.
     """
     if isinstance(scheme, Mapping):
         if modules is not None:
@@ -142,16 +117,20 @@ def replace_linears(
         modules, skip = set(scheme), ()
         schemes = {name: as_scheme(one) for name, one in scheme.items()}
     else:
-        schemes = dict.fromkeys(named_linears(model), as_scheme(scheme))
+        uniform = as_scheme(scheme)
+        schemes = defaultdict(lambda: uniform)
+    if modules is None:
+        refuse_experts(model, skip=skip)
+        unfuse_experts(model, skip=skip)
+        report_subclasses(model, skip)
+    else:
+        _unfuse_owners(model, modules)
     wanted = {
         name: module
         for name, module in named_linears(model, skip=skip).items()
         if not isinstance(module, QuantLinear)
     }
-    if modules is None:
-        refuse_experts(model, skip)
-        report_subclasses(model, skip)
-    else:
+    if modules is not None:
         unknown = sorted(set(modules) - set(wanted))
         if unknown:
             raise InputError(
@@ -194,7 +173,7 @@ def exchange(
     """
     if "" in wanted:
         raise InputError("the model is itself a linear layer: use from_linear of the layer's class instead")
-    places = _places(model)
+    where = places(model)
     replaced = []
     try:
         for name in list(wanted):
@@ -204,7 +183,7 @@ def exchange(
                 made = make(name, module)
             except InputError as error:
                 raise InputError(f"{name}.weight: {error}") from error
-            for parent, attribute in places[id(module)]:
+            for parent, attribute in where[id(module)]:
                 setattr(parent, attribute, made)
             replaced.append(name)
     finally:
@@ -223,31 +202,11 @@ def _leave_fused_paths(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Parents and attribute names of every module, by the module's id: a shared module has several."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        # Not named_children, which names a child once however often the parent holds it.
-        for attribute, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, attribute))
-    return places
-
-
-def refuse_experts(model: nn.Module, skip: Sequence[str]) -> None:
-    """Refuse a model with stacks of experts that `skip` does not name.
-
-    Raises
-    ------
-    UnsupportedError
-        Naming them.
-    """
-    experts = expert_parameters(model, skip=skip)
-    if experts:
-        shown = ", ".join(experts[:8]) + (f" and {len(experts) - 8} more" if len(experts) > 8 else "")
-        raise UnsupportedError(
-            f"3-D parameters, which look like stacks of experts, cannot be replaced by QuantLinear: {shown}; "
-            f"name them in skip to leave them as they are"
-        )
+def _unfuse_owners(model: nn.Module, names: Collection[str]) -> None:
+    """Unfuse the experts that some of `names` lie in, and no others."""
+    owners = {parameter.rpartition(".")[0] for parameter in expert_parameters(model)}
+    untouched = [owner for owner in owners if not any(name.startswith(f"{owner}.") for name in names)]
+    unfuse_experts(model, skip=untouched)
 
 
 def report_subclasses(model: nn.Module, skip: Sequence[str]) -> None:
@@ -255,7 +214,7 @@ def report_subclasses(model: nn.Module, skip: Sequence[str]) -> None:
     left = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and not name_matches(name, skip)
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and not lies_in(name, skip)
     ]
     if left:
         logger.warning(

@@ -13,7 +13,7 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.gguf import GGUFArchitecture, architecture_for
 from qkern.gguf.writer import check_new_file
 from qkern.models import Structure, column_weight, is_router
-from qkern.nn import expert_parameters, name_matches, named_linears
+from qkern.nn import lies_in, name_matches, named_linears, refuse_experts
 from qkern.pipelines.layerwise import Settings
 from qkern.quantizers import GPTQConfig, default_search
 from qkern.quantizers.observers import checked_observer
@@ -269,23 +269,18 @@ def choose_targets(model: Any, structure: Structure, skip: Sequence[str], includ
     InputError
         If a pattern matches nothing, or nothing is left to quantize.
     UnsupportedError
-        On experts stored as 3-D parameters that are not skipped, and on a tied head.
+        On experts in 3-D parameters that qkern does not know and that are not skipped, and on a tied head.
     """
     inside = f"{structure.layers}."
-    experts = expert_parameters(model, skip=skip)
-    if experts:
-        raise UnsupportedError(
-            f"{len(experts)} 3-D parameters, which hold several experts each, cannot be quantized: "
-            f"{', '.join(experts[:4])}{', ...' if len(experts) > 4 else ''}; leave them 16-bit with "
-            f"skip={sorted({name.split('.')[-2] for name in experts})!r} (--skip)"
-        )
+    refuse_experts(model, skip=skip)
     layers: list[list[str]] = [[] for _ in range(structure.count)]
     kept: dict[str, str] = {}
     head = False
     used: set[str] = set()
     for name in named_linears(model):
-        used.update(pattern for pattern in (*skip, *include) if name_matches(name, [pattern]))
-        if name_matches(name, skip):
+        used.update(pattern for pattern in skip if lies_in(name, [pattern]))
+        used.update(pattern for pattern in include if name_matches(name, [pattern]))
+        if lies_in(name, skip):
             kept[name] = "named in skip"
         elif name == structure.head:
             head = name_matches(name, include)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qkern.calibration import LayerStream, Weights
 from qkern.calibration.streaming import CHUNK_TOKENS
-from qkern.models import Structure, column_weight
+from qkern.models import Structure, column_weight, role
 from qkern.ops import gguf_decode, gguf_encode
 from qkern.ops.gguf_types import GGUFType
 from qkern.pipelines.layerwise import Finished, Settings, Statistics, capture, quantize_linear, stages_of
@@ -142,20 +142,26 @@ def peak_bytes(job: Job) -> int:
 
 
 def _chunk(job: Job, names: list[str]) -> int:
-    """Bytes of what the linears of a layer give and, once, take in for a chunk of tokens."""
+    """Bytes of what the linears of a layer give and, once, take in for a chunk of tokens.
+
+    Experts run one after another, at most with all tokens.
+    """
     tokens = min(max(1, CHUNK_TOKENS // job.length), job.samples) * job.length
-    shapes = [job.shape(name) for name in names]
+    prefix = len(f"{job.structure.layers}.")
+    shapes = [job.shape(name) for name in {role(name[prefix:]): name for name in names}.values()]
     return 4 * tokens * (sum(N for N, _ in shapes) + max((K for _, K in shapes), default=0))
 
 
 def _moments(job: Job, index: int) -> int:
     """Bytes of what is measured at once: second moments of a stage, of all for AWQ; SmoothQuant's tokens."""
     prefix = f"{job.structure.layers}.{index}."
-    columns = [job.shape(prefix + group[0])[1] for group in _groups(job, index)]
-    if job.method == "smoothquant":
-        return sum(4 * _SAMPLE_TOKENS * K for K in columns)
-    squares = [4 * K * K for K in columns]
-    return sum(squares) if job.method == "awq" else max(squares, default=0)
+    stages: Counter[str] = Counter()
+    for group in _groups(job, index):
+        K = job.shape(prefix + group[0])[1]
+        stages[role(group[0])] += 4 * K * (_SAMPLE_TOKENS if job.method == "smoothquant" else K)
+    # Where nothing is known of the architecture, nothing is folded, so nothing is measured before.
+    is_staged = job.method == "gptq" or job.structure.architecture is None
+    return max(stages.values(), default=0) if is_staged else stages.total()
 
 
 def _groups(job: Job, index: int) -> list[tuple[str, ...]]:

@@ -7,23 +7,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qkern.calibration import Stack
 from qkern.errors import FormatError, InputError
-from qkern.gguf.architectures import expert_count
 from qkern.gguf.quantized import stacked
 from qkern.ops import dequantize_groupwise
 from qkern.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
 
     from torch import Tensor
 
-    from qkern.checkpoints import QuantizedCheckpoint, TensorFolder
+    from qkern.checkpoints import QuantizedCheckpoint
     from qkern.gguf import GGUFArchitecture
 
-__all__ = ["Source", "find_sources", "parameter_sources", "stored_names"]
+__all__ = ["Source", "find_sources", "stored_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,46 +163,3 @@ def find_sources(
             f"left over are {left_over[:8]}; fetch it again"
         )
     return sources
-
-
-def parameter_sources(
-    architecture: GGUFArchitecture, config: Mapping[str, Any], tensors: TensorFolder
-) -> dict[str, str | Stack]:
-    """Map the parameters that transformers has in memory to what a 16-bit folder has of them.
-
-    Names of older files become transformers' own, and experts of their own one stack. A layer without any
-    experts, as some models have, has none here either.
-
-    Raises
-    ------
-    FormatError
-        If some experts of a layer are missing.
-    """
-    known = {architecture.own_name(name) or name: name for name in tensors}
-    fused: dict[str, list[list[str]]] = {}
-    for name in architecture.names(config):  # of one parameter in the order of its parts
-        parameter = architecture.fused_name(name)
-        if parameter is not None and parameter not in known:
-            fused.setdefault(parameter, []).append(architecture.pieces(name, expert_count(config)))
-    wanted = {
-        parameter: [piece for pieces in parts for piece in pieces] for parameter, parts in fused.items()
-    }
-    dense = {parameter for parameter, pieces in wanted.items() if known.keys().isdisjoint(pieces)}
-    missing = [
-        piece
-        for parameter, pieces in wanted.items()
-        for piece in pieces
-        if parameter not in dense and piece not in known
-    ]
-    if missing:
-        raise FormatError(
-            f"{tensors.folder} does not fit its config.json: missing are {missing[:8]}; fetch it again"
-        )
-    stacks = {
-        parameter: Stack(
-            tuple(tuple(known[piece] for piece in matrix) for matrix in zip(*parts, strict=True))
-        )
-        for parameter, parts in fused.items()
-        if parameter not in dense
-    }
-    return {**known, **stacks}

@@ -16,8 +16,7 @@ from qkern.calibration import LayerStream
 from qkern.checkpoints import model_folder, read_json
 from qkern.errors import InputError, UnsupportedError
 from qkern.gguf.imatrix import Imatrix, ImatrixEntry, check_imatrix_output, write_imatrix
-from qkern.models import describe
-from qkern.nn import expert_parameters
+from qkern.models import describe, role
 from qkern.pipelines.checks import checked_architecture
 from qkern.pipelines.load import usable_device
 from qkern.pipelines.quantize import calibration_ids
@@ -147,9 +146,6 @@ class ImatrixRun:
             If a matrix is multiplied in a way that is not followed.
         """
         model, count = self.source.model, self.structure.count
-        if expert_parameters(model) and hasattr(model, "set_experts_implementation"):
-            # The others gather all experts into one product.
-            model.set_experts_implementation("eager")
         stream = LayerStream(
             model, self.structure.layers, self.source.weights, head=self.structure.head, device=self.device
         )
@@ -161,10 +157,11 @@ class ImatrixRun:
                     products = _Products(layer)
                     with products:
                         stream.advance(index)
-                for name, sums in products.sums.items():
+                for name, parts in products.stacks().items():
                     full = f"{stream.prefix(index)}{name}"
-                    entry = _entry(full, sums, products.counts[name])
-                    entries.update(dict.fromkeys(self.names.of(full), entry))
+                    sums = torch.stack([products.sums[part] for part in parts])
+                    counts = torch.tensor([products.counts[part] for part in parts])
+                    entries[self.names.of(full)] = _entry(full, sums, counts)
                 progress.advance()
         if self.process_output:
             entries[_HEAD] = _head_entry(stream)
@@ -194,27 +191,23 @@ class _Names:
         number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         self._table = gguf.get_tensor_name_map(number, config.get_text_config().num_hidden_layers)
 
-    def of(self, parameter: str) -> list[str]:
-        """Tensors of the file that hold a parameter: gate and up of experts are two there."""
-        module = parameter.removesuffix(".weight")
-        owner, _, leaf = module.rpartition(".")
-        split = leaf == "gate_up_proj" and owner.endswith(".experts")
-        modules = [f"{owner}.{part}" for part in ("gate_proj", "up_proj")] if split else [module]
-        names = [self._table.get_name(name) for name in modules]
-        if None in names:
+    def of(self, parameter: str) -> str:
+        """Tensor of the file that holds a parameter."""
+        name = self._table.get_name(parameter.removesuffix(".weight"))
+        if name is None:
             self._data.check(self._config.to_dict())  # may know what is unusual about the model
             raise UnsupportedError(
                 f"the gguf package has no name for {parameter} of {self.architecture}: upgrade gguf, or "
                 "export without calibration"
             )
-        return [f"{name}.weight" for name in names]
+        return f"{name}.weight"
 
 
 class _Products(TorchFunctionMode):
     """Sums the squares of what the matrices of a module are multiplied with, wherever in it that happens.
 
-    Routers and experts are no `nn.Linear`, so modules have no hook that would show their inputs; the
-    product itself is `torch.nn.functional.linear` in all of them.
+    Routers are no `nn.Linear`, so modules have no hook that would show their inputs; the product itself is
+    `torch.nn.functional.linear` in all of them.
 
     Parameters
     ----------
@@ -225,20 +218,22 @@ class _Products(TorchFunctionMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
-        self._owners: dict[int, tuple[str, int]] = {}
+        self.counts: dict[str, int] = {}
+        self._owners: dict[int, str] = {}
         self._seen: tuple[Tensor, Tensor] | None = None
         for name, parameter in module.named_parameters():
-            if parameter.dim() not in (2, 3):
-                continue
-            matrices = parameter if parameter.dim() == 3 else parameter[None]
-            # float64 on the CPU, because not every device has it.
-            self.sums[name] = torch.zeros(
-                len(matrices), matrices.shape[-1], dtype=torch.float64, device="cpu"
-            )
-            self.counts[name] = torch.zeros(len(matrices), dtype=torch.int64, device="cpu")
-            for index, matrix in enumerate(matrices):
-                self._owners[matrix.data_ptr()] = name, index
+            if parameter.dim() == 2:
+                # float64 on the CPU, because not every device has it.
+                self.sums[name] = torch.zeros(parameter.shape[-1], dtype=torch.float64, device="cpu")
+                self.counts[name] = 0
+                self._owners[parameter.data_ptr()] = name
+
+    def stacks(self) -> dict[str, list[str]]:
+        """Matrices by name, those of experts that are one tensor of a GGUF together, without their number."""
+        found: dict[str, list[str]] = {}
+        for name in self.sums:
+            found.setdefault(role(name).replace(".#", ""), []).append(name)
+        return found
 
     def __torch_function__(
         self,
@@ -251,15 +246,15 @@ class _Products(TorchFunctionMode):
             given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
             owner = self._owners.get(given["weight"].data_ptr())
             if owner is not None:
-                self._add(*owner, given["input"])
+                self._add(owner, given["input"])
         return function(*args, **(kwargs or {}))
 
-    def _add(self, name: str, index: int, x: Tensor) -> None:
+    def _add(self, name: str, x: Tensor) -> None:
         # q, k and v, or gate and up, are given the very same tensor one after another.
         if self._seen is None or self._seen[0] is not x:
             self._seen = x, _squares(x)
-        self.sums[name][index] += self._seen[1]
-        self.counts[name][index] += x.numel() // x.shape[-1]
+        self.sums[name] += self._seen[1]
+        self.counts[name] += x.numel() // x.shape[-1]
 
 
 def _squares(x: Tensor) -> Tensor:

@@ -305,22 +305,22 @@ def quantize_linear(
     full = prefix + name
     scheme = settings.scheme_of(full)
     moments, values = (None, None) if seen is None else (seen.moments, seen.range)
-    if settings.method == "gptq" and moments is not None:
-        result = quantize_gptq(weight, moments.value, scheme, settings.gptq)
+    reached = moments if moments is not None and moments.tokens else None
+    if settings.method == "gptq" and reached is not None:
+        result = quantize_gptq(weight, reached.value, scheme, settings.gptq)
         quantized, error, notes = result.weight, result.error, result.notes
     else:
-        clipped = weight
-        if moments is not None and moments.tokens:
-            clipped = search_clip(weight, moments, scheme)
-        search: Any = settings.search
-        quantized = quantize_rtn(clipped, scheme, search=search)
-        if moments is not None and moments.tokens:
-            error = output_error(weight, quantized, moments.value)
+        clipped = weight if reached is None else search_clip(weight, reached, scheme)
+        search: Any = settings.gptq.search if settings.method == "gptq" else settings.search
+        # GPTQ's own search needs activations.
+        quantized = quantize_rtn(clipped, scheme, search="mse" if search == "loss" else search)
+        if reached is not None:
+            error = output_error(weight, quantized, reached.value)
         else:
             change = (weight - dequantize_groupwise(quantized)).square().sum()
             error = float(change / weight.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
-            if moments is not None:
-                notes = ("rounded to nearest: no calibration token reached it",)
+        if reached is None and moments is not None:
+            notes = ("rounded to nearest: no calibration token reached it",)
     if values is not None and scheme.act_bits is not None:
         if values.count:
             quantized = replace(quantized, input_scale=values.scale().to(quantized.device))

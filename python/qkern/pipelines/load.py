@@ -18,15 +18,18 @@ from qkern.checkpoints import QuantizedCheckpoint, model_folder, read_json
 from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.gguf import read_tokenizer
 from qkern.gguf.checkpoint import GGUFCheckpoint
-from qkern.models import column_weight, describe, fuse_forwards
+from qkern.models import column_weight, describe, fuse_forwards, own_name
 from qkern.nn import (
     OutlierLinear,
     QuantEmbedding,
     QuantLinear,
     TiedHead,
+    as_linears,
     expert_parameters,
+    expert_parts,
     named_linears,
     replace_linears,
+    unfuse_experts,
 )
 from qkern.nn.state import QuantModule, form_of, weight_of
 from qkern.pipelines.checks import choose_targets, target_names
@@ -293,6 +296,7 @@ def _load_quantized(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | No
     dtype = dtype or _stored_dtype(checkpoint, config)
     config.dtype = dtype
     model = meta_model(config)
+    unfuse_experts(model)
     model.config.dtype = dtype
     model.config.name_or_path = str(checkpoint.folder)
     names = model_names(checkpoint, model)
@@ -352,9 +356,13 @@ def _stored_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
 
 def model_names(stored: Iterable[str], model: Any) -> dict[str, str]:
     """Map each name of a checkpoint to the model's; files of a bare decoder leave the base prefix out."""
-    known = set(model.state_dict()) | {name for name, _ in model.named_modules()}
+    known = {*model.state_dict(), *(name for name, _ in model.named_modules()), *expert_parts(model)}
     prefix = f"{model.base_model_prefix}."
-    return {name: prefix + name if name not in known and prefix + name in known else name for name in stored}
+    own = {name: own_name(model.config.model_type, name) for name in stored}
+    return {
+        name: prefix + mine if mine not in known and prefix + mine in known else mine
+        for name, mine in own.items()
+    }
 
 
 def _replace_embedding(checkpoint: GGUFCheckpoint, model: Any, dtype: torch.dtype) -> None:
@@ -427,18 +435,20 @@ def _fill(
     ignored = [*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
     filled: dict[str, Tensor] = {}
     left_over, mismatched = [], []
+    fused = expert_parts(model)
     for stored in plain:
-        name = names[stored]
-        if name not in slots or name in filled:
-            if not any(re.search(pattern, name) for pattern in ignored):
+        if names[stored] not in slots and names[stored] not in fused:
+            left_over.append(stored)
+            continue
+        for name, tensor in as_linears(names[stored], checkpoint.tensors[stored], fused).items():
+            if name not in slots or name in filled:
                 left_over.append(stored)
-            continue
-        tensor = checkpoint.tensors[stored]
-        if tensor.shape != slots[name].shape:
-            mismatched.append(stored)
-            continue
-        # Copied, as the quantized layers are.
-        filled[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            elif tensor.shape != slots[name].shape:
+                mismatched.append(stored)
+            else:
+                # Copied, as the quantized layers are.
+                filled[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    left_over = [name for name in left_over if not any(re.search(each, names[name]) for each in ignored)]
     missing = [
         name
         for name, tensor in slots.items()

@@ -149,7 +149,7 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def _nbytes(source: Source, name: str) -> int:
-    return sum(header.nbytes for header in source.headers(name))
+    return source.header(name).nbytes
 
 
 def _form_bytes(scheme: Scheme, N: int, K: int) -> int:
@@ -170,9 +170,9 @@ def _stored(
 ) -> StoredTensor:
     owner = name.removesuffix(".weight")
     if owner not in schemes or owner == name:
-        size = _nbytes(source, name)
-        dtype = str(source.headers(name)[0].dtype).removeprefix("torch.")
-        shape = tuple(source.model.state_dict()[name].shape)
+        header = source.header(name)
+        dtype = str(header.dtype).removeprefix("torch.")
+        shape, size = tuple(header.shape), header.nbytes
         return StoredTensor(name=name, shape=shape, choice=dtype, bytes=size, loaded=size)
     scheme, (N, K) = schemes[owner], shapes[owner]
     return StoredTensor(
@@ -234,9 +234,12 @@ def split_groups(
 ) -> list[str]:
     """Which linears that the runtime makes one have different choices, one line a kind of difference."""
     found: dict[str, list[str]] = {}
+    if not runtime.is_fused:
+        return []
     for _, names in tied_linears(shapes, structure, runtime, head=False, kept={}):
         if len({choices.get(name, KEPT) for name in names}) > 1:
-            got = ", ".join(f"{name.rpartition('.')[2]} {choices.get(name, KEPT)}" for name in names)
+            choice = {f"{name.rpartition('.')[2]} {choices.get(name, KEPT)}": None for name in names}
+            got = ", ".join(choice)
             found.setdefault(got, []).append(names[0].rpartition(".")[0])
     return [
         f"{_few(owners)}: runtime {runtime.name} makes one linear of these, which must be alike: got {got}"

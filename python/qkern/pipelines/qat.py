@@ -8,8 +8,15 @@ import torch
 from torch import nn
 
 from qkern.errors import InputError, UnsupportedError
-from qkern.nn import FakeQuantLinear, QuantLinear, expert_parameters, named_linears
-from qkern.nn.replace import exchange, refuse_experts, report_subclasses
+from qkern.nn import (
+    FakeQuantLinear,
+    QuantLinear,
+    expert_parameters,
+    named_linears,
+    refuse_experts,
+    unfuse_experts,
+)
+from qkern.nn.replace import UNTOUCHED, exchange, report_subclasses
 from qkern.ops.gguf_types import GGUFType
 from qkern.search import MixedPrecision, parse_choice, spell_choice
 
@@ -27,7 +34,7 @@ def prepare_qat(
     scheme: Scheme | GGUFType | str | None = None,
     *,
     assignment: MixedPrecision | Mapping[str, Any] | str | Path | None = None,
-    skip: Sequence[str] = ("lm_head",),
+    skip: Sequence[str] = UNTOUCHED,
     learn_scales: bool = False,
     search: str = "mse",
     scale_dtype: torch.dtype = torch.float16,
@@ -39,7 +46,8 @@ def prepare_qat(
     model : nn.Module
         Changed in place; all of its parameters are trained unless you freeze them. The masters of the
         replaced layers are fp32, in a bf16 model too. `QuantLinear` layers of the same scheme go on from
-        their codes and scales, with ``learn_scales=True``.
+        their codes and scales, with ``learn_scales=True``. Experts that are 3-D parameters become linears
+        first, see `unfuse_experts`.
     scheme : Scheme, GGUFType or str, optional
         For example ``"w2g64"`` or ``"q4_k"``, of every linear that `skip` does not name.
     assignment : MixedPrecision, mapping, str or Path, optional
@@ -62,8 +70,8 @@ def prepare_qat(
         If nothing matches, if a weight cannot be rounded so (the message names it; layers before it are
         replaced already), or if the model is prepared already.
     UnsupportedError
-        On a layer that shares its weight, such as a tied head, on experts stored as 3-D parameters that are
-        not left out, and as `FakeQuantLinear`.
+        On a layer that shares its weight, such as a tied head, on experts in 3-D parameters that
+        `unfuse_experts` does not know and that are not left out, and as `FakeQuantLinear`.
     """
     _refuse_prepared(model)
     if (scheme is None) == (assignment is None):
@@ -143,7 +151,8 @@ def _choices_of_scheme(
     choice = parse_choice(scheme) if isinstance(scheme, str) else scheme
     if choice is None:
         raise InputError("the scheme leaves every linear 16-bit: there is nothing to train for")
-    refuse_experts(model, skip)
+    refuse_experts(model, skip=skip)
+    unfuse_experts(model, skip=skip)
     report_subclasses(model, skip)
     choices = dict.fromkeys(named_linears(model, skip=skip), choice)
     if not choices:
@@ -155,6 +164,7 @@ def _choices_of_scheme(
 
 
 def _choices_of_assignment(model: nn.Module, assignment: MixedPrecision) -> dict[str, Scheme | GGUFType]:
+    unfuse_experts(model)
     linears, experts = named_linears(model), expert_parameters(model)
     found = assignment.resolve([*linears, *experts])
     choices = {name: choice for name, choice in found.items() if choice is not None}

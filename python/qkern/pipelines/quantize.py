@@ -107,8 +107,8 @@ def quantize(
         ``gptq``, ``gptq_v2``, ``awq``, ``compressed-tensors`` or ``bitsandbytes``; default: see
         `default_format`.
     skip : sequence of str, or str
-        Linears that stay 16-bit: names, ends of names, or globs. Experts stored as 3-D parameters must be
-        named here, because they cannot be quantized.
+        Linears that stay 16-bit: names, ends of names, or globs, of them or of modules around them
+        (``"experts"``). Experts of which qkern makes no linears (`unfuse_experts`) must be named here.
     include : sequence of str, or str
         Linears to quantize that stay 16-bit otherwise: ``"lm_head"`` and routers.
     samples, length, seed : int
@@ -153,7 +153,7 @@ def quantize(
     FormatError
         If the model's files are damaged.
     UnsupportedError
-        If the format cannot hold a layer, before any work; on experts stored as 3-D parameters; or on
+        If the format cannot hold a layer, before any work; on experts of which no linears can be made; or on
         `scale_only` or SmoothQuant for an architecture without data. Only whether a zero point is 0, which
         GPTQ v1 cannot store, is known at the end: finished layers are then kept for the same call with
         ``format="gptq_v2"``.
@@ -229,7 +229,8 @@ def quantize(
     if ids is not None:
         facts["calibration"] = {"shape": list(ids.shape), "seed": seed, "sha256": calibration_hash(ids)}
     run = _Run(source, structure, targets, settings, ids, target_device)
-    summing = _Summing(settings, targets, facts, started)
+    parameters = sum(parameter.numel() for parameter in source.model.parameters())
+    summing = _Summing(settings, targets, facts, started, parameters)
     if folder is None:
         layers = list(run.layers(None))
         for finished in layers:
@@ -242,7 +243,9 @@ def quantize(
             for _ in run.layers(partial):
                 pass
         try:
-            with CheckpointWriter(folder, format=format, max_shard_size=max_shard_size) as writer:
+            with CheckpointWriter(
+                folder, format=format, max_shard_size=max_shard_size, naming=source.stored_name
+            ) as writer:
                 with _keeping(partial):
                     _write_tensors(writer, source, partial, run.names(), summing)
                 report = summing.report(folder, format)
@@ -463,6 +466,7 @@ class _Summing:
     targets: Targets
     facts: dict[str, Any]
     started: float
+    parameters: int
     records: dict[str, LayerRecord] = field(default_factory=dict)
     bits: int = 0
     count: int = 0
@@ -476,6 +480,8 @@ class _Summing:
 
     def report(self, output: Path | None = None, format: str | None = None) -> QuantizationReport:
         """Return the report."""
+        left = self.parameters - self.count
+        logger.info("%d of %d parameters stay 16-bit", left, self.parameters)
         return QuantizationReport(
             output=output,
             method=self.settings.method,
@@ -483,9 +489,15 @@ class _Summing:
             format=format,
             layers=self.records,
             kept=self.targets.kept,
+            kept_parameters=left,
             bpw_linear=self.bits / self.count if self.count else 16.0,
             seconds=time.monotonic() - self.started,
-            recipe={**self.facts, "layers": recipe_layers(self.records), "kept": self.targets.kept},
+            recipe={
+                **self.facts,
+                "layers": recipe_layers(self.records),
+                "kept": self.targets.kept,
+                "kept_parameters": left,
+            },
         )
 
 

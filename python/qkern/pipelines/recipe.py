@@ -30,6 +30,8 @@ class QuantizationReport:
         Every quantized linear: scheme, relative error, seconds, notes.
     kept : mapping of str to str
         Every linear that stayed 16-bit, and why.
+    kept_parameters : int
+        Parameters that stayed 16-bit: those of `kept`, embeddings (tied ones once), norms and biases.
     bpw_linear : float
         Bits per weight of the quantized linears, scales and zero points included.
     seconds : float
@@ -44,6 +46,7 @@ class QuantizationReport:
     format: str | None
     layers: Mapping[str, LayerRecord]
     kept: Mapping[str, str]
+    kept_parameters: int
     bpw_linear: float
     seconds: float
     recipe: Mapping[str, Any] = field(repr=False)
@@ -68,6 +71,7 @@ class QuantizationReport:
                 for name, facts in recipe_layers(self.layers).items()
             },
             "kept": dict(self.kept),
+            "kept_parameters": self.kept_parameters,
         }
 
 

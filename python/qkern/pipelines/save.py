@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -15,15 +16,18 @@ from qkern.checkpoints import (
     refusals,
 )
 from qkern.errors import InputError, UnsupportedError
+from qkern.models import stored_name
 from qkern.nn import (
     FakeQuantLinear,
     OutlierLinear,
     QuantEmbedding,
     QuantLinear,
+    as_linears,
+    expert_parts,
     named_linears,
     quant_linears,
 )
-from qkern.pipelines.checks import default_format, refuse_adapters
+from qkern.pipelines.checks import default_format, refuse_adapters, strangers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -96,17 +100,23 @@ def save(
             f"no checkpoint format holds layers in training: got {len(trained)} FakeQuantLinear, first "
             f"{trained[0]}; call qkern.convert_qat(model), or keep its state_dict"
         )
-    skipped = [name for name in named_linears(model) if name not in layers]
+    skipped = [*(name for name in named_linears(model) if name not in layers), *strangers(model)]
     threshold = _threshold(layers, format)
     fmt = choose_format(layers, skipped, format if threshold is None else BITSANDBYTES)
     with CheckpointWriter(
-        path, format=None if fmt is None else fmt.name, max_shard_size=max_shard_size
+        path,
+        format=None if fmt is None else fmt.name,
+        max_shard_size=max_shard_size,
+        naming=partial(stored_name, str(model.config.model_type)),
     ) as writer:
         for name, layer in layers.items():
             writer.add_quantized(name, layer.quantized(), layer.bias)
         dtype = None
+        # Beside quantized layers runtimes expect each expert by itself.
+        parts = {} if fmt is None else expert_parts(model)
         for name, tensor in plain_tensors(model):
-            writer.add_tensor(name, tensor)
+            for own, value in as_linears(name, tensor, parts).items():
+                writer.add_tensor(own, value)
             if dtype is None and tensor.is_floating_point():
                 dtype = str(tensor.dtype).removeprefix("torch.")  # runtimes load everything in one dtype
         if getattr(model, "generation_config", None) is not None:

@@ -14,7 +14,7 @@ from qkern.nn import named_linears
 from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines.checks import strangers
 from qkern.pipelines.export_gguf import export_gguf
-from qkern.search import KEPT, MixedPrecision, make_space, stored_bits
+from qkern.search import KEPT, STACKED, MixedPrecision, make_space, stored_bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -159,7 +159,7 @@ class Sizes:
             counted={
                 name: weight.numel()
                 for name, weight in linears.items()
-                if name != structure.head or name in shapes
+                if name in shapes or not (name == structure.head or kept.get(name) == STACKED)
             },
             outside=outside,
         )

@@ -5,31 +5,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qkern.calibration import (
-    Stack,
-    Weights,
-    bind_names,
-    load_config,
-    load_tokenizer,
-    meta_copy,
-    meta_model,
-)
+from qkern.calibration import Weights, bind_names, load_config, load_tokenizer, meta_copy, meta_model
 from qkern.checkpoints import TensorFolder, model_folder, read_json
-from qkern.errors import InputError
-from qkern.gguf import ARCHITECTURES
+from qkern.errors import FormatError, InputError
+from qkern.models import own_name, stored_name
+from qkern.nn import expert_parts, quant_linears, unfuse_experts
 from qkern.pipelines.checks import refuse_adapters
-from qkern.pipelines.gguf_sources import parameter_sources
 from qkern.pipelines.load import COMPUTED, config_dtype, load_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from qkern.nn import ExpertPart
 
 __all__ = ["Source", "open_source"]
 
@@ -45,7 +38,7 @@ class Source:
     name : str
         The folder or the class, for messages and the recipe.
     model : PreTrainedModel
-        Its modules, the parameters on the meta device.
+        Its modules, experts as linears (`unfuse_experts`), the parameters on the meta device.
     weights : Weights
         Its parameters.
     folder : Path or None
@@ -84,6 +77,10 @@ class Source:
             digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
         return digest.hexdigest()
 
+    def stored_name(self, name: str) -> str:
+        """Name that a module or tensor has in checkpoints."""
+        return stored_name(self.model.config.model_type, name)
+
     def stored_once(self) -> list[str]:
         """Names of all parameters and stored buffers, of tied ones the first."""
         model = self.model
@@ -93,13 +90,12 @@ class Source:
                 names.setdefault(id(tensor), name)
         return list(names.values())
 
-    def headers(self, name: str) -> list[Tensor]:
-        """Tensors on the meta device that hold a parameter: one, or the pieces of a stack."""
+    def header(self, name: str) -> Tensor:
+        """Shape and dtype of a parameter as it is stored: a tensor on the meta device."""
         stored, tensors = self.weights.names[name], self.weights.tensors
-        pieces = [stored] if isinstance(stored, str) else list(chain.from_iterable(stored.matrices))
-        if isinstance(tensors, TensorFolder):
-            return [tensors.header(piece) for piece in pieces]
-        return [tensors[piece].to("meta") for piece in pieces]
+        owner = stored if isinstance(stored, str) else stored.parameter
+        whole = tensors.header(owner) if isinstance(tensors, TensorFolder) else tensors[owner].to("meta")
+        return whole if isinstance(stored, str) else stored.of(whole)
 
     def tokenizer(self) -> Any:
         """Load the tokenizer that lies beside the model.
@@ -147,25 +143,24 @@ def open_source(model: Any, *, headers: bool = False) -> Source:
 
 
 def _open_memory(model: Any) -> Source:
-    from qkern.nn import quant_linears
-
     refuse_adapters(model)
     if quant_linears(model):
         raise InputError(
             f"{type(model).__name__} already has quantized linears: quantize the original 16-bit model"
         )
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    tensors = _tensors(model)
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise InputError(f"{meta[0]} has no value (meta device): load the weights first")
     folder = Path(getattr(model, "name_or_path", "") or ".missing")
     copied = meta_copy(model)
+    unfuse_experts(copied)
     if getattr(copied.config, "tie_word_embeddings", False) and not _is_tied(copied):
         copied.config.tie_word_embeddings = False
     return Source(
         name=type(model).__name__,
         model=copied,
-        weights=Weights(tensors, {name: name for name in tensors}, "the model"),
+        weights=_as_they_are(copied, tensors, "the model"),
         folder=folder if (folder / "config.json").is_file() else None,
         config=_with_architectures(copied),
     )
@@ -191,11 +186,11 @@ def _open_folder(folder: Path, headers: bool) -> Source:
     config = load_config(folder)
     tensors = TensorFolder(folder)
     dtype = config_dtype(config)
-    model = meta_model(config)
+    model = _skeleton(config)
     if _holds_own_head(model, tensors):
         logger.warning("%s ties the head to the embedding but holds another head: that one is used", folder)
         config.tie_word_embeddings = raw["tie_word_embeddings"] = False
-        model = meta_model(config)
+        model = _skeleton(config)
     model.config.name_or_path = str(folder)
     names, missing = _bind(model, tensors)
     if not missing:
@@ -209,19 +204,54 @@ def _open_folder(folder: Path, headers: bool) -> Source:
             folder,
             missing[0],
         )
-        weights = _load_converted(folder, config)
+        weights = _load_converted(folder, config, model)
     return Source(name=str(folder), model=model, weights=weights, folder=folder, config=raw, dtype=dtype)
 
 
-def _bind(model: Any, tensors: TensorFolder) -> tuple[dict[str, str | Stack], list[str]]:
-    """`bind_names`, and for files that hold each expert by itself, or older names, the same by our data."""
-    names, missing = bind_names(model, tensors)
-    architecture = ARCHITECTURES.get(model.config.model_type)
-    if not missing or architecture is None:
-        return dict(names), missing
-    sources = parameter_sources(architecture, model.config.to_dict(), tensors)
-    names, missing = bind_names(model, sources)
-    return {name: sources[own] for name, own in names.items()}, missing
+def _skeleton(config: Any) -> Any:
+    """`meta_model` with experts as linears."""
+    model = meta_model(config)
+    unfuse_experts(model)
+    return model
+
+
+def _bind(model: Any, tensors: TensorFolder) -> tuple[dict[str, str | ExpertPart], list[str]]:
+    """`bind_names` for files with names of their own, and for those that hold the experts of a layer fused.
+
+    Raises
+    ------
+    FormatError
+        If files lack some weights of a layer's experts, and have others.
+    """
+    known: dict[str, str | ExpertPart] = {
+        own_name(model.config.model_type, stored): stored for stored in tensors
+    }
+    experts: set[str] = set()
+    for parameter, parts in expert_parts(model).items():
+        experts.update(parts)
+        fused = known.get(parameter)
+        if isinstance(fused, str):
+            known |= {name: replace(part, parameter=fused) for name, part in parts.items()}
+    names, missing = bind_names(model, known)
+    lost = [name for name in missing if name in experts]
+    if 0 < len(lost) < len(experts):
+        raise FormatError(
+            f"{tensors.folder} does not fit its config.json: missing are {lost[:8]}; fetch it again"
+        )
+    return {name: known[own] for name, own in names.items()}, missing
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+def _as_they_are(model: Any, tensors: dict[str, Tensor], where: str) -> Weights:
+    """Weights by the names that transformers has in memory, for a model whose experts are linears."""
+    names: dict[str, str | ExpertPart] = {name: name for name in tensors}
+    for parameter, parts in expert_parts(model).items():
+        if names.pop(parameter, None) is not None:
+            names |= parts
+    return Weights(tensors, names, where)
 
 
 def _is_tied(model: Any) -> bool:
@@ -247,7 +277,7 @@ def _holds_own_head(model: Any, tensors: TensorFolder) -> bool:
 def _warn_of_unused(model: Any, weights: Weights, tensors: TensorFolder, folder: Path) -> None:
     """Name what the files hold and the model has no place for, as transformers does on loading."""
     prefix = f"{model.base_model_prefix}."
-    known = set(model.state_dict()) | weights.pieces()
+    known = set(model.state_dict()) | weights.stored()
     ignored = (*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
     unused = [
         name
@@ -272,11 +302,9 @@ def _converted_headers(folder: Path, model: Any, dtype: torch.dtype | None) -> W
         name: tensor.to(device="meta", dtype=dtype if tensor.is_floating_point() else None)
         for name, tensor in model.state_dict().items()
     }
-    return Weights(tensors, {name: name for name in tensors}, str(folder))
+    return _as_they_are(model, tensors, str(folder))
 
 
-def _load_converted(folder: Path, config: Any) -> Weights:
+def _load_converted(folder: Path, config: Any, model: Any) -> Weights:
     """Weights of a folder whose tensors transformers renames or stacks on loading."""
-    whole = load_whole(folder, config)
-    tensors = {**dict(whole.named_parameters(remove_duplicate=False)), **dict(whole.named_buffers())}
-    return Weights(tensors, {name: name for name in tensors}, str(folder))
+    return _as_they_are(model, _tensors(load_whole(folder, config)), str(folder))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.checkpoints import format_named
 from qkern.errors import InputError, UnsupportedError
-from qkern.models import column_weight, is_router
+from qkern.models import column_weight, is_router, role
 from qkern.nn import named_linears
 from qkern.ops.gguf_types import GGUFType
 from qkern.search.assignment import KEPT, parse_choice, spell_choice
@@ -19,16 +18,18 @@ if TYPE_CHECKING:
 
     from qkern.models import Structure
 
-__all__ = ["RUNTIMES", "Runtime", "make_space", "runtime_named", "stored_bits", "tied_linears"]
+__all__ = ["RUNTIMES", "STACKED", "Runtime", "make_space", "runtime_named", "stored_bits", "tied_linears"]
 
 # vLLM's kernels for packed weights take whole tiles of these sizes.
 _TILE: Final = (64, 128)
 # Of GPTQ checkpoints vLLM runs symmetric ones of these bits and group sizes alone.
 _VLLM_GPTQ: Final = ((4, 8), (None, 32, 64, 128))
-# Of experts of their own vLLM makes one, with one scheme.
-_EXPERTS: Final = re.compile(r"(.*\bexperts)\.\d+\..*")
 # Where a row has no whole super-blocks of 256.
 _SMALL_TYPES: Final = ("q4_0", "q5_0", "q8_0", KEPT)
+
+
+STACKED: Final = "one of the experts that a GGUF holds as one tensor: not searched"
+"""Why the linears of experts stay as they are in a search for GGUF."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +251,11 @@ def _add_embedding(model: Any, runtime: Runtime, matrices: dict[str, Any]) -> st
 def tied_linears(
     linears: Iterable[str], structure: Structure, runtime: Runtime, *, head: bool, kept: dict[str, str]
 ) -> list[tuple[int, tuple[str, ...]]]:
-    """Layer and names of the linears that share a choice; what has none goes into `kept`."""
+    """Layer and names of the linears that share a choice; what has none goes into `kept`.
+
+    Experts of a layer that do the same share one; in a runtime that fuses all linears of theirs. In a GGUF
+    they are one tensor, which is not searched.
+    """
     inside = f"{structure.layers}."
     fused = structure.architecture.fused if runtime.is_fused and structure.architecture is not None else ()
     found: dict[tuple[int, str], list[str]] = {}
@@ -266,7 +271,11 @@ def tied_linears(
             kept[name] = "router"
         else:
             index, _, rest = name.removeprefix(inside).partition(".")
-            expert = _EXPERTS.fullmatch(rest) if runtime.is_fused else None
-            group = expert[1] if expert else next((group[0] for group in fused if rest in group), rest)
+            stack, number, _ = role(rest).partition(".#")
+            if number and runtime.name == "gguf":
+                kept[name] = STACKED
+                continue
+            alike = stack if runtime.is_fused else role(rest)
+            group = next((group[0] for group in fused if rest in group), alike)
             found.setdefault((int(index), group), []).append(name)
     return [(layer, tuple(names)) for (layer, _), names in sorted(found.items(), key=lambda item: item[0][0])]

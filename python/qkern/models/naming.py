@@ -1,0 +1,64 @@
+"""Names of tensors in checkpoints, for the architectures whose modules have other names in transformers."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Final
+
+__all__ = ["own_name", "renames", "stored_name"]
+
+_MIXTRAL: Final = (
+    (".mlp.", ".block_sparse_moe."),
+    (".experts.#.gate_proj.", ".experts.#.w1."),
+    (".experts.#.down_proj.", ".experts.#.w2."),
+    (".experts.#.up_proj.", ".experts.#.w3."),
+)
+# Parts of names in transformers, experts being linears, and what checkpoints have there; # is a number.
+_STORED: Final[dict[str, tuple[tuple[str, str], ...]]] = {
+    "ernie4_5_moe": ((".gate.moe_statics.", ".moe_statics."),),
+    "exaone_moe": ((".gate.e_score_correction_bias.", ".e_score_correction_bias."),),
+    "minimax": _MIXTRAL,
+    "minimax_m2": _MIXTRAL,
+    "mixtral": _MIXTRAL,
+    "phimoe": ((".mlp.router.", ".mlp.gate."), *_MIXTRAL),
+}
+
+
+@functools.cache
+def renames(model_type: str, *, to_stored: bool = False) -> tuple[tuple[str, str], ...]:
+    """Regular expressions and replacements that make a name of transformers' of one in a checkpoint.
+
+    Parameters
+    ----------
+    model_type : str
+        ``config.model_type``; of most architectures both have the same names.
+    to_stored : bool
+        The other way round.
+
+    Returns
+    -------
+    tuple of (str, str)
+        To be applied in this order, to a name with a dot behind it.
+    """
+    pairs = _STORED.get(model_type, ())
+    if not to_stored:
+        pairs = tuple((stored, own) for own, stored in reversed(pairs))
+    return tuple((re.escape(old).replace(r"\#", r"(\d+)"), new.replace("#", r"\1")) for old, new in pairs)
+
+
+def stored_name(model_type: str, name: str) -> str:
+    """Name in a checkpoint of what transformers calls `name`, a module, parameter or buffer."""
+    return _renamed(name, renames(model_type, to_stored=True))
+
+
+def own_name(model_type: str, stored: str) -> str:
+    """Undo `stored_name`; names that are transformers' already stay."""
+    return _renamed(stored, renames(model_type))
+
+
+def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    name += "."
+    for pattern, replacement in pairs:
+        name = re.sub(pattern, replacement, name)
+    return name.removesuffix(".")
