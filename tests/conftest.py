@@ -206,7 +206,7 @@ def make_tiny(model_type, *, seed=0, dtype=torch.float32, **overrides):
     """A small causal LM with random weights, none of them at the value it is initialized to."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **{**SIZES, **EXTRA[model_type], **overrides})
+    config = AutoConfig.for_model(model_type, **{**SIZES, **EXTRA.get(model_type, {}), **overrides})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

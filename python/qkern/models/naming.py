@@ -16,8 +16,8 @@ _MIXTRAL: Final = (
 )
 # Parts of names in transformers, experts being linears, and what checkpoints have there; # is a number.
 _STORED: Final[dict[str, tuple[tuple[str, str], ...]]] = {
-    "ernie4_5_moe": ((".gate.moe_statics.", ".moe_statics."),),
-    "exaone_moe": ((".gate.e_score_correction_bias.", ".e_score_correction_bias."),),
+    "ernie4_5_moe": ((".mlp.gate.moe_statics.", ".mlp.moe_statics."),),
+    "exaone_moe": ((".mlp.gate.e_score_correction_bias.", ".mlp.e_score_correction_bias."),),
     "minimax": _MIXTRAL,
     "minimax_m2": _MIXTRAL,
     "mixtral": _MIXTRAL,
