@@ -16,8 +16,9 @@ from qkern.models import (
     pair_channels,
 )
 from qkern.models.injection import FACTOR
-from qkern.nn import named_linears
+from qkern.nn import named_linears, unfuse_experts
 
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -26,8 +27,24 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
+@pytest.fixture
+def unfused(tiny):
+    """As ``tiny``, experts being linears."""
+
+    def make(*args, **kwargs):
+        model = tiny(*args, **kwargs)
+        unfuse_experts(model)
+        return model
+
+    return make
+
+
 def layers_of(model):
     return model.get_submodule(architecture_for(model.config).layers)
+
+
+def data_of(model, index=0):
+    return architecture_for(model.config).in_layer(layers_of(model)[index])
 
 
 def random_scale(size, seed=0):
@@ -40,25 +57,26 @@ def assert_same_function(before, after):
 
 
 def test_the_architectures_of_the_design_are_known():
-    assert set(known_architectures()) == {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gpt2"}
+    dense = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gpt2"}
+    assert set(known_architectures()) == dense | set(MIXTURES)
 
 
 @pytest.mark.parametrize("model_type", known_architectures())
-def test_every_linear_of_a_layer_is_in_the_data_once(tiny, model_type):
-    model = tiny(model_type)
-    data = architecture_for(model.config)
+def test_every_linear_of_a_layer_is_in_the_data_once(unfused, model_type):
+    model = unfused(model_type)
+    data = data_of(model)
     listed = [name for group in data.sequential for name in group]
     assert sorted(listed) == sorted(named_linears(layers_of(model)[0]))
     for path in (data.embedding, data.final_norm, data.head):
         model.get_submodule(path)
-    # Whatever a norm feeds shares an input, and fused linears do.
-    for group in (*(entry.linears for entry in data.norm_linears), *data.fused):
-        assert group in data.sequential
+    # Whatever a norm feeds shares an input, but for experts, which see parts of it; and fused linears do.
+    for group in (*(entry.linears for entry in data.norm_linears if not entry.routers), *data.fused):
+        assert any(set(group) <= set(known) for known in data.sequential)
 
 
 @pytest.mark.parametrize("model_type", known_architectures())
-def test_order_is_the_order_of_execution(tiny, model_type):
-    model = tiny(model_type)
+def test_order_is_the_order_of_execution(unfused, model_type):
+    model = unfused(model_type, **({"num_experts_per_tok": 4} if model_type in MIXTURES else {}))
     seen = []
     for name, linear in named_linears(layers_of(model)[0]).items():
         linear.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
@@ -67,25 +85,28 @@ def test_order_is_the_order_of_execution(tiny, model_type):
     for name, x in seen:  # which keeps every input alive, so that ids differ
         groups.setdefault(id(x), []).append(name)
     called = [set(group) for group in groups.values()]
-    assert called == [set(group) for group in architecture_for(model.config).sequential]
+    expected = [set(group) for group in data_of(model).sequential]
+    if model_type in MIXTURES:  # one expert after another
+        called.sort(key=lambda group: [set(known) for known in expected].index(group))
+    assert called == expected
 
 
 @pytest.mark.parametrize("model_type", known_architectures())
-def test_folding_every_norm_keeps_the_logits(tiny, model_type):
-    model = tiny(model_type)
-    data, before = architecture_for(model.config), logits(model)
+def test_folding_every_norm_keeps_the_logits(unfused, model_type):
+    model = unfused(model_type)
+    data, before = data_of(model), logits(model)
     for layer in layers_of(model):
         for seed, entry in enumerate(data.norm_linears):
             norm = layer.get_submodule(entry.norm)
-            linears = [layer.get_submodule(name) for name in entry.linears]
+            linears = [layer.get_submodule(name) for name in (*entry.linears, *entry.routers)]
             fold_norm(norm, linears, random_scale(norm.weight.numel(), seed), offset=data.norm_offset)
     assert_same_function(before, logits(model))
 
 
 @pytest.mark.parametrize("model_type", known_architectures())
-def test_folding_every_pair_keeps_the_logits(tiny, model_type):
-    model = tiny(model_type)
-    data, before = architecture_for(model.config), logits(model)
+def test_folding_every_pair_keeps_the_logits(unfused, model_type):
+    model = unfused(model_type)
+    data, before = data_of(model), logits(model)
     assert data.linear_linears
     for layer in layers_of(model):
         for seed, pair in enumerate(data.linear_linears):
@@ -123,6 +144,22 @@ def test_injection_keeps_the_logits_and_makes_outliers(tiny, model_type):
         # 1 % of 64 channels is one channel.
         assert ((ratio - FACTOR).abs() < 1e-3).sum() == 1
         assert ((ratio - 1).abs() < 1e-5).sum() == 63
+
+
+def test_a_layer_has_experts_or_one_mlp(unfused):
+    model = unfused("qwen2_moe", mlp_only_layers=[0])
+    dense, mixture = data_of(model, 0), data_of(model, 1)
+    assert [entry.witness for entry in dense.norm_linears] == ["self_attn.q_proj", "mlp.gate_proj"]
+    assert [entry.witness for entry in mixture.norm_linears] == ["self_attn.q_proj", "mlp.gate"]
+    assert dense.norm_linears[1].linears == dense.fused[1] == ("mlp.gate_proj", "mlp.up_proj")
+    assert mixture.fused[1] == ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+    assert mixture.norm_linears[1].routers == ("mlp.gate", "mlp.shared_expert_gate")
+    assert len(mixture.norm_linears[1].linears) == 2 + 2 * 4
+    assert [pair.second for pair in dense.linear_linears] == ["self_attn.o_proj", "mlp.down_proj"]
+    downs = [f"mlp.experts.{number}.down_proj" for number in range(4)]
+    assert [pair.second for pair in mixture.linear_linears][1:] == ["mlp.shared_expert.down_proj", *downs]
+    plain = architecture_for(unfused("llama").config)
+    assert plain.in_layer(layers_of(model)[0]) is plain
 
 
 def test_injection_is_the_same_for_the_same_seed(tiny):

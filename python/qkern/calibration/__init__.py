@@ -10,7 +10,7 @@ from qkern.calibration.skeleton import (
     meta_copy,
     meta_model,
 )
-from qkern.calibration.streaming import LayerStream
+from qkern.calibration.streaming import LayerStream, stages_by_role
 from qkern.calibration.texts import load_texts
 from qkern.calibration.tokenizer import load_tokenizer
 
@@ -28,4 +28,5 @@ __all__ = [
     "make_batches",
     "meta_copy",
     "meta_model",
+    "stages_by_role",
 ]

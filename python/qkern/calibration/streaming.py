@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from qkern.calibration.skeleton import Weights, filled
 from qkern.errors import UnsupportedError
-from qkern.models import role
+from qkern.nn import role
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["LayerStream", "Stage"]
+__all__ = ["LayerStream", "Stage", "stages_by_role"]
 
 # Tokens that go through a layer at once: enough to keep matmuls busy, few enough to keep attention small.
 CHUNK_TOKENS: Final = 4096
@@ -285,10 +285,15 @@ class LayerStream:
             self._apply(index, self._hidden[0])
         called = set(itertools.chain.from_iterable(groups))
         groups.extend([name] for name in names if name not in called)
-        stages: dict[str, list[tuple[str, ...]]] = {}
-        for group in groups:
-            stages.setdefault(role(group[0]), []).append(tuple(dict.fromkeys(group)))
-        return [tuple(stage) for stage in stages.values()]
+        return stages_by_role(tuple(dict.fromkeys(group)) for group in groups)
+
+
+def stages_by_role(groups: Iterable[tuple[str, ...]]) -> list[Stage]:
+    """Take groups of linears that share an input as stages, those of experts that do the same as one."""
+    stages: dict[str, list[tuple[str, ...]]] = {}
+    for group in groups:
+        stages.setdefault(role(group[0]), []).append(group)
+    return [tuple(stage) for stage in stages.values()]
 
 
 def _same_tensors(first: Any, second: Any) -> bool:

@@ -11,7 +11,7 @@ from qkern.models.folding import column_weight, fold_linear, fold_norm, pair_cha
 from qkern.models.fusing import fuse_forwards
 from qkern.models.injection import inject
 from qkern.models.naming import own_name, renames, stored_name
-from qkern.models.structure import Structure, describe, is_router, role
+from qkern.models.structure import Structure, describe, is_router
 
 __all__ = [
     "Architecture",
@@ -30,7 +30,6 @@ __all__ = [
     "own_name",
     "pair_channels",
     "renames",
-    "role",
     "set_column_weight",
     "stored_name",
 ]

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final
+
+from qkern.nn import role
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["Architecture", "LinearPair", "NormLinears", "architecture_for", "known_architectures"]
 
@@ -17,11 +23,20 @@ class NormLinears:
     norm : str
         Name inside the decoder layer.
     linears : tuple of str
-        Names inside the decoder layer; nothing else may read the norm's output.
+        Names inside the decoder layer.
+    routers : tuple of str
+        Likewise, of what stays 16-bit, the router that sees every token first. Nothing else may read the
+        norm's output.
     """
 
     norm: str
     linears: tuple[str, ...]
+    routers: tuple[str, ...] = ()
+
+    @property
+    def witness(self) -> str:
+        """What sees all of the norm's output: an expert sees its own tokens alone."""
+        return (*self.routers, *self.linears)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +63,9 @@ class LinearPair:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """A decoder as the quantizers see it. Names below `layers` are relative to one decoder layer.
+
+    In a mixture of experts, which are linears, ``#`` stands for the number of an expert, and layers have
+    either experts or one MLP: `in_layer` says what there is in a layer.
 
     Parameters
     ----------
@@ -83,6 +101,35 @@ class Architecture:
     norm_offset: float = 0.0
     conv1d: bool = False
 
+    def in_layer(self, layer: nn.Module) -> Architecture:
+        """Return the data of one layer: all its experts by number, without what the layer does not have."""
+        if not any("#" in name for group in self.sequential for name in group):
+            return self
+        found: dict[str, list[str]] = {}
+        for name, _ in layer.named_modules():
+            found.setdefault(role(name), []).append(name)
+
+        def each(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+            return list(zip(*(found[name] for name in names if name in found), strict=True))
+
+        def every(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(chain.from_iterable(found.get(name, ()) for name in names))
+
+        return replace(
+            self,
+            sequential=tuple(group for names in self.sequential for group in each(names)),
+            norm_linears=tuple(
+                replace(entry, linears=every(entry.linears), routers=every(entry.routers))
+                for entry in self.norm_linears
+            ),
+            linear_linears=tuple(
+                replace(pair, first=first, second=second)
+                for pair in self.linear_linears
+                for first, second in zip(found.get(pair.first, ()), found.get(pair.second, ()), strict=True)
+            ),
+            fused=tuple(group for names in self.fused for group in each(names)),
+        )
+
 
 _QKV: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OUT: Final = "self_attn.o_proj"
@@ -107,6 +154,32 @@ def _llama_like(
         ),
         fused=(_QKV, _GATE_UP),
         norm_offset=norm_offset,
+    )
+
+
+def _mixture(model_type: str) -> Architecture:
+    """Experts, and perhaps a shared one, in the place of gate, up and down; some layers may have these."""
+    dense = _llama_like(model_type)
+    shared, shared_down = (
+        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        "mlp.shared_expert.down_proj",
+    )
+    experts, down = ("mlp.experts.#.gate_proj", "mlp.experts.#.up_proj"), "mlp.experts.#.down_proj"
+    share = "mlp.shared_expert_gate"
+    attention, mlp = dense.norm_linears
+    return replace(
+        dense,
+        sequential=(*dense.sequential, (*shared, share), (shared_down,), experts, (down,)),
+        norm_linears=(
+            attention,
+            replace(mlp, linears=(*mlp.linears, *shared, *experts), routers=("mlp.gate", share)),
+        ),
+        linear_linears=(
+            *dense.linear_linears,
+            LinearPair(first=shared[1], second=shared_down, kind="gated"),
+            LinearPair(first=experts[1], second=down, kind="gated"),
+        ),
+        fused=(*dense.fused, shared),
     )
 
 
@@ -147,6 +220,9 @@ _KNOWN: Final[dict[str, Architecture]] = {
         _llama_like("qwen3"),
         # Gemma 2 also norms what attention and MLP return; those two norms feed the residual, not linears.
         _llama_like("gemma2", mlp_norm="pre_feedforward_layernorm", norm_offset=1.0),
+        _mixture("mixtral"),
+        _mixture("qwen2_moe"),
+        _mixture("qwen3_moe"),
         _PHI3,
         _GPT2,
     )

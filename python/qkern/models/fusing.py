@@ -46,7 +46,7 @@ def fuse_forwards(model: nn.Module) -> int:
     except AttributeError:  # a bare decoder, or a wrapper that passes its model's config on
         return 0
     for layer in layers:
-        for group in architecture.fused:
+        for group in architecture.in_layer(layer).fused:
             owner_name = group[0].rpartition(".")[0]
             owner = layer.get_submodule(owner_name)
             names = tuple(name.rpartition(".")[2] for name in group)

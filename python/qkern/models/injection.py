@@ -10,6 +10,7 @@ from qkern.errors import UnsupportedError
 from qkern.models.architecture import known_architectures
 from qkern.models.folding import fold_norm
 from qkern.models.structure import describe
+from qkern.nn import unfuse_experts
 
 __all__ = ["FACTOR", "FRACTION", "inject"]
 
@@ -26,7 +27,7 @@ def inject(model: Any, *, seed: int = 0) -> Any:
     Parameters
     ----------
     model : PreTrainedModel
-        A causal LM of a known architecture.
+        A causal LM of a known architecture; its experts become linears, see `unfuse_experts`.
     seed : int
         Seed of the choice of channels.
 
@@ -47,10 +48,11 @@ def inject(model: Any, *, seed: int = 0) -> Any:
             f"the injected form needs to know which linears read which norm: {model.config.model_type} is "
             f"not among {', '.join(known_architectures())}"
         )
+    unfuse_experts(model)
     generator = torch.Generator("cpu").manual_seed(seed)
     for layer in model.get_submodule(structure.layers):
-        for entry in architecture.norm_linears:
-            linears = [layer.get_submodule(name) for name in entry.linears]
+        for entry in architecture.in_layer(layer).norm_linears:
+            linears = [layer.get_submodule(name) for name in (*entry.linears, *entry.routers)]
             _inject_norm(layer.get_submodule(entry.norm), linears, architecture.norm_offset, generator)
     if structure.head is not None and not structure.tied:
         head = model.get_submodule(structure.head)

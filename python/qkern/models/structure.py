@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from qkern.errors import UnsupportedError
 from qkern.models.architecture import Architecture, architecture_for
 from qkern.nn import ROUTERS
 
-__all__ = ["Structure", "describe", "is_router", "role"]
+__all__ = ["Structure", "describe", "is_router"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +84,6 @@ def describe(model: Any) -> Structure:
         tied=tied,
         architecture=architecture,
     )
-
-
-def role(name: str) -> str:
-    """Name with ``#`` for its numbers: experts of a layer that do the same have the same."""
-    return re.sub(r"\.\d+(?=\.)", ".#", name)
 
 
 def is_router(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["ROUTERS", "lies_in", "name_matches", "places"]
+__all__ = ["ROUTERS", "lies_in", "name_matches", "places", "role"]
 
 ROUTERS: Final = ("gate", "router", "shared_expert_gate", "wg")
 """Last name components of linears that choose experts; they are tiny and sensitive."""
@@ -29,6 +30,11 @@ def lies_in(name: str, patterns: Sequence[str]) -> bool:
     """Whether a module of this name, or one that it is a part of, fits `patterns` as in `name_matches`."""
     owners = accumulate(name.split("."), "{}.{}".format)
     return any(name_matches(owner, patterns) for owner in owners)
+
+
+def role(name: str) -> str:
+    """Name with ``#`` for its numbers: experts of a layer that do the same have the same."""
+    return re.sub(r"\.\d+(?=\.)", ".#", name)
 
 
 def places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

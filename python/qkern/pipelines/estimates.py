@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from qkern.calibration import LayerStream, Weights
 from qkern.calibration.streaming import CHUNK_TOKENS
-from qkern.models import Structure, column_weight, role
+from qkern.models import Architecture, Structure, column_weight
+from qkern.nn import role
 from qkern.ops import gguf_decode, gguf_encode
 from qkern.ops.gguf_types import GGUFType
 from qkern.pipelines.layerwise import Finished, Settings, Statistics, capture, quantize_linear, stages_of
@@ -130,6 +131,8 @@ def peak_bytes(job: Job) -> int:
         if calibrated:
             moments = _moments(job, index)
             phases.append(hidden + moments + _chunk(job, names))
+            # The weights that share a scale, scaled and rounded.
+            phases.append(hidden + moments + 3 * _folding(job, index)[1])
             phases += [hidden + moments + _scratch(job, name) for name in names]
         else:
             phases += [_scratch(job, name) for name in names]
@@ -153,24 +156,46 @@ def _chunk(job: Job, names: list[str]) -> int:
 
 
 def _moments(job: Job, index: int) -> int:
-    """Bytes of what is measured at once: second moments of a stage, of all for AWQ; SmoothQuant's tokens."""
+    """Bytes of what is measured at once: second moments of a stage, or what folding looks at."""
     prefix = f"{job.structure.layers}.{index}."
     stages: Counter[str] = Counter()
     for group in _groups(job, index):
-        K = job.shape(prefix + group[0])[1]
-        stages[role(group[0])] += 4 * K * (_SAMPLE_TOKENS if job.method == "smoothquant" else K)
-    # Where nothing is known of the architecture, nothing is folded, so nothing is measured before.
-    is_staged = job.method == "gptq" or job.structure.architecture is None
-    return max(stages.values(), default=0) if is_staged else stages.total()
+        stages[role(group[0])] += 4 * job.shape(prefix + group[0])[1] ** 2
+    measured = max(stages.values(), default=0) if job.method in _MOMENTS else 0
+    return max(measured, _folding(job, index)[0])
+
+
+def _folding(job: Job, index: int) -> tuple[int, int]:
+    """Bytes of what a method that folds measures in a layer, and of the most weights that share a scale."""
+    data = _data(job, index)
+    if data is None or job.method not in ("awq", "smoothquant"):
+        return 0, 0
+    prefix, names = f"{job.structure.layers}.{index}.", set(job.inside(index))
+    norms = [
+        entry.linears for entry in data.norm_linears if entry.linears and names.issuperset(entry.linears)
+    ]
+    pairs = [(pair.second,) for pair in data.linear_linears if {pair.first, pair.second} <= names]
+    columns = [job.shape(prefix + group[0])[1] for group in (*norms, *pairs)]
+    seen = sum(4 * K * (_SAMPLE_TOKENS if job.method == "smoothquant" else K) for K in columns)
+    sizes = [
+        sum(N * K for N, K in (job.shape(prefix + name) for name in group)) for group in (*norms, *pairs)
+    ]
+    return seen, 4 * max(sizes, default=0)
+
+
+def _data(job: Job, index: int) -> Architecture | None:
+    architecture = job.structure.architecture
+    layer = job.model.get_submodule(f"{job.structure.layers}.{index}")
+    return None if architecture is None else architecture.in_layer(layer)
 
 
 def _groups(job: Job, index: int) -> list[tuple[str, ...]]:
     """Linears that share an input; where nothing is known of the architecture each by itself."""
     names = job.inside(index)
-    if job.structure.architecture is None:
+    data = _data(job, index)
+    if data is None:
         return [(name,) for name in names]
-    known = job.structure.architecture.sequential
-    groups = [tuple(name for name in group if name in names) for group in known]
+    groups = [tuple(name for name in group if name in names) for group in data.sequential]
     return [group for group in groups if group]
 
 

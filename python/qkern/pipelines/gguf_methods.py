@@ -216,7 +216,7 @@ class CalibratedLayers:
             if self.method == "awq":
                 search = partial(self._search_scales, layer, stream.prefix(index))
                 # Norms and biases are fp32 in the file.
-                where = stream, architecture, index, names, stages
+                where = stream, architecture, index, names
                 fold_scales(*where, HessianAccumulator, search, dtype=torch.float32)
                 done.tensors.update(self._changed(layer, index))
             for stage in stages:

@@ -16,7 +16,8 @@ from qkern.calibration import LayerStream
 from qkern.checkpoints import model_folder, read_json
 from qkern.errors import InputError, UnsupportedError
 from qkern.gguf.imatrix import Imatrix, ImatrixEntry, check_imatrix_output, write_imatrix
-from qkern.models import describe, role
+from qkern.models import describe
+from qkern.nn import role
 from qkern.pipelines.checks import checked_architecture
 from qkern.pipelines.load import usable_device
 from qkern.pipelines.quantize import calibration_ids

@@ -6,11 +6,11 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import torch
 
+from qkern.calibration import stages_by_role
 from qkern.errors import UnsupportedError
 from qkern.models import column_weight, fold_linear, fold_norm, pair_channels, set_column_weight
 from qkern.ops import dequantize_groupwise
@@ -64,7 +64,17 @@ class Observer(Protocol):
         ...
 
 
+class Counter(Observer, Protocol):
+    """An observer that knows how many tokens it was shown."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        ...
+
+
 Seen = TypeVar("Seen", bound=Observer)
+Counted = TypeVar("Counted", bound=Counter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +215,7 @@ def quantize_layer(
         stages = stages_of(stream, structure.architecture, index, names)
     alphas: dict[str, float | None] = {}
     if settings.folds:
-        alphas = _fold(stream, structure, index, names, stages, settings)
+        alphas = _fold(stream, structure, index, names, settings)
         _store_changes(finished, stream, index, names, settings)
     if settings.scale_only:
         return finished
@@ -224,7 +234,6 @@ def _fold(
     structure: Structure,
     index: int,
     names: Sequence[str],
-    stages: Sequence[Stage],
     settings: Settings,
 ) -> dict[str, float | None]:
     """Fold scales of AWQ or SmoothQuant into the layer; return SmoothQuant's alpha by linear."""
@@ -250,7 +259,7 @@ def _fold(
         alphas.update(dict.fromkeys(linears, found.alpha))
         return found.scales
 
-    where = stream, structure.architecture, index, names, stages
+    where = stream, structure.architecture, index, names
     if settings.alpha is None:
         fold_scales(*where, HessianAccumulator, scale)
     else:
@@ -345,9 +354,10 @@ def stages_of(
 ) -> list[Stage]:
     """Linears to quantize in the order of their execution, from the architecture's data or by looking."""
     if architecture is not None:
-        chosen = [tuple(name for name in group if name in names) for group in architecture.sequential]
+        known = architecture.in_layer(stream.layers[index]).sequential
+        chosen = [tuple(name for name in group if name in names) for group in known]
         if sum(map(len, chosen)) == len(names):
-            return [(group,) for group in chosen if group]
+            return stages_by_role(group for group in chosen if group)
     return stream.discover(index, names)
 
 
@@ -373,9 +383,8 @@ def fold_scales(
     architecture: Architecture | None,
     index: int,
     names: Sequence[str],
-    stages: Sequence[Stage],
-    make: Callable[[int, torch.device], Seen],
-    search: Callable[[Sequence[str], Seen, Tensor | None], Tensor | None],
+    make: Callable[[int, torch.device], Counted],
+    search: Callable[[Sequence[str], Counted, Tensor | None], Tensor | None],
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -386,7 +395,7 @@ def fold_scales(
 
     Parameters
     ----------
-    stream, architecture, index, names, stages
+    stream, architecture, index, names
         As in `quantize_layer` and `stages_of`.
     make : callable
         From the features and the device of an input to what collects its statistics.
@@ -405,31 +414,31 @@ def fold_scales(
     if architecture is None:
         return
     layer, prefix, weights = stream.layers[index], stream.prefix(index), stream.weights
-    seen: dict[str, Seen] = {}
-    for group, statistics in capture(stream, index, chain.from_iterable(stages), make).items():
-        seen.update(dict.fromkeys(group, statistics))
+    data = architecture.in_layer(layer)
+    # A linear that stays 16-bit must stay as it is, so what feeds it does too.
+    norms = [entry for entry in data.norm_linears if entry.linears and set(entry.linears) <= set(names)]
+    pairs = [pair for pair in data.linear_linears if pair.first in names and pair.second in names]
+    watched = dict.fromkeys([*(entry.witness for entry in norms), *(pair.second for pair in pairs)])
+    seen = capture(stream, index, ((name,) for name in watched), make)
     sample = stream.states[:1]
     before = stream.through(index, sample)[0]
-    for entry in architecture.norm_linears:
-        # A linear that stays 16-bit must stay as it is, so its norm does too.
-        if not all(name in names for name in entry.linears):
-            continue
-        scales = search(entry.linears, seen[entry.linears[0]], None)
+    for entry in norms:
+        scales = search(entry.linears, seen[entry.witness,], None)
         if scales is None:
             continue
         fold_norm(
             layer.get_submodule(entry.norm),
-            [layer.get_submodule(name) for name in entry.linears],
+            [layer.get_submodule(name) for name in (*entry.linears, *entry.routers)],
             scales,
             offset=architecture.norm_offset,
             dtype=dtype or weights.get(f"{prefix}{entry.norm}.weight").dtype,
         )
-    for pair in architecture.linear_linears:
-        if pair.first not in names or pair.second not in names:
-            continue
+    for pair in pairs:
+        if not seen[pair.second,].tokens:
+            continue  # an expert that no token reached
         first, second = layer.get_submodule(pair.first), layer.get_submodule(pair.second)
         rows, share = pair_channels(config, pair, first, second)
-        scales = search((pair.second,), seen[pair.second], share)
+        scales = search((pair.second,), seen[pair.second,], share)
         if scales is not None:
             fold_linear(first, second, scales, rows=rows, share=share)
     added = (before - sample[0]).norm().clamp(min=torch.finfo(torch.float32).tiny)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qkern.checkpoints import format_named
 from qkern.errors import InputError, UnsupportedError
-from qkern.models import column_weight, is_router, role
-from qkern.nn import named_linears
+from qkern.models import column_weight, is_router
+from qkern.nn import named_linears, role
 from qkern.ops.gguf_types import GGUFType
 from qkern.search.assignment import KEPT, parse_choice, spell_choice
 from qkern.search.space import EMBEDDING, Gene, Space
