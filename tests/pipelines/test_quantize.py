@@ -19,7 +19,8 @@ from qkern.quantizers import GPTQConfig, HessianAccumulator, columns, quantize_g
 from qkern.schemes import Scheme
 
 IDS = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(1))
-ALL = (*known_architectures(), "gpt_neox")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")  # in test_experts.py
+ALL = (*(known for known in known_architectures() if known not in MIXTURES), "gpt_neox")
 
 
 def logits(model):
@@ -305,25 +306,6 @@ def test_tied_head_cannot_be_quantized(tiny):
         quantize(tiny("qwen2"), method="rtn", include=["lm_head"])
 
 
-def test_experts_in_three_dimensions_are_refused_by_name(tiny, tmp_path):
-    model = tiny("mixtral")
-    model.save_pretrained(tmp_path / "model")
-    for source in (model, tmp_path / "model"):
-        with pytest.raises(
-            UnsupportedError, match=r"4 3-D .* model\.layers\.0\.mlp\.experts\.gate_up_proj"
-        ) as info:
-            quantize(source, method="rtn")
-        assert "skip=['experts']" in str(info.value)
-    report = quantize(
-        tmp_path / "model", scheme="w4g32", calibration=IDS, skip=["experts"], output=tmp_path / "out"
-    )
-    assert len(report.layers) == 8
-    assert "no plain linear" in report.kept["model.layers.0.mlp.experts"]
-    assert "no plain linear" in report.kept["model.layers.1.mlp.gate"]
-    returned = quantize(model, scheme="w4g32", calibration=IDS, skip=["experts"])
-    assert torch.equal(logits(load(tmp_path / "out")), logits(returned))
-
-
 class Expert(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -362,8 +344,7 @@ def test_experts_as_modules_are_quantized(tiny, method):
     assert len(report.layers) == 2 * (4 + 6)
     assert report.kept["model.layers.0.mlp.gate"] == "router"
     notes = report.layers["model.layers.0.mlp.experts.2.up"].notes
-    assert len(notes) == 1
-    assert "no activation" in notes[0] or "no calibration token" in notes[0]
+    assert notes == ("rounded to nearest: no calibration token reached it",)
     assert not report.layers["model.layers.0.mlp.experts.1.up"].notes
     # Named, the router is quantized too.
     named = quantize(model, method="rtn", scheme="w4g32z", include=["gate"])
