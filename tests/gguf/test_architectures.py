@@ -10,8 +10,9 @@ import gguf
 from qkern.checkpoints import CheckpointWriter
 from qkern.errors import FormatError, UnsupportedError
 from qkern.gguf import ARCHITECTURES, GGUFFile
+from qkern.nn import quant_linears
 from qkern.ops import dequantize_groupwise, quantize_groupwise
-from qkern.pipelines import export_gguf
+from qkern.pipelines import export_gguf, load, quantize
 from qkern.schemes import Scheme
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -293,3 +294,19 @@ def test_experts_of_a_quantized_checkpoint(model_folder, tmp_path):
         weights = dict(file.state_dict())
     assert all(torch.equal(weights[name], expected[name]) for name in weights if ".experts." in name)
     assert all(exact for name, exact in report.exact.items() if "_exps" in name)
+
+
+@pytest.mark.parametrize("model_type", FUSED)
+def test_codes_of_quantized_experts_are_kept(model_type, model_folder, tmp_path):
+    sizes = {} if model_type == "mixtral" else {"moe_intermediate_size": 64}
+    folder, _ = model_folder(model_type, hidden_size=128, shared_expert_intermediate_size=64, **sizes)
+    ids = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
+    quantize(folder, scheme="w4g32", calibration=ids, output=tmp_path / "quantized")
+    export_gguf(tmp_path / "quantized", tmp_path / "model.gguf", "q4_0")
+    with GGUFFile(tmp_path / "model.gguf") as file:
+        written = dict(file.state_dict())
+    linears = quant_linears(load(tmp_path / "quantized"))
+    experts = [name for name in linears if ".experts." in name]
+    assert len(experts) == 2 * 4 * 3
+    for name in experts:
+        assert torch.equal(written[f"{name}.weight"], linears[name].dequantize()), name

@@ -6,10 +6,10 @@ import torch
 from qkern.checkpoints import format_named
 from qkern.errors import InputError, UnsupportedError
 from qkern.models import column_weight, describe
-from qkern.nn import named_linears
+from qkern.nn import named_linears, unfuse_experts
 from qkern.ops import gguf_encode
 from qkern.quantizers import quantize_rtn
-from qkern.search import RUNTIMES, make_space, runtime_named, stored_bits, tied_linears
+from qkern.search import RUNTIMES, STACKED, make_space, runtime_named, stored_bits
 
 
 @pytest.mark.parametrize("spelling", ["w2g16", "w2g64", "w3g32", "w4g32z", "w8", "w4", "w3z"])
@@ -71,15 +71,25 @@ def test_rules_of_vllm():
     assert "zero points with 4 and 8 bits alone" in vllm.refusal("w3g128z", 64, 256)
 
 
-def test_experts_of_their_own_share_a_choice(tiny):
-    structure = describe(tiny("llama"))
-    names = [
-        f"model.layers.0.mlp.experts.{e}.{part}" for e in range(3) for part in ("gate_proj", "down_proj")
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+def test_experts_that_do_the_same_share_a_choice(tiny, model_type):
+    model = tiny(model_type, hidden_size=128, intermediate_size=256, moe_intermediate_size=256)
+    unfuse_experts(model)
+    experts = {name for name in named_linears(model) if name.startswith("model.layers.0.mlp.experts.")}
+    assert len(experts) == 4 * 3
+
+    def chosen(runtime, *alleles):
+        space, kept = space_of(model, runtime, alleles)
+        return [set(gene.names) for gene in space.genes if experts.intersection(gene.names)], kept
+
+    genes, _ = chosen("torch", "w4g32")
+    assert genes == [
+        {n for n in experts if n.endswith(part)} for part in ("gate_proj", "up_proj", "down_proj")
     ]
-    names += ["model.layers.0.self_attn.o_proj"]
-    fused = tied_linears(names, structure, runtime_named("vllm"), head=False, kept={})
-    assert [group for _, group in fused] == [tuple(names[:-1]), (names[-1],)]
-    assert len(tied_linears(names, structure, runtime_named("torch"), head=False, kept={})) == len(names)
+    assert chosen("vllm", "w4g128")[0] == [experts]
+    genes, kept = chosen("gguf", "q4_0")
+    assert not genes
+    assert {kept[name] for name in experts} == {STACKED}
 
 
 def test_what_a_runtime_cannot_load_is_no_allele(tiny):

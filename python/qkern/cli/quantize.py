@@ -196,6 +196,7 @@ def _print(report: QuantizationReport) -> None:
         "scheme": report.scheme,
         "format": report.format or "16-bit",
         "linears": f"{len(report.layers)} quantized, {len(report.kept)} kept 16-bit",
+        "parameters": f"{report.kept_parameters:,} stay 16-bit",
         "bits per weight": f"{report.bpw_linear:.3f}",
         "relative error": f"mean {report.mean_error:.2e}"
         + ("" if worst is None else f", worst {worst[1].error:.2e} ({worst[0]})"),
