@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import qkern
 from qkern.checkpoints import QuantizedCheckpoint, TensorFolder
 from qkern.errors import FormatError, InputError, UnsupportedError
-from qkern.models import stored_name
+from qkern.models import inject, stored_name
 from qkern.nn import compute_mode, expert_parameters, named_linears, quant_linears, unfuse_experts
 from qkern.ops import dequantize_groupwise
 from qkern.pipelines.checks import strangers
@@ -205,6 +205,28 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_named(tiny, tmp_path, ca
         # One token says little of an expert, and the damping keeps its weights near what they were.
         change = (loaded[name].dequantize() - weight).square().sum()
         assert change < 2 * (dequantize_groupwise(rounded) - weight).square().sum()
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_scales_are_folded_into_experts_and_routers(tiny, tmp_path, model_type):
+    model = inject(tiny(model_type, num_experts_per_tok=4))
+    before, options = (
+        logits(model),
+        {"method": "awq", "scheme": "w3g32z", "calibration": IDS, "skip": ["layers.1"]},
+    )
+    qkern.quantize(model, **options, scale_only=True, output=tmp_path / "out")
+    folded = qkern.load(tmp_path / "out")  # by transformers
+    assert torch.allclose(logits(folded), before, rtol=1e-4, atol=1e-4)
+    unfuse_experts(folded)
+    changed = {
+        name
+        for name, value in folded.state_dict().items()
+        if not torch.equal(value, model.state_dict()[name])
+    }
+    owner = "model.layers.0.mlp"
+    linears = {f"{owner}.experts.{e}.{part}_proj.weight" for e in range(4) for part in ("gate", "up", "down")}
+    assert linears | {f"{owner}.gate.weight", "model.layers.0.post_attention_layernorm.weight"} <= changed
+    assert not any(name.startswith("model.layers.1.") for name in changed)
 
 
 def test_assignments_name_experts_by_pattern(folder, tmp_path):
