@@ -52,6 +52,8 @@ class Weights:
         ------
         InputError
             If it holds NaN or Inf.
+        FormatError
+            If the stack that it is a part of has another shape.
         """
         stored = self.names[name]
         if isinstance(stored, str):
