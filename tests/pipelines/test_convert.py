@@ -286,7 +286,7 @@ def test_interrupted_write_leaves_nothing(quantized, tmp_path, monkeypatch):
                 raise OSError(errno.ENOSPC, "No space left on device")
             self._shards.add(name, tensor)
 
-    monkeypatch.setattr(CheckpointWriter, "add_tensor", full)
+    monkeypatch.setattr(CheckpointWriter, "_add", full)
     with pytest.raises(OutputError, match="free space"):
         qkern.convert(quantized("w4g32", "gptq"), tmp_path / "out", "awq")
     assert len(writes) == 20

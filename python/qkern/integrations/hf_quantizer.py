@@ -24,7 +24,7 @@ from qkern.checkpoints import bitsandbytes_details, decode_layer, detect, model_
 from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
 from qkern.integrations.hf_config import STORED, WRITTEN, QkernConfig, StoredConfig
 from qkern.models import column_weight, describe, fuse_forwards
-from qkern.nn import QuantLinear, named_linears, quant_linears, replace_linears
+from qkern.nn import QuantLinear, expert_parameters, named_linears, quant_linears, replace_linears
 from qkern.nn.linear import is_conv1d
 from qkern.pipelines import quantize
 from qkern.pipelines.checks import find_targets, target_names
@@ -459,6 +459,13 @@ class LoadTimeQuantizer(QkernQuantizer):
         tied = f"{structure.head}.{WEIGHT}" in model.all_tied_weights_keys
         named = [options.get(name, ()) for name in ("skip", "include")]
         skip, include = ((names,) if isinstance(names, str) else names for names in named)
+        if experts := expert_parameters(model, skip=skip):
+            raise UnsupportedError(
+                f"transformers holds experts as 3-D parameters, which are not quantized on loading: got "
+                f"{', '.join(experts[:4])}{', ...' if len(experts) > 4 else ''}; quantize the folder with "
+                "qkern.quantize and load the result with qkern.load, or leave them 16-bit with "
+                "skip=['experts']"
+            )
         self.settings, targets = find_targets(
             model, replace(structure, tied=tied), self.settings, options.get("assignment"), skip, include
         )
