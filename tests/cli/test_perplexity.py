@@ -37,7 +37,7 @@ def test_folder(capsys, text):
     assert result["tokens"] == len(ids)
     assert result["windows"] == len(ids) // WINDOW
     assert result["scored_tokens"] == result["windows"] * (WINDOW // 2 - 1)
-    assert (result["runner"], result["compute"], result["window"]) == ("qkern", "float", WINDOW)
+    assert (result["runner"], result["compute"], result["window"]) == ("qkern", "as the schemes say", WINDOW)
     assert 0 < result["standard_error"] < result["perplexity"]
 
     code, out, _ = run(capsys, MODEL, "--text", text, "--window", WINDOW)

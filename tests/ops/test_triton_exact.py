@@ -400,19 +400,6 @@ def test_int8_products_autotune(monkeypatch):
     assert state.tuned == {(16, torch.int8): replace(int8_host.config(3), rows=8, warps=8)}
 
 
-if LATE:
-    for name in [name for name in globals() if name.startswith("test_")]:
-        del globals()[name]
-
-    @pytest.mark.timeout(900)
-    def test_in_a_process_whose_triton_interprets():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        result = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
-        )
-        assert result.returncode == 0, result.stdout
-
-
 @pytest.mark.parametrize("spelling", ["w2g16", "w3g32z", "w4g7z", "w8t", "w4tz", "nf4g32"])
 def test_codes_on_a_grid_that_is_given(spelling):
     for shape in ((9, 70), (2, 3, 33)):
@@ -428,3 +415,16 @@ def test_codes_on_a_grid_that_is_given(spelling):
         assert torch.equal(ours.codes.cpu(), expected.codes)
         assert torch.equal(ours.scales.cpu(), found.scales)
         assert found.zeros is None or torch.equal(ours.zeros.cpu(), found.zeros)
+
+
+if LATE:
+    for name in [name for name in globals() if name.startswith("test_")]:
+        del globals()[name]
+
+    @pytest.mark.timeout(900)
+    def test_in_a_process_whose_triton_interprets():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
+        )
+        assert result.returncode == 0, result.stdout

@@ -204,14 +204,6 @@ def test_scoring_in_fp32_that_does_not_fit_is_said(tmp_path, monkeypatch):
     assert "score" in merged(task_of(MODEL, tmp_path, dtype=None))
 
 
-def test_activations_are_quantized_where_the_scheme_says_so():
-    model = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(2))
-    qkern.replace_linears(model, "w8a8", modules=["0"])
-    qkern.replace_linears(model, "w4g32", modules=["1"])
-    contestant._keep_activations(model)
-    assert [layer.compute for layer in model] == ["int8", "float"]
-
-
 def test_what_does_not_fit_in_memory_is_not_tried(models, monkeypatch):
     monkeypatch.setattr(module, "available_bytes", lambda: 3_000_000)
     monkeypatch.setattr(module, "_measured", lambda row, task, progress: row)
