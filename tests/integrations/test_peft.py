@@ -197,16 +197,21 @@ def test_checkpointing_gives_the_same_gradients(fresh: Callable[..., Any]) -> No
         assert torch.equal(plain, checkpointed)
 
 
+def trained_by_trainer(model: Any, folder: Path, steps: int) -> Any:
+    """Result of the Trainer, which leaves a checkpoint of the last step in `folder`."""
+    data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, learning_rate=1e-2, use_cpu=True, report_to="none"
+    )
+    return Trainer(model=model, args=arguments, train_dataset=data).train()
+
+
 def test_trainer_trains_the_adapter_alone(fresh: Callable[..., Any], tmp_path: Path) -> None:
     base = prepare_model_for_kbit_training(fresh("w4g32", torch.bfloat16))
     before = form(base)
     model = get_peft_model(base, config(lora_dropout=0.1))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2, use_cpu=True, report_to="none"
-    )
-    result = Trainer(model=model, args=arguments, train_dataset=data).train()
+    result = trained_by_trainer(model, tmp_path, 2)
     assert result.global_step == 2
     assert 0 < result.training_loss < 20
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
@@ -217,6 +222,19 @@ def test_trainer_trains_the_adapter_alone(fresh: Callable[..., Any], tmp_path: P
     )
     saved = PeftModel.from_pretrained(fresh("w4g32", torch.float32), str(tmp_path / "checkpoint-2"))
     assert logits(saved).isfinite().all()
+
+
+def test_trainer_saves_the_adapter_of_transformers(fresh: Callable[..., Any], tmp_path: Path) -> None:
+    model = fresh()
+    model.add_adapter(config(target_modules=["q_proj"]))
+    trained_by_trainer(model, tmp_path, 1)
+    folder = tmp_path / "checkpoint-1"
+    assert not (folder / "model.safetensors").exists()
+    assert len(load_file(folder / "adapter_model.safetensors")) == 2 * 2
+    again = fresh()
+    again.load_adapter(str(folder))
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+    assert not torch.equal(logits(again), logits(fresh()))
 
 
 def test_biases_are_trained_where_asked(fresh: Callable[..., Any]) -> None:
@@ -430,6 +448,8 @@ def test_dense_merge_is_a_16_bit_model_to_quantize_again(fresh: Callable[..., An
         assert torch.equal(parameter, exact.get_parameter(name).to(torch.bfloat16)), name
     assert report.model.config.dtype == torch.bfloat16
     qkern.save(report.model, tmp_path / "dense")
+    report.model.save_pretrained(tmp_path / "theirs", variant="bf16")  # which no model of `load` takes
+    assert (tmp_path / "theirs" / "model.bf16.safetensors").is_file()
     calibration = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(1))
     for source in (report.model, tmp_path / "dense"):
         again = qkern.quantize(source, method="gptq", scheme="w4g32", calibration=calibration)

@@ -525,3 +525,5 @@ def test_save_pretrained_of_a_loaded_model_is_save(tmp_path: Path) -> None:
         assert torch.equal(load(tmp_path / folder)(IDS).logits, loaded(IDS).logits)
     with pytest.raises(InputError, match=r"takes save_directory and max_shard_size: got push_to_hub"):
         loaded.save_pretrained(tmp_path / "fourth", push_to_hub=True)
+    loaded.save_pretrained(tmp_path / "fourth", is_main_process=False)
+    assert not (tmp_path / "fourth").exists()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 import qkern
@@ -188,6 +189,25 @@ def test_training_goes_on_from_gptq(tiny, spelling):
     assert losses[-1] < losses[0]
     convert_qat(model)
     assert all(isinstance(layer, QuantLinear) for layer in quant_linears(model).values())
+
+
+def test_trainer_saves_a_loaded_model_in_training(tiny, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    quantize(tiny("llama"), method="rtn", scheme="w4g32", output=tmp_path / "quantized")
+    model = load(tmp_path / "quantized", dtype=torch.float32)
+    prepare_qat(model, "w4g32", learn_scales=True)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=1, learning_rate=1e-2, use_cpu=True, report_to="none"
+    )
+    data = [{"input_ids": row, "labels": row} for row in IDS]
+    assert Trainer(model=model, args=arguments, train_dataset=data).train().global_step == 1
+    stored = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(stored[name], tensor), name
+    convert_qat(model)
+    model.save_pretrained(tmp_path / "trained")
+    assert torch.equal(logits(load(tmp_path / "trained", dtype=torch.float32)), logits(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

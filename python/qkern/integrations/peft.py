@@ -383,7 +383,9 @@ def merge(
         for name, linear in quant_linears(merged).items():
             merged.set_submodule(name, linear.to_linear(dtype))
         merged.config.dtype = dtype
+        # What made it a model of `qkern.load`.
         merged.is_loaded_in_8bit = False
+        vars(merged).pop("save_pretrained", None)
     kept = config_dtype(merged.config)
     for parameter in merged.parameters():
         # Not merged.to(dtype), which would round the rotary frequencies.

@@ -318,22 +318,36 @@ def mark_quantized(model: Any) -> None:
 
 
 def save_pretrained(
-    self: Any, save_directory: str | Path, *, max_shard_size: int | str = "5GB", **options: Any
+    self: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    *,
+    max_shard_size: int | str = "5GB",
+    **options: Any,
 ) -> None:
     """Write a loaded quantized model with `qkern.save`, in the place of transformers' method.
+
+    That one writes what `qkern.save` does not: the adapters alone of a model that has some by
+    ``add_adapter``, and a model that has no quantized layers any more, which may be in training.
 
     Raises
     ------
     InputError
         On options of transformers' method that have no meaning here, and as `qkern.save` does.
     """
+    has_codes = any(isinstance(module, QuantModule) for module in self.modules())
+    if getattr(self, "_hf_peft_config_loaded", False) or not has_codes:
+        theirs = type(self).save_pretrained
+        theirs(self, save_directory, is_main_process, max_shard_size=max_shard_size, **options)
+        return
     extra = sorted(name for name, value in options.items() if value and name != "safe_serialization")
     if extra:
         raise InputError(
             f"save_pretrained of a model with QuantLinear takes save_directory and max_shard_size: got "
             f"{', '.join(extra)}; use qkern.save"
         )
-    save(self, save_directory, max_shard_size=max_shard_size)
+    if is_main_process:
+        save(self, save_directory, max_shard_size=max_shard_size)
 
 
 def config_dtype(config: Any) -> torch.dtype | None:
