@@ -391,6 +391,19 @@ def test_adapters_merged_in_turn_are_rounded_once(fresh: Callable[..., Any]) -> 
     assert_same(form(model), in_turn)
 
 
+def test_what_is_merged_already_is_taken_out_first(tiny: Callable[..., Any]) -> None:
+    base = tiny("llama")
+    qkern.replace_linears(base, "w8", skip=("lm_head", "*.layers.0.*"))
+    expected = qpeft.merge(adapted(copy.deepcopy(base))).model.state_dict()
+    model = adapted(adapted(base), "second", seed=1)
+    model.merge_adapter(["second"])
+    found = qpeft.merge(model, adapter_names=["default"]).model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        # Of a dense weight PEFT subtracts what it had added.
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+
+
 def test_an_adapter_that_does_nothing_changes_no_bit(fresh: Callable[..., Any]) -> None:
     expected = form(fresh("w3g32"))
     report = qpeft.merge(get_peft_model(fresh("w3g32"), config()))

@@ -26,7 +26,11 @@ try:
     from peft.tuners.lora import LoraModel
     from peft.tuners.lora.layer import Linear
     from peft.tuners.lora.variants import DoraLinearVariant
-    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_adapters_to_merge
+    from peft.tuners.tuners_utils import (
+        BaseTunerLayer,
+        _maybe_include_all_linear_layers,
+        check_adapters_to_merge,
+    )
 except ImportError as error:
     raise ImportError(f"adapters need PEFT 0.21 or later: pip install 'qkern[peft]' ({error})") from error
 
@@ -334,7 +338,7 @@ def merge(
     model : PeftModel
         Over a transformers model with `QuantLinear`; it is used up.
     adapter_names : sequence of str, optional
-        Default: those that are active.
+        Default: those that are active. What is merged already is taken out first.
     dtype : torch.dtype, optional
         fp32, fp16 or bf16: decode every quantized linear and leave the whole model in this dtype, which
         loses less than rounding to nearest if the result is then given to `qkern.quantize` with GPTQ.
@@ -373,9 +377,9 @@ def merge(
         )
     layers: dict[str, MergedLayer] = {}
     for layer in base.modules():
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            layer.unmerge()
         if isinstance(layer, LoraQuantLinear):
-            if layer.merged:
-                layer.unmerge()
             layer.merge_dtype, layer.merge_report = dtype, layers
     del layer  # no layer is held here, so that each goes, with its old base, once it is merged
     merged: Any = model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
