@@ -512,6 +512,31 @@ def test_a_broken_adapter_is_not_merged(fresh: Callable[..., Any], safe_merge: b
     assert_same(form(model), before)
 
 
+def computing_in_float(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose quantized linears do not look at that mode."""
+    model = copy.deepcopy(model).eval()
+    for linear in quant_linears(model).values():
+        linear.compute = "float"
+    return model
+
+
+def test_base_of_a_merged_layer_is_trained_evaluated_and_moved_too(fresh: Callable[..., Any]) -> None:
+    model = adapted(fresh())
+    inference = logits(model)
+    training = logits(model.train())
+    model.merge_adapter()
+    assert torch.equal(logits(model), logits(computing_in_float(model)))
+    model.eval().unmerge_adapter()
+    assert torch.equal(logits(model), inference)
+    model.merge_adapter()
+    model.train().unmerge_adapter()
+    assert torch.equal(logits(model), training)
+    model.merge_adapter()
+    model.to("meta").unmerge_adapter()
+    for linear in quant_linears(model).values():
+        assert linear.quantized().codes.is_meta
+
+
 def test_unmerging_nothing_warns_as_peft_does(fresh: Callable[..., Any]) -> None:
     layer = adapted(fresh()).base_model.model.model.layers[0].self_attn.q_proj
     with pytest.warns(UserWarning, match="Already unmerged"):

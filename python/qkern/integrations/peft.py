@@ -10,7 +10,7 @@ import copy
 import logging
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ except ImportError as error:
     raise ImportError(f"adapters need PEFT 0.21 or later: pip install 'qkern[peft]' ({error})") from error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["LoraQuantLinear", "MergeReport", "MergedLayer", "QuantLoraModel", "merge"]
 
@@ -234,8 +234,8 @@ class LoraQuantLinear(Linear):  # type: ignore[misc]
             merged = QuantLinear.from_quantized(
                 quantized, total.bias, None if base.bias is None else base.bias.dtype
             )
+            merged.training, merged._trains = base.training, base._trains
             merged.compute = base.compute
-            merged.training = base.training
             scheme, values = str(base.scheme), merged.dequantize()
         else:
             merged = total.to(self.merge_dtype)
@@ -252,9 +252,23 @@ class LoraQuantLinear(Linear):  # type: ignore[misc]
         if self._merge is None:
             super().unmerge()  # which warns
             return
-        device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
-        self.base_layer = self.unmerged.to(device)
+        self.base_layer = self.unmerged
         self.merged_adapters, self._merge = [], None
+
+    # While something is merged, the base is no child, as a model would store and count it then.
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module's, of the unmerged base too."""
+        if self._merge is not None:
+            self._merge.base.train(mode)
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraQuantLinear:
+        if self._merge is not None:
+            self._merge.base._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
 
 class _Dora(DoraLinearVariant):  # type: ignore[misc]
