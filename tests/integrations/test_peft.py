@@ -537,6 +537,36 @@ def test_base_of_a_merged_layer_is_trained_evaluated_and_moved_too(fresh: Callab
         assert linear.quantized().codes.is_meta
 
 
+def test_a_merge_that_fails_leaves_the_layers_to_peft(
+    fresh: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(fresh())
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    whole = layer.lora_B["default"].weight.detach().clone()
+    layer.merge()
+    layer.lora_B["default"].weight.data[3] = torch.nan
+    with pytest.raises(InputError, match=r"layers\.1\.self_attn\.q_proj: the adapter default has NaN"):
+        qpeft.merge(model, dtype=torch.bfloat16)
+    assert layer.merged
+    assert len(quant_linears(model)) == 14
+    layer.lora_B["default"].weight.data.copy_(whole)
+    monkeypatch.setattr(type(layer), "dense", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        qpeft.merge(model, dtype=torch.bfloat16)
+    monkeypatch.undo()
+    model.merge_adapter()
+    assert isinstance(layer.base_layer, QuantLinear)
+    assert layer.merge_report is None
+
+
+def test_a_broken_adapter_that_is_not_active_is_no_hindrance(fresh: Callable[..., Any]) -> None:
+    model = adapted(adapted(fresh(), "first"), "second", seed=1)
+    model.base_model.model.model.layers[1].self_attn.q_proj.lora_B["second"].weight.data[3] = torch.inf
+    with pytest.raises(InputError, match="the adapter second has NaN or Inf"):
+        qpeft.merge(model, adapter_names=["first", "second"])
+    assert len(qpeft.merge(model).layers) == 14
+
+
 def test_unmerging_nothing_warns_as_peft_does(fresh: Callable[..., Any]) -> None:
     layer = adapted(fresh()).base_model.model.model.layers[0].self_attn.q_proj
     with pytest.warns(UserWarning, match="Already unmerged"):

@@ -367,9 +367,10 @@ def merge(
     Raises
     ------
     InputError
-        If `model` is no PeftModel with LoRA, has no such adapter, or a scale overflows its dtype.
+        If `model` is no PeftModel with LoRA or has no such adapter, or an adapter has NaN or Inf; nothing is
+        touched then. Also if a scale overflows its dtype; layers before it are merged already.
     ValueError
-        Of PEFT's, if a merged weight has NaN or Inf; layers before it are merged already.
+        Of PEFT's, if a sum of base and adapters overflows; layers before it are merged already.
     UnsupportedError
         If `dtype` is given for a model with a quantized embedding.
     """
@@ -389,14 +390,18 @@ def merge(
             "a quantized embedding is not decoded by merge: leave dtype out, or put the adapter on a model "
             "whose embedding is 16-bit"
         )
+    _refuse_nonfinite(base, adapter_names or model.active_adapters)
     layers: dict[str, MergedLayer] = {}
     for layer in base.modules():
         if isinstance(layer, BaseTunerLayer) and layer.merged:
             layer.unmerge()
-        if isinstance(layer, LoraQuantLinear):
-            layer.merge_dtype, layer.merge_report = dtype, layers
-    del layer  # no layer is held here, so that each goes, with its old base, once it is merged
-    merged: Any = model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
+    _tell_layers(base, dtype, layers)
+    # No layer is held here, so that each goes, with its old base, once it is merged.
+    del layer
+    try:
+        merged: Any = model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
+    finally:
+        _tell_layers(base, None, None)
     if dtype is not None:
         for name, linear in quant_linears(merged).items():
             merged.set_submodule(name, linear.to_linear(dtype))
@@ -411,6 +416,23 @@ def merge(
             parameter.data = parameter.data.to(kept)
     _warn_of_lost_updates(layers)
     return MergeReport(model=merged, layers=layers)
+
+
+def _refuse_nonfinite(model: nn.Module, adapters: Sequence[str]) -> None:
+    for name, parameter in model.named_parameters():
+        layer, _, part = name.partition(".lora_")
+        adapter = part.partition(".")[2].partition(".")[0]  # of A.default.weight, say
+        if adapter in adapters and not parameter.isfinite().all():
+            raise InputError(
+                f"{layer}: the adapter {adapter} has NaN or Inf values in lora_{part}, with which every output "
+                "would be NaN: take a checkpoint from before; nothing was merged"
+            )
+
+
+def _tell_layers(model: nn.Module, dtype: torch.dtype | None, report: dict[str, MergedLayer] | None) -> None:
+    for layer in model.modules():
+        if isinstance(layer, LoraQuantLinear):
+            layer.merge_dtype, layer.merge_report = dtype, report
 
 
 def _warn_of_lost_updates(layers: Mapping[str, MergedLayer]) -> None:
