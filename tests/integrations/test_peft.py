@@ -579,18 +579,30 @@ def test_unmerging_nothing_warns_as_peft_does(fresh: Callable[..., Any]) -> None
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' reads or changes the dense weight"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported over QuantLinear"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal'"),
         ({"use_qalora": True}, "use_qalora"),
         ({"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
         ({"modules_to_save": ["o_proj"]}, r"modules_to_save .* model.layers.0.self_attn.o_proj"),
+        ({"modules_to_save": ["mlp"]}, r"modules_to_save .* model.layers.0.mlp, model.layers.1.mlp;"),
     ],
 )
-def test_what_needs_a_dense_base_is_refused_by_name(
+def test_what_codes_do_not_support_is_refused_by_name(
     fresh: Callable[..., Any], options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=words):
         get_peft_model(fresh(), config(**options))
+
+
+def test_modules_without_codes_are_trained_whole(fresh: Callable[..., Any]) -> None:
+    model = get_peft_model(fresh(), config(modules_to_save=["lm_head", "embed_tokens"]))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert len(trained) == 2
+    model = fresh()
+    model.model.embed_tokens = QuantEmbedding.from_embedding(model.model.embed_tokens, "w4g32")
+    with pytest.raises(UnsupportedError, match=r"modules_to_save .* model\.embed_tokens;"):
+        get_peft_model(model, config(modules_to_save=["embed_tokens"]))
 
 
 def test_other_models_are_left_to_peft(tiny: Callable[..., Any]) -> None:

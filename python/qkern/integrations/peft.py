@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qkern.errors import InputError, UnsupportedError
 from qkern.nn import QuantEmbedding, QuantLinear, quant_linears
+from qkern.nn.state import QuantModule
 from qkern.pipelines.load import config_dtype
 from qkern.quantizers import requantize
 from qkern.schemes import FLOAT_DTYPES
@@ -41,7 +42,7 @@ __all__ = ["LoraQuantLinear", "MergeReport", "MergedLayer", "QuantLoraModel", "m
 
 logger = logging.getLogger(__name__)
 
-# All others read the dense base weight, and most change it, which codes cannot follow.
+# All others ask the base for its dense weight, and most change it, which codes cannot follow.
 INITIALIZATIONS = (True, False, "gaussian")
 
 
@@ -161,12 +162,12 @@ class LoraQuantLinear(Linear):  # type: ignore[misc]
         Raises
         ------
         UnsupportedError
-            On an initialization or a variant that needs the dense base weight.
+            On an initialization or a variant that is not supported over codes.
         """
         if config.init_lora_weights not in INITIALIZATIONS:
             raise UnsupportedError(
-                f"init_lora_weights={config.init_lora_weights!r} reads or changes the dense weight that "
-                f"QuantLinear does not have: allowed are {', '.join(map(repr, INITIALIZATIONS))}"
+                f"init_lora_weights={config.init_lora_weights!r} is not supported over QuantLinear: allowed "
+                f"are {', '.join(map(repr, INITIALIZATIONS))}"
             )
         try:
             if config.use_qalora:
@@ -321,11 +322,15 @@ class QuantLoraModel(LoraModel):  # type: ignore[misc]
 
 def _refuse_to_train(config: LoraConfig, model: nn.Module) -> None:
     keys = tuple(config.modules_to_save or ())
-    named = [name for name in quant_linears(model) if name.endswith(keys)] if keys else []
+    named = [
+        name
+        for name, module in model.named_modules()
+        if name.endswith(keys) and any(isinstance(part, QuantModule) for part in module.modules())
+    ]
     if named:
         raise UnsupportedError(
-            f"modules_to_save names quantized linears, whose codes cannot be trained: {', '.join(named)}; "
-            "name them in target_modules, or keep them 16-bit (skip=) when quantizing"
+            "modules_to_save names quantized layers, or modules that hold some, and codes cannot be trained: "
+            f"{', '.join(named)}; name linears in target_modules, or keep them 16-bit (skip=) when quantizing"
         )
 
 
@@ -424,8 +429,8 @@ def _refuse_nonfinite(model: nn.Module, adapters: Sequence[str]) -> None:
         adapter = part.partition(".")[2].partition(".")[0]  # of A.default.weight, say
         if adapter in adapters and not parameter.isfinite().all():
             raise InputError(
-                f"{layer}: the adapter {adapter} has NaN or Inf values in lora_{part}, with which every output "
-                "would be NaN: take a checkpoint from before; nothing was merged"
+                f"{layer}: the adapter {adapter} has NaN or Inf values in lora_{part}, with which every "
+                "output would be NaN: take a checkpoint from before; nothing was merged"
             )
 
 
