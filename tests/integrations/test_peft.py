@@ -627,9 +627,19 @@ def test_merge_refuses_what_it_cannot_merge(fresh: Callable[..., Any]) -> None:
 
 def test_verbs_refuse_a_model_with_adapters(fresh: Callable[..., Any], tmp_path: Path) -> None:
     model = adapted(fresh())
-    for verb in (lambda: qkern.save(model, tmp_path / "never"), lambda: qkern.quantize(model, method="rtn")):
+    native = fresh()
+    native.add_adapter(config())
+    verbs = (
+        lambda model: qkern.save(model, tmp_path / "never"),
+        lambda model: qkern.quantize(model, method="rtn"),
+        lambda model: qkern.prepare_qat(model, "w4g32z", learn_scales=True),
+        qkern.convert_qat,
+    )
+    for verb in verbs:
         with pytest.raises(InputError, match=r"adapters of PEFT \(default\): merge them first"):
-            verb()
+            verb(model)
+        with pytest.raises(InputError, match=r"adapters of PEFT \(default\)"):
+            verb(native)
     assert not (tmp_path / "never").exists()
 
 

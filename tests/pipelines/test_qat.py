@@ -122,6 +122,18 @@ def test_refusals_name_what_is_wrong(tiny):
         prepare_qat(model, "w4g32")
 
 
+def test_other_verbs_refuse_a_model_in_training(tiny, tmp_path):
+    model = tiny("llama")
+    prepare_qat(model, assignment={"q_proj": "w4g32"})
+    for verb in (
+        lambda: save(model, tmp_path / "never"),
+        lambda: quantize(model, method="rtn", scheme="w4g32", output=tmp_path / "never"),
+    ):
+        with pytest.raises(UnsupportedError, match=r"got 2 FakeQuantLinear, first model.*convert_qat"):
+            verb()
+    assert not (tmp_path / "never").exists()
+
+
 @pytest.mark.parametrize("learn_scales", [False, True])
 @pytest.mark.parametrize("spelling", ["w2g32", "w4g32z", "w3g48", "w4t", "w8a8", "nf4g16"])
 def test_converted_model_computes_what_was_trained(tiny, spelling, learn_scales):

@@ -13,7 +13,7 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.gguf import GGUFArchitecture, architecture_for
 from qkern.gguf.writer import check_new_file
 from qkern.models import Structure, column_weight, is_router
-from qkern.nn import lies_in, name_matches, named_linears, refuse_experts
+from qkern.nn import FakeQuantLinear, lies_in, name_matches, named_linears, refuse_experts
 from qkern.pipelines.layerwise import Settings
 from qkern.quantizers import GPTQConfig, default_search
 from qkern.quantizers.observers import checked_observer
@@ -42,6 +42,7 @@ __all__ = [
     "find_format",
     "find_targets",
     "refuse_adapters",
+    "refuse_training",
     "strangers",
     "target_names",
 ]
@@ -323,6 +324,22 @@ def refuse_adapters(model: Any) -> None:
         raise InputError(
             f"the model has adapters of PEFT ({', '.join(model.peft_config)}): merge them first with "
             "qkern.integrations.peft.merge, or save them beside the model with PEFT's save_pretrained"
+        )
+
+
+def refuse_training(model: nn.Module) -> None:
+    """Refuse a model with `FakeQuantLinear` layers, which no checkpoint format holds.
+
+    Raises
+    ------
+    UnsupportedError
+        If it has any.
+    """
+    trained = [name for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)]
+    if trained:
+        raise UnsupportedError(
+            f"no checkpoint format holds layers in training: got {len(trained)} FakeQuantLinear, first "
+            f"{trained[0]}; call qkern.convert_qat(model), or keep its state_dict"
         )
 
 

@@ -18,6 +18,7 @@ from qkern.nn import (
 )
 from qkern.nn.replace import UNTOUCHED, exchange, report_subclasses
 from qkern.ops.gguf_types import GGUFType
+from qkern.pipelines.checks import refuse_adapters
 from qkern.search import MixedPrecision, parse_choice, spell_choice
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def prepare_qat(
         On a layer that shares its weight, such as a tied head, on experts in 3-D parameters that
         `unfuse_experts` does not know and that are not left out, and as `FakeQuantLinear`.
     """
+    refuse_adapters(model)
     _refuse_prepared(model)
     if (scheme is None) == (assignment is None):
         raise InputError(
@@ -116,8 +118,9 @@ def convert_qat(model: nn.Module) -> MixedPrecision:
     Raises
     ------
     InputError
-        If there is nothing to convert, or a weight has NaN or Inf.
+        If there is nothing to convert, the model has adapters of PEFT, or a weight has NaN or Inf.
     """
+    refuse_adapters(model)
     layers = _prepared(model)
     if not layers:
         raise InputError(f"no FakeQuantLinear in {type(model).__name__}: call prepare_qat and train it first")

@@ -18,7 +18,6 @@ from qkern.checkpoints import (
 from qkern.errors import InputError, UnsupportedError
 from qkern.models import stored_name
 from qkern.nn import (
-    FakeQuantLinear,
     OutlierLinear,
     QuantEmbedding,
     QuantLinear,
@@ -27,7 +26,7 @@ from qkern.nn import (
     named_linears,
     quant_linears,
 )
-from qkern.pipelines.checks import default_format, refuse_adapters, strangers
+from qkern.pipelines.checks import default_format, refuse_adapters, refuse_training, strangers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -87,18 +86,13 @@ def save(
     """
     check_output(path, source=getattr(model, "name_or_path", None))
     refuse_adapters(model)
+    refuse_training(model)
     layers = quant_linears(model)
     embeddings = [name for name, module in model.named_modules() if isinstance(module, QuantEmbedding)]
     if embeddings:
         raise UnsupportedError(
             f"no checkpoint format holds quantized embeddings: got {', '.join(embeddings)}; "
             "keep them 16-bit, or export to GGUF"
-        )
-    trained = [name for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)]
-    if trained:
-        raise UnsupportedError(
-            f"no checkpoint format holds layers in training: got {len(trained)} FakeQuantLinear, first "
-            f"{trained[0]}; call qkern.convert_qat(model), or keep its state_dict"
         )
     skipped = [*(name for name in named_linears(model) if name not in layers), *strangers(model)]
     threshold = _threshold(layers, format)

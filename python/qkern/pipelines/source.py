@@ -16,7 +16,7 @@ from qkern.checkpoints import TensorFolder, model_folder, read_json
 from qkern.errors import FormatError, InputError
 from qkern.models import own_name, stored_name
 from qkern.nn import expert_parts, quant_linears, unfuse_experts
-from qkern.pipelines.checks import refuse_adapters
+from qkern.pipelines.checks import refuse_adapters, refuse_training
 from qkern.pipelines.load import COMPUTED, config_dtype, load_whole
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ def open_source(model: Any, *, headers: bool = False) -> Source:
     InputError
         If there is no such folder, its config names no architectures, or the model is already quantized
         or has adapters.
+    UnsupportedError
+        If layers of it are in training.
     FormatError
         If a file is damaged or a tensor is missing.
     """
@@ -144,6 +146,7 @@ def open_source(model: Any, *, headers: bool = False) -> Source:
 
 def _open_memory(model: Any) -> Source:
     refuse_adapters(model)
+    refuse_training(model)
     if quant_linears(model):
         raise InputError(
             f"{type(model).__name__} already has quantized linears: quantize the original 16-bit model"
