@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import qkern
 from qkern import FakeQuantLinear, InputError, QuantLinear, UnsupportedError
@@ -120,6 +121,33 @@ def test_refusals_name_what_is_wrong(tiny):
     prepare_qat(model, "w4g32")
     with pytest.raises(InputError, match=r"prepared already: model\.layers\.0"):
         prepare_qat(model, "w4g32")
+
+
+@pytest.mark.parametrize(
+    ("layer", "choice", "words"),
+    [
+        ("dense", "w4g32d", "w4g32d"),
+        ("dense", "q4_k", "blocks of 256"),
+        ("quantized", "w8", "its own scheme and scales"),
+        ("act_order", "w4g32", "group_index"),
+        ("conv1d", "q8_0", "Conv1D"),
+    ],
+)
+def test_nothing_is_prepared_when_the_last_layer_is_refused(layer, choice, words):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": nn.Linear(96, 96), "last": nn.Linear(96, 96)})
+    if layer == "conv1d":
+        model["last"] = Conv1D(96, 96)
+    if layer in ("quantized", "act_order"):
+        model["last"] = QuantLinear.from_linear(model["last"], "w4g32")
+    if layer == "act_order":
+        model["last"].group_index = torch.arange(96, dtype=torch.int32) // 32
+    is_gguf = "_" in choice
+    mixed = {"first": "q8_0" if is_gguf else "w4g32", "last": choice}
+    with pytest.raises((InputError, UnsupportedError), match=rf"last\.weight: .*{words}"):
+        prepare_qat(model, assignment=mixed, learn_scales=not is_gguf)
+    assert not prepared(model)
+    prepare_qat(model, assignment={"first": "w4g32"})
 
 
 def test_other_verbs_refuse_a_model_in_training(tiny, tmp_path):

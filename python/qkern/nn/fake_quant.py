@@ -130,11 +130,7 @@ class FakeQuantLinear(nn.Linear):
             As the class.
         """
         kind = scheme if isinstance(scheme, GGUFType) else as_scheme(scheme)
-        if isinstance(kind, GGUFType) and is_conv1d(linear):
-            raise UnsupportedError(
-                f"GGUF export takes no model with Conv1D layers: got one for {kind.name}; train on a scheme "
-                "such as w4g128"
-            )
+        _refuse_conv1d(linear, kind)
         made = cls(*weight_and_bias(linear), kind, **options)
         made.train(linear.training)
         return made
@@ -157,15 +153,24 @@ class FakeQuantLinear(nn.Linear):
         UnsupportedError
             If the weight is another one.
         """
-        parts = ("offsets", "group_index", "nested", "input_scale")
-        extra = [name for name in parts if getattr(weight, name) is not None]
-        if extra or len(weight.shape) != 2:
-            raise UnsupportedError(
-                "scales are learned of a matrix with groups in order, of weights alone: got "
-                f"{', '.join(extra) or weight.shape}; quantize without, or begin with the 16-bit weight"
-            )
+        _refuse_other_grids(weight)
         options: dict[str, Any] = {"scale_dtype": weight.scales.dtype, "grid": weight}
         return cls(dequantize_groupwise(weight), bias, weight.scheme, learn_scales=True, **options)
+
+    @classmethod
+    def check(cls, linear: nn.Module, scheme: Scheme | GGUFType, **options: Any) -> None:
+        """Raise what `from_linear` would, or `from_quantized` of a `QuantLinear`; of values one row is tried.
+
+        Parameters
+        ----------
+        linear, scheme, **options
+            As in `from_linear`; a `QuantLinear` has its own.
+        """
+        if isinstance(linear, QuantLinear):
+            _refuse_other_grids(linear.quantized())
+            return
+        _refuse_conv1d(linear, scheme)
+        cls(weight_and_bias(linear)[0][:1], None, scheme, **options)
 
     def quantized(self) -> QuantizedWeight:
         """Return the weight as it will be stored.
@@ -260,6 +265,24 @@ def _check_grid_of(scheme: Scheme | GGUFType, *, learn_scales: bool, search: str
         raise UnsupportedError(
             f"double-quantized scales are not trained on, as no module holds them: got scheme {scheme}; "
             "leave out d"
+        )
+
+
+def _refuse_conv1d(linear: nn.Module, scheme: Scheme | GGUFType) -> None:
+    if isinstance(scheme, GGUFType) and is_conv1d(linear):
+        raise UnsupportedError(
+            f"GGUF export takes no model with Conv1D layers: got one for {scheme.name}; train on a scheme "
+            "such as w4g128"
+        )
+
+
+def _refuse_other_grids(weight: QuantizedWeight) -> None:
+    parts = ("offsets", "group_index", "nested", "input_scale")
+    extra = [name for name in parts if getattr(weight, name) is not None]
+    if extra or len(weight.shape) != 2:
+        raise UnsupportedError(
+            "scales are learned of a matrix with groups in order, of weights alone: got "
+            f"{', '.join(extra) or weight.shape}; quantize without, or begin with the 16-bit weight"
         )
 
 

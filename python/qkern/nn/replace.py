@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from torch import nn
 
-from qkern.errors import InputError
+from qkern.errors import InputError, UnsupportedError
 from qkern.nn.embedding import QuantEmbedding
 from qkern.nn.experts import expert_parameters, refuse_experts, unfuse_experts
 from qkern.nn.fake_quant import FakeQuantLinear
@@ -26,6 +26,7 @@ __all__ = [
     "compute_mode",
     "exchange",
     "named_linears",
+    "naming_weight",
     "quant_linears",
     "replace_linears",
     "report_subclasses",
@@ -168,8 +169,9 @@ def exchange(
     Raises
     ------
     InputError
-        If the model is itself one of them, or what `make` raised, naming the weight; modules before it are
-        replaced already.
+        If the model is itself one of them.
+    InputError, UnsupportedError
+        What `make` raised, naming the weight; modules before it are replaced already.
     """
     if "" in wanted:
         raise InputError("the model is itself a linear layer: use from_linear of the layer's class instead")
@@ -179,16 +181,23 @@ def exchange(
         for name in list(wanted):
             # Popped, so that the old layer goes at once: the peak is the model and one layer, not two models.
             module = wanted.pop(name)
-            try:
+            with naming_weight(name):
                 made = make(name, module)
-            except InputError as error:
-                raise InputError(f"{name}.weight: {error}") from error
             for parent, attribute in where[id(module)]:
                 setattr(parent, attribute, made)
             replaced.append(name)
     finally:
         _leave_fused_paths(model)
     return replaced
+
+
+@contextmanager
+def naming_weight(name: str) -> Iterator[None]:
+    """Put the weight of the layer `name` into errors that are raised inside the block."""
+    try:
+        yield
+    except (InputError, UnsupportedError) as error:
+        raise type(error)(f"{name}.weight: {error}") from error
 
 
 def _leave_fused_paths(model: nn.Module) -> None:

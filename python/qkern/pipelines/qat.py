@@ -16,7 +16,7 @@ from qkern.nn import (
     refuse_experts,
     unfuse_experts,
 )
-from qkern.nn.replace import UNTOUCHED, exchange, report_subclasses
+from qkern.nn.replace import UNTOUCHED, exchange, naming_weight, report_subclasses
 from qkern.ops.gguf_types import GGUFType
 from qkern.pipelines.checks import refuse_adapters
 from qkern.search import MixedPrecision, parse_choice, spell_choice
@@ -68,8 +68,8 @@ def prepare_qat(
     Raises
     ------
     InputError
-        If nothing matches, if a weight cannot be rounded so (the message names it; layers before it are
-        replaced already), or if the model is prepared already.
+        If nothing matches, or the model is prepared already or has adapters of PEFT. Also if the values of a
+        weight cannot be rounded (the message names it): only then layers before it are replaced already.
     UnsupportedError
         On a layer that shares its weight, such as a tied head, on experts in 3-D parameters that
         `unfuse_experts` does not know and that are not left out, and as `FakeQuantLinear`.
@@ -93,6 +93,9 @@ def prepare_qat(
         "search": search,
         "scale_dtype": scale_dtype,
     }
+    for name, linear in wanted.items():
+        with naming_weight(name):
+            _check_choice(linear, choices[name], options)
     exchange(model, wanted, lambda name, linear: _trainable(linear, choices[name], options))
     return _assignment(choices)
 
@@ -195,14 +198,19 @@ def _refuse_shared(model: nn.Module, wanted: Mapping[str, nn.Module]) -> None:
                 )
 
 
-def _trainable(linear: nn.Module, choice: Scheme | GGUFType, options: Mapping[str, Any]) -> nn.Module:
-    if not isinstance(linear, QuantLinear):
-        return FakeQuantLinear.from_linear(linear, choice, **options)
-    if choice != linear.scheme or not options["learn_scales"]:
+def _check_choice(linear: nn.Module, choice: Scheme | GGUFType, options: Mapping[str, Any]) -> None:
+    """Refuse what `_trainable` cannot make, before it has made any."""
+    if isinstance(linear, QuantLinear) and (choice != linear.scheme or not options["learn_scales"]):
         raise InputError(
             "a layer that is quantized goes on with its own scheme and scales: got "
             f"{spell_choice(choice)} and learn_scales={options['learn_scales']} for {linear.scheme}; pass "
             f"scheme={str(linear.scheme)!r} and learn_scales=True, or begin with the 16-bit model"
         )
+    FakeQuantLinear.check(linear, choice, **options)
+
+
+def _trainable(linear: nn.Module, choice: Scheme | GGUFType, options: Mapping[str, Any]) -> nn.Module:
+    if not isinstance(linear, QuantLinear):
+        return FakeQuantLinear.from_linear(linear, choice, **options)
     made = FakeQuantLinear.from_quantized(linear.quantized(), linear.bias)
     return made.train(linear.training)
