@@ -115,8 +115,11 @@ def test_learned_scales_have_the_gradients_of_lsq(spelling):
     torch.testing.assert_close(layer.scales.grad, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-def test_a_weight_at_the_end_of_the_grid_is_not_clipped():
-    stored = quantize_groupwise(linear().weight, "w2g16", search="mse")
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("spelling", SCHEMES)
+def test_a_weight_at_the_end_of_the_grid_is_not_clipped(spelling, dtype):
+    stored = quantize_groupwise(linear(N=96).weight, spelling, search="mse", scale_dtype=dtype)
+    stored.scales[::2].neg_()
     layer = FakeQuantLinear.from_quantized(stored)
     layer.dequantize().sum().backward()
     assert (layer.weight.grad == 1).all()  # all lie on levels

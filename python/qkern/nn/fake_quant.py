@@ -342,9 +342,10 @@ class _LearnedStep(torch.autograd.Function):
         K = weight.shape[1]
         steps = _spread(scales, scheme, K)
         low, high = _ends(scheme, None if zeros is None else _spread(zeros, scheme, K))
-        ratio = weight / steps
-        # An end itself is inside: the weights of a model that was quantized before lie on the levels.
-        inside = (ratio >= low) & (ratio <= high)
+        # An end itself is inside: the weights of a model that was quantized before lie on the levels, as
+        # products that dividing by the step does not undo. A negative step has its highest level below.
+        ends = low * steps, high * steps
+        inside = (weight >= torch.minimum(*ends)) & (weight <= torch.maximum(*ends))
         slope = torch.where(inside, values - weight, values) / steps
         totals = split_groups(grad * slope, scheme).sum(-1).sum_to_size(scales.shape)
         weights = weight.numel() if scheme.per_tensor else scheme.group_length(K)
