@@ -182,6 +182,15 @@ def test_activations_are_rounded_as_by_int8_compute(spelling, learn_scales):
         torch.testing.assert_close(layer.weight.grad, grad.T @ seen)
 
 
+@pytest.mark.parametrize("spelling", ["w8a8", "w4g32za8"])
+def test_rounded_activations_are_multiplied_in_fp32_under_autocast(spelling):
+    layer = FakeQuantLinear.from_linear(linear(), spelling)
+    expected = layer(inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(inputs()), expected)
+        assert torch.equal(torch.compile(layer, backend="eager")(inputs()), expected)
+
+
 @pytest.mark.parametrize("name", TYPES + SUPER)
 def test_gguf_types_have_the_values_of_their_blocks(name):
     dense = linear(N=8, K=256)

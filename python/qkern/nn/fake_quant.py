@@ -224,7 +224,9 @@ class FakeQuantLinear(nn.Linear):
         if stored is None or stored.scheme.act_bits is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, weight.to(x.dtype), bias)
-        return F.linear(_rounded_activations(x, stored), weight, self.bias).to(x.dtype)
+        # Autocast would multiply in its dtype what int8 compute multiplies exactly.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(_rounded_activations(x, stored), weight, self.bias).to(x.dtype)
 
     def convert(self) -> QuantLinear | nn.Linear:
         """Return the layer to store.
