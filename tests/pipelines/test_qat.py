@@ -68,6 +68,20 @@ def test_skip_and_assignment_choose_layers(tiny):
     assert all(layer.scales is not None for layer in prepared(model).values())
 
 
+def test_what_is_frozen_stays_frozen(tiny):
+    model = tiny("qwen2")  # whose queries have biases
+    model.requires_grad_(False)
+    layers = model.model.layers
+    layers[1].self_attn.q_proj.weight.requires_grad_(True)
+    layers[1].self_attn.k_proj.bias.requires_grad_(True)
+    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    prepare_qat(model, "w4g32")
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == expected
+    assert len(expected) == 2
+
+
 def test_a_shared_layer_stays_shared_and_encoders_call_the_layers():
     torch.manual_seed(0)
     shared = nn.Linear(32, 32)

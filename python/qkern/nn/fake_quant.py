@@ -116,7 +116,7 @@ class FakeQuantLinear(nn.Linear):
         Parameters
         ----------
         linear : nn.Linear or transformers Conv1D
-            Its weight and bias are copied.
+            Its weight and bias are copied; frozen ones stay frozen.
         scheme : Scheme, GGUFType or str
             For example ``"w2g64"``.
         **options
@@ -132,6 +132,8 @@ class FakeQuantLinear(nn.Linear):
         kind = scheme if isinstance(scheme, GGUFType) else as_scheme(scheme)
         _refuse_conv1d(linear, kind)
         made = cls(*weight_and_bias(linear), kind, **options)
+        for name, parameter in linear.named_parameters(recurse=False):
+            made.get_parameter(name).requires_grad_(parameter.requires_grad)
         made.train(linear.training)
         return made
 

@@ -45,10 +45,11 @@ def prepare_qat(
     Parameters
     ----------
     model : nn.Module
-        Changed in place; all of its parameters are trained unless you freeze them. The masters of the
-        replaced layers are fp32, in a bf16 model too. `QuantLinear` layers of the same scheme go on from
-        their codes and scales, with ``learn_scales=True``. Experts that are 3-D parameters become linears
-        first, see `unfuse_experts`.
+        Changed in place. The masters of the replaced layers are fp32, in a bf16 model too. What is frozen
+        stays so, as all dense weights that `load` reads beside quantized ones, or decodes of a GGUF;
+        `QuantLinear` layers of the same scheme go on from their codes and scales, with
+        ``learn_scales=True``, and are trained. Experts that are 3-D parameters become linears first, see
+        `unfuse_experts`.
     scheme : Scheme, GGUFType or str, optional
         For example ``"w2g64"`` or ``"q4_k"``, of every linear that `skip` does not name.
     assignment : MixedPrecision, mapping, str or Path, optional
