@@ -470,6 +470,7 @@ def test_quantize_groupwise_refuses_a_grid_that_does_not_fit() -> None:
         ({"zeros": zeros}, "got None"),
         ({"scales": scales, "zeros": zeros}, "w4g32 excludes zeros"),
         ({"scales": scales, "search": "mse"}, "search='mse'"),
+        ({"scales": scales, "scale_dtype": torch.float16}, "not cast: got scale_dtype=torch.float16 for"),
         ({"scales": scales * torch.nan}, "NaN or Inf"),
     ):
         with pytest.raises(InputError, match=match):

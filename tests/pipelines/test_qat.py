@@ -212,6 +212,20 @@ def test_a_bf16_model_is_trained_saved_and_loaded(tiny, tmp_path, spelling):
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_a_weight_that_broke_leaves_all_of_the_model_in_training(tiny):
+    model = tiny("llama")
+    assignment = prepare_qat(model, "w4g32")
+    broken = model.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        broken[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj\.weight: .*NaN"):
+        convert_qat(model)
+    assert len(prepared(model)) == 14
+    with torch.no_grad():
+        broken[0, 0] = 0.0
+    assert convert_qat(model) == assignment
+
+
 def test_training_goes_on_from_its_state_dict(tiny):
     def make():
         model = tiny("llama")

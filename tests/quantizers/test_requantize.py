@@ -103,3 +103,12 @@ def test_what_it_cannot_do_is_refused() -> None:
         requantize(random(10, 96), quantize_rtn(random(10, 96), "w4g32d"))
     with pytest.raises(UnsupportedError, match="one matrix"):
         requantize(random(2, 10, 96), quantize_rtn(random(2, 10, 96), "w4g32"))
+
+
+@pytest.mark.parametrize("spelling", ["w4g32", "w4g32z", "w8t"])
+@pytest.mark.parametrize("shape", [(8, 0), (0, 64)])
+def test_a_weight_without_values_comes_back(spelling: str, shape: tuple[int, int]) -> None:
+    weight = torch.empty(shape)
+    found = requantize(weight, quantize_rtn(weight, spelling))
+    assert found.shape == shape
+    assert torch.equal(dequantize_groupwise(found), weight)

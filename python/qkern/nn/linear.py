@@ -131,7 +131,7 @@ class QuantLinear(QuantModule):
                 K,
                 scheme,
                 bias=bias is not None,
-                scale_dtype=quantize.get("scale_dtype", torch.float16),
+                scale_dtype=quantize.get("scale_dtype") or torch.float16,
                 bias_dtype=weight.dtype,
                 device="meta",
             )

@@ -122,7 +122,8 @@ def convert_qat(model: nn.Module) -> MixedPrecision:
     Raises
     ------
     InputError
-        If there is nothing to convert, the model has adapters of PEFT, or a weight has NaN or Inf.
+        If there is nothing to convert, the model has adapters of PEFT, or a weight has NaN or Inf; nothing is
+        converted then.
     """
     refuse_adapters(model)
     layers = _prepared(model)
@@ -130,7 +131,11 @@ def convert_qat(model: nn.Module) -> MixedPrecision:
         raise InputError(f"no FakeQuantLinear in {type(model).__name__}: call prepare_qat and train it first")
     assignment = _assignment({name: layer.scheme for name, layer in layers.items()})
     is_dense = any(isinstance(layer.scheme, GGUFType) for layer in layers.values())
-    exchange(model, layers, lambda name, layer: layer.convert())
+    made = {}
+    for name, layer in layers.items():
+        with naming_weight(name):
+            made[name] = layer.convert()
+    exchange(model, layers, lambda name, _: made.pop(name))
     if is_dense:
         model.float()
     return assignment

@@ -54,6 +54,8 @@ def requantize(weight: Tensor, before: QuantizedWeight) -> QuantizedWeight:
             f"weight must be fp32, fp16 or bf16 {before.shape} as before: got {weight.dtype} "
             f"{tuple(weight.shape)}"
         )
+    if not weight.numel():
+        return before
     groups = _groups_of_columns(before)
     order = groups.argsort(stable=True)
     lengths = groups.bincount(minlength=before.scales.shape[-1]).tolist()

@@ -39,7 +39,7 @@ def quantize_groupwise(
     *,
     importance: Tensor | None = None,
     search: str = "minmax",
-    scale_dtype: torch.dtype = torch.float16,
+    scale_dtype: torch.dtype | None = None,
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
     backend: str = "auto",
@@ -59,8 +59,8 @@ def quantize_groupwise(
         ``"minmax"``: the grid covers the range of the group; ``"mse"``: scale (and its sign, or the zero
         point) are searched for the smallest squared error, never worse than min-max; ``"absmax"``: nf4,
         fp4 and w8a8 bit for bit as bitsandbytes quantizes them on a CPU, scales in fp32, in plain torch.
-    scale_dtype : torch.dtype
-        Dtype in which the scales are stored; codes are chosen against the rounded scale. Double
+    scale_dtype : torch.dtype or None
+        Dtype in which the scales are stored, None: fp16, or that of `scales`; codes are chosen against the rounded scale. Double
         quantization (``d``) stores the scales as 8-bit codes, and the decoded ones in fp32.
     scales : Tensor or None
         A grid that is given, as in `QuantizedWeight`, which the result shares: only codes are chosen. With a
@@ -89,14 +89,14 @@ def quantize_groupwise(
             "weight must be fp32, fp16 or bf16 [N, K] or [E, N, K]: "
             f"got {weight.dtype} {tuple(weight.shape)}; reshape or cast it"
         )
-    if scale_dtype not in FLOAT_DTYPES:
+    if scale_dtype not in (None, *FLOAT_DTYPES):
         raise InputError(f"scale_dtype must be fp32, fp16 or bf16: got {scale_dtype}")
     if search not in SEARCHES:
         raise InputError(f"unknown search: got {search!r}, allowed are {SEARCHES}")
     if importance is not None:
         _check_importance(importance, weight, search)
     if scales is not None or zeros is not None:
-        _check_grid(scales, zeros, weight, scheme, search)
+        _check_grid(scales, zeros, weight, scheme, search, scale_dtype)
     if search == "absmax":
         if backend not in ("auto", Backend.REFERENCE):
             raise InputError(f"search='absmax' runs in plain torch: got backend={backend!r}; leave it out")
@@ -108,7 +108,7 @@ def quantize_groupwise(
         scheme,
         importance=importance,
         search=search,
-        scale_dtype=scale_dtype,
+        scale_dtype=scale_dtype or torch.float16,
         scales=None if scales is None else scales.detach(),
         zeros=zeros,
     )
@@ -135,7 +135,12 @@ def _check_importance(importance: Tensor, weight: Tensor, search: str) -> None:
 
 
 def _check_grid(
-    scales: Tensor | None, zeros: Tensor | None, weight: Tensor, scheme: Scheme, search: str
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    weight: Tensor,
+    scheme: Scheme,
+    search: str,
+    scale_dtype: torch.dtype | None,
 ) -> None:
     if scheme.double_quant:
         raise UnsupportedError(
@@ -149,6 +154,11 @@ def _check_grid(
         got = None if scales is None else f"{scales.dtype} {tuple(scales.shape)}"
         raise InputError(
             f"scales of a {scheme} weight {tuple(weight.shape)} must be floats {shape}: got {got}"
+        )
+    if scale_dtype not in (None, scales.dtype):
+        raise InputError(
+            f"a grid that is given is not cast: got scale_dtype={scale_dtype} for scales in {scales.dtype}; "
+            "leave scale_dtype out, or cast the scales"
         )
     if scheme.zero_point != (zeros is not None):
         raise InputError(
