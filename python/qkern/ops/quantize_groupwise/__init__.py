@@ -60,8 +60,9 @@ def quantize_groupwise(
         point) are searched for the smallest squared error, never worse than min-max; ``"absmax"``: nf4,
         fp4 and w8a8 bit for bit as bitsandbytes quantizes them on a CPU, scales in fp32, in plain torch.
     scale_dtype : torch.dtype or None
-        Dtype in which the scales are stored, None: fp16, or that of `scales`; codes are chosen against the rounded scale. Double
-        quantization (``d``) stores the scales as 8-bit codes, and the decoded ones in fp32.
+        Dtype in which the scales are stored, None: fp16, or that of `scales`; codes are chosen against the
+        rounded scale. Double quantization (``d``) stores the scales as 8-bit codes, and the decoded ones in
+        fp32.
     scales : Tensor or None
         A grid that is given, as in `QuantizedWeight`, which the result shares: only codes are chosen. With a
         scale of 0 every code means 0.
