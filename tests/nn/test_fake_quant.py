@@ -125,6 +125,21 @@ def test_a_weight_at_the_end_of_the_grid_is_not_clipped(spelling, dtype):
     assert (layer.weight.grad == 1).all()  # all lie on levels
 
 
+@pytest.mark.parametrize("spelling", ["w4g32", "w2g32z"])
+def test_codes_and_no_decoded_weight_wait_for_the_backward_pass(spelling):
+    layer = FakeQuantLinear.from_linear(linear(N=64, K=128, bias=False), spelling, learn_scales=True)
+    saved = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        values = layer.dequantize()
+    assert saved.pop(layer.weight.untyped_storage().data_ptr()) == values.nbytes
+    assert 0 < sum(saved.values()) < values.nbytes / 4
+
+
 def test_frozen_scales_leave_a_fixed_grid():
     layer = FakeQuantLinear.from_linear(linear(), "w4g32z", learn_scales=True)
     layer.scales.requires_grad_(False)

@@ -335,15 +335,20 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, _, values, stored = inputs
-        ctx.save_for_backward(weight, values, stored.scales, stored.zeros)
+        weight, _, _, stored = inputs
+        # Of the values, which are as large as the weight, the codes are enough.
+        ctx.save_for_backward(weight, stored.codes, stored.scales, stored.zeros)
         ctx.scheme = stored.scheme
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, values, scales, zeros = ctx.saved_tensors
+        weight, codes, scales, zeros = ctx.saved_tensors
         scheme: Scheme = ctx.scheme
         K = weight.shape[1]
+        shape = tuple(weight.shape)
+        values = dequantize_groupwise(
+            QuantizedWeight(codes=codes, scales=scales, zeros=zeros, shape=shape, scheme=scheme)
+        )
         steps = _spread(scales, scheme, K)
         low, high = _ends(scheme, None if zeros is None else _spread(zeros, scheme, K))
         # An end itself is inside: the weights of a model that was quantized before lie on the levels, as
