@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
-import pkgutil
 import re
 import shlex
 import shutil
@@ -74,7 +74,7 @@ def run_line(line: str) -> None:
 
 
 def run_page(page: Path, folder: Path) -> None:
-    """Run what the machine can of a page, in a folder: Python in one namespace, every line of a shell block."""
+    """Run what the machine can of a page, in a folder: Python in one namespace, shell blocks by lines."""
     namespace: dict[str, object] = {}
     # A reader imports it for the first time, which is what enables it.
     sys.modules.pop("qkern.integrations.transformers", None)
@@ -152,7 +152,9 @@ def test_every_command_has_a_section() -> None:
 def test_api_names_what_is_public() -> None:
     directives = re.findall(r"^::: (\S+)$", text_of(DOCS / "api.md"), re.M)
     for name in directives:
-        assert callable(pkgutil.resolve_name(name)), name
+        package, _, leaf = name.rpartition(".")
+        assert callable(getattr(importlib.import_module(package), leaf)), name
+        assert name not in sys.modules, f"{name} is a module, all of which would be rendered"
     leaves = {name.rpartition(".")[2] for name in directives if name.startswith("qkern.ops.")}
     assert leaves == set(qkern.ops.__all__)
     assert {name.removeprefix("qkern.") for name in directives if name.count(".") == 1} == (

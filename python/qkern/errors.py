@@ -38,10 +38,7 @@ class OutputError(QkernError):
 class UnsupportedError(QkernError, NotImplementedError):
     """A valid request that the chosen backend, format or runtime cannot carry out.
 
-    Parameters
-    ----------
-    reason : str
-        Why not, and what can be done instead.
+    The message says why not, and what can be done instead.
     """
 
 
