@@ -20,11 +20,13 @@ from qkern.pipelines.checks import refuse_adapters, refuse_training
 from qkern.pipelines.load import COMPUTED, config_dtype, load_whole
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from qkern.nn import ExpertPart
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "open_source", "stored_places"]
 
 logger = logging.getLogger(__name__)
 
@@ -226,15 +228,8 @@ def _bind(model: Any, tensors: TensorFolder) -> tuple[dict[str, str | ExpertPart
     FormatError
         If files lack some weights of a layer's experts, and have others.
     """
-    known: dict[str, str | ExpertPart] = {
-        own_name(model.config.model_type, stored): stored for stored in tensors
-    }
-    experts: set[str] = set()
-    for parameter, parts in expert_parts(model).items():
-        experts.update(parts)
-        fused = known.get(parameter)
-        if isinstance(fused, str):
-            known |= {name: replace(part, parameter=fused) for name, part in parts.items()}
+    known = stored_places(model, tensors)
+    experts = {name for parts in expert_parts(model).values() for name in parts}
     names, missing = bind_names(model, known)
     lost = [name for name in missing if name in experts]
     if 0 < len(lost) < len(experts):
@@ -242,6 +237,16 @@ def _bind(model: Any, tensors: TensorFolder) -> tuple[dict[str, str | ExpertPart
             f"{tensors.folder} does not fit its config.json: missing are {lost[:8]}; fetch it again"
         )
     return {name: known[own] for name, own in names.items()}, missing
+
+
+def stored_places(model: Any, stored: Iterable[str]) -> dict[str, str | ExpertPart]:
+    """Where files have what a model with experts as linears takes, by its name there, for `bind_names`."""
+    known: dict[str, str | ExpertPart] = {own_name(model.config.model_type, name): name for name in stored}
+    for parameter, parts in expert_parts(model).items():
+        fused = known.get(parameter)
+        if isinstance(fused, str):
+            known |= {name: replace(part, parameter=fused) for name, part in parts.items()}
+    return known
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:

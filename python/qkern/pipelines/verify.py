@@ -14,7 +14,7 @@ from qkern.errors import InputError, QkernError, reason_of
 from qkern.evaluation import bos_if_added, kl_divergence, read_text, token_ids, window_logits
 from qkern.evaluation.decoding import TransformersDecoder
 from qkern.models import column_weight, describe
-from qkern.nn import compute_mode, named_linears
+from qkern.nn import compute_mode, named_linears, unfuse_experts
 from qkern.nn.linear import is_conv1d
 from qkern.nn.state import QuantModule
 from qkern.pipelines.load import is_gguf, load
@@ -127,16 +127,18 @@ def verify(
 
 
 def _loaded(path: str | Path, subject: Subject, findings: Findings) -> Any:
-    """Load the model as everyone does; None if that is refused."""
+    """Load the model as everyone does, its experts as linears; None if that is refused."""
     if subject.why_not_loaded is not None:
         findings.skip(_OF_MODEL, subject.why_not_loaded)
         return None
     try:
-        return load(path, dtype=torch.float32)
+        model = load(path, dtype=torch.float32)
     except QkernError as error:
         findings.add("weights", f"qkern.load refuses the model: {error}")
         findings.skip(_OF_MODEL, "the model is not loaded")
         return None
+    unfuse_experts(model)
+    return model
 
 
 def _check_generation(model: Any, findings: Findings) -> None:
@@ -220,7 +222,7 @@ def _compare_folder(folder: Path, subject: FolderSubject, findings: Findings) ->
     source = open_source(folder)
     structure = describe(source.model)
     matrices = dict.fromkeys(subject.matrices)
-    state = source.model.state_dict()
+    state = source.model.state_dict(keep_vars=True)
     plain = subject.plain
     known = {*plain, *(f"{linear}.weight" for linear in matrices)}
     _compare_names(

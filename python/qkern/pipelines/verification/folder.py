@@ -15,10 +15,11 @@ from torch import Tensor
 from qkern.calibration import bind_names, load_config, meta_model
 from qkern.checkpoints import model_folder
 from qkern.errors import FormatError, QkernError, reason_of
-from qkern.models import column_weight, describe
-from qkern.nn import named_linears
+from qkern.models import column_weight, describe, stored_name
+from qkern.nn import named_linears, unfuse_experts
 from qkern.ops import dequantize_groupwise, quantize_groupwise
-from qkern.pipelines.load import COMPUTED
+from qkern.pipelines.load import COMPUTED, model_names
+from qkern.pipelines.source import stored_places
 from qkern.pipelines.verification.layouts import (
     MARKERS,
     LayerLayout,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from qkern.nn import ExpertPart
     from qkern.pipelines.verification.report import Findings
 
 __all__ = ["FolderSubject"]
@@ -91,7 +93,7 @@ class FolderSubject:
     plain : Mapping
         Tensors that are not quantized, by their name in the model; read when they are asked for.
     model : PreTrainedModel or None
-        The model without weights; None if transformers cannot build it.
+        The model without weights, experts as linears; None if transformers cannot build it.
     why_not_loaded : None
         `qkern.load` reads every folder that can be verified.
 
@@ -112,7 +114,8 @@ class FolderSubject:
         findings.count("files", len({tensor.file for tensor in self._tensors.values()}))
         self.format: str | None = None
         self._layers: dict[str, _Layer] = {}
-        self._names: dict[str, str] = {}
+        self._plain: dict[str, StoredTensor] = {}
+        self._own: dict[str, str] = {}
         self._config = self._read_config()
         self.model = self._build_model()
         if self.model is not None:
@@ -128,7 +131,7 @@ class FolderSubject:
     @property
     def plain(self) -> Mapping[str, Tensor]:
         """Tensors that are not quantized."""
-        return _Plain({name: self._tensors[stored] for name, stored in self._names.items()})
+        return _Plain(self._plain)
 
     # Configuration and model -----------------------------------------------------------------------------
 
@@ -162,7 +165,9 @@ class FolderSubject:
             config = load_config(self.folder)
             if f"{_HEAD}.{MARKERS.get(self.format or '')}" in self._tensors:
                 config.tie_word_embeddings = False
-            return meta_model(config)
+            model = meta_model(config)
+            unfuse_experts(model)
+            return model
         except QkernError as error:
             if not self._findings.has("config"):
                 self._findings.add("config", str(error))
@@ -176,15 +181,16 @@ class FolderSubject:
         inside = describe(self.model).layers + "."
         quantized = {layer.linear for layer in self._layers.values()}
         for name in named_linears(self.model):
-            stored = self._names.get(f"{name}.weight")
+            stored = self._plain.get(f"{name}.weight")
             if name in quantized or stored is None or not name.startswith((inside, _HEAD)):
                 continue
             # A tied head is stored as the embedding; files of a bare decoder leave a prefix out.
-            spellings = (name, stored.removesuffix(".weight"))
+            own = stored_name(self.model.config.model_type, name)
+            spellings = (name, own, stored.name.removesuffix(".weight"))
             ask = partial(is_excluded, self._config, self.format)
             if all(self._asked(partial(ask, spelling)) is False for spelling in spellings):
                 self._findings.add(
-                    "config", f"{name} is 16-bit, but the configuration says that it is quantized"
+                    "config", f"{own} is 16-bit, but the configuration says that it is quantized"
                 )
 
     # Tensors ---------------------------------------------------------------------------------------------
@@ -200,6 +206,7 @@ class FolderSubject:
             self._findings.add(
                 "tensors", f"no tensor's name ends in {marker}, which every layer of {self.format} has"
             )
+        self._own = model_names((*layers, *self._tensors), self.model)
         used: set[str] = set()
         for name in layers:
             used |= self._match_layer(name, linears)
@@ -208,8 +215,7 @@ class FolderSubject:
     def _match_layer(self, name: str, linears: Mapping[str, tuple[int, ...]]) -> set[str]:
         """Enter a layer; return the names of its tensors."""
         assert self.format is not None
-        prefixed = f"{self.model.base_model_prefix}.{name}"
-        linear = prefixed if name not in linears and prefixed in linears else name
+        linear = self._own[name]
         there = {key for key in self._tensors if key.rpartition(".")[0] == name and not key.endswith(".bias")}
         self._findings.count("tensors", len(there))
         if linear not in linears:
@@ -280,43 +286,42 @@ class FolderSubject:
 
     def _match_plain(self, used: set[str]) -> None:
         stored = self._tensors.keys() - used
-        names, missing = bind_names(self.model, stored)
+        known = stored_places(self.model, stored)
+        names, missing = bind_names(self.model, known)
+        places = {name: known[own] for name, own in names.items()}
         state = self.model.state_dict()
-        quantized = {name.rpartition(".")[0] for name in used}
-        owners = {
-            f"{prefix}{name}.weight"
-            for name in quantized
-            for prefix in ("", f"{self.model.base_model_prefix}.")
-        }
+        owners = {f"{self._own[name.rpartition('.')[0]]}.weight" for name in used}
         ignored = (*COMPUTED, *(self.model._keys_to_ignore_on_load_unexpected or ()))
-        problems = [f"{name} is missing" for name in missing if name not in owners]
-        left_over = stored - set(names.values())
+        spelled = partial(stored_name, self.model.config.model_type)
+        problems = [f"{spelled(name)} is missing" for name in missing if name not in owners]
+        left_over = stored - {_key(place) for place in places.values()}
         problems += [
             f"{name} is left over: the model has no place for it"
             for name in sorted(left_over)
             if not any(re.search(pattern, name) for pattern in ignored)
         ]
-        for name, key in names.items():
-            tensor = self._tensors[key]
-            if tensor.shape != tuple(state[name].shape):
+        for name, place in places.items():
+            tensor, wanted = self._tensors[_key(place)], _whole_shape(place, tuple(state[name].shape))
+            if tensor.shape != wanted:
                 problems.append(
-                    f"{key} has the shape {list(tensor.shape)}: the model has {list(state[name].shape)}"
+                    f"{tensor.name} has the shape {list(tensor.shape)}: the model has {list(wanted)}"
                 )
             elif not tensor.is_float and state[name].is_floating_point():
-                problems.append(f"{key} is {tensor.dtype}: 16 or 32-bit floats are needed")
+                problems.append(f"{tensor.name} is {tensor.dtype}: 16 or 32-bit floats are needed")
             else:
-                self._names[name] = key
-        self._findings.count("tensors", len(names))
-        self._findings.add("tensors", *problems)
+                self._plain[name] = tensor if isinstance(place, str) else _part_of(tensor, place)
+        self._findings.count("tensors", len(places))
+        self._findings.add("tensors", *dict.fromkeys(problems))
 
     # Values ----------------------------------------------------------------------------------------------
 
     def _check_values(self) -> None:
-        for key in sorted(set(self._names.values())):
-            tensor = self._tensors[key]
+        # Tied tensors once.
+        for tensor in {tensor.name: tensor for tensor in self._plain.values()}.values():
             if tensor.is_float:
                 broken = int((~np.isfinite(tensor.floats())).sum())
-                self._findings.add("values", *([f"{key} has {broken} NaN or Inf values"] if broken else ()))
+                text = f"{tensor.name} has {broken} NaN or Inf values"
+                self._findings.add("values", *([text] if broken else ()))
             self._findings.count("values")
         midpoints = []
         for layer in self._layers.values():
@@ -369,6 +374,27 @@ class FolderSubject:
         if layer.layout.format == "awq" and bool((layer.unpacked().zeros == layer.layout.midpoint).all()):
             return replace(layer, layout=replace(layer.layout, symmetric=True))
         return layer
+
+
+def _key(place: str | ExpertPart) -> str:
+    return place if isinstance(place, str) else place.parameter
+
+
+def _whole_shape(place: str | ExpertPart, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the stored tensor of which `place` is all, or one of a stack of matrices of `shape`."""
+    return shape if isinstance(place, str) else (place.experts, place.parts * shape[0], *shape[1:])
+
+
+def _part_of(stack: StoredTensor, place: ExpertPart) -> StoredTensor:
+    """One matrix of fused experts as a tensor of its own: its rows lie together."""
+    experts, rows, columns = stack.shape
+    number = place.expert * place.parts + place.part
+    return replace(
+        stack,
+        name=str(place) if place.parts == 1 else f"{place}, part {place.part}",
+        shape=(rows // place.parts, columns),
+        start=stack.start + number * (stack.nbytes // (experts * place.parts)),
+    )
 
 
 class _Plain(Mapping[str, Tensor]):

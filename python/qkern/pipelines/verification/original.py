@@ -15,7 +15,6 @@ from the norms; those of linears are estimated, column by column, and must fit b
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,7 +26,7 @@ from qkern.models import describe, pair_channels
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from qkern.models import LinearPair, NormLinears
+    from qkern.models import Architecture, LinearPair, NormLinears
 
 __all__ = ["Comparison", "Matrix", "compare_matrix"]
 
@@ -216,7 +215,8 @@ class Comparison:
     Parameters
     ----------
     model : PreTrainedModel
-        The original, may be without weights; if its architecture is not known no factor is looked for.
+        The original, may be without weights, experts as linears; if its architecture is not known no factor
+        is looked for.
     original : callable
         Gives a tensor of the original by its name, matrices as ``[N, K]``.
     plain : mapping
@@ -238,20 +238,24 @@ class Comparison:
     ) -> None:
         self._model, structure = model, describe(model)
         self._original, self._plain, self._matrix = original, plain, matrix
-        architecture = structure.architecture
-        prefixes = [f"{structure.layers}.{index}." for index in range(structure.count)]
-        entries = () if architecture is None else architecture.norm_linears
-        pairs = () if architecture is None else architecture.linear_linears
         self._columns: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
-        for prefix, entry in itertools.product(prefixes, entries):
+        self._pair_of: dict[str, tuple[str, LinearPair]] = {}
+        self._folds: dict[str, _Fold | None] = {}
+        if structure.architecture is not None:
+            for index in range(structure.count):
+                self._take_layer(structure.architecture, f"{structure.layers}.{index}", norm_offset)
+
+    def _take_layer(self, architecture: Architecture, layer: str, norm_offset: float) -> None:
+        """Enter what the norms and pairs of a decoder layer may have handed on."""
+        found, prefix = architecture.in_layer(self._model.get_submodule(layer)), f"{layer}."
+        for entry in found.norm_linears:
             self._take_norm(prefix, entry, norm_offset)
-        self._pair_of = {
-            f"{prefix}{name}": (prefix, pair)
-            for prefix, pair in itertools.product(prefixes, pairs)
+        self._pair_of |= {
+            prefix + name: (prefix, pair)
+            for pair in found.linear_linears
             for name in (pair.first, pair.second)
         }
-        self._folds: dict[str, _Fold | None] = {}
 
     def _take_norm(self, prefix: str, entry: NormLinears, offset: float) -> None:
         """Enter the factors of the columns of linears whose norm differs from the original's."""
@@ -263,7 +267,8 @@ class Comparison:
         if before.shape == after.shape and not torch.equal(before, after):
             safe = (before != 0) & (after != 0)
             self._norms[name] = torch.where(safe, before / torch.where(safe, after, 1.0), 1.0)
-            self._columns |= {f"{prefix}{linear}": self._norms[name] for linear in entry.linears}
+            readers = (*entry.linears, *entry.routers)
+            self._columns |= {f"{prefix}{reader}": self._norms[name] for reader in readers}
 
     def compare(self, linear: str) -> tuple[float, list[str]]:
         """Compare the matrix of a linear; the result is that of `compare_matrix`."""
