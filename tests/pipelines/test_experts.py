@@ -271,6 +271,12 @@ def test_kept_experts_are_written_each_by_itself(tiny, folder, tmp_path):
     qkern.save(model, tmp_path / "saved", format="gptq")
     original, saved = TensorFolder(source), TensorFolder(tmp_path / "saved")
     assert set(saved) == set(TensorFolder(tmp_path / "out"))
+    told = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["dynamic"]
+        for name in ("saved", "out")
+    ]
+    assert told[0] == told[1]
+    assert len(told[0]) == 2 * (4 * 3 + 1)  # experts and routers
     assert all(torch.equal(saved[name], original[name]) for name in saved if ".experts." in name)
     assert torch.equal(logits(qkern.load(tmp_path / "saved")), logits(qkern.load(tmp_path / "out")))
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qkern.checkpoints.base import Format
+    from qkern.nn import ExpertPart
 
 __all__ = ["choose_format", "plain_tensors", "save"]
 
@@ -94,7 +95,9 @@ def save(
             f"no checkpoint format holds quantized embeddings: got {', '.join(embeddings)}; "
             "keep them 16-bit, or export to GGUF"
         )
-    skipped = [*(name for name in named_linears(model) if name not in layers), *strangers(model)]
+    # Beside quantized layers runtimes expect each expert by itself.
+    parts = expert_parts(model) if layers else {}
+    skipped = _skipped(model, layers, parts)
     threshold = _threshold(layers, format)
     fmt = choose_format(layers, skipped, format if threshold is None else BITSANDBYTES)
     with CheckpointWriter(
@@ -106,8 +109,6 @@ def save(
         for name, layer in layers.items():
             writer.add_quantized(name, layer.quantized(), layer.bias)
         dtype = None
-        # Beside quantized layers runtimes expect each expert by itself.
-        parts = {} if fmt is None else expert_parts(model)
         for name, tensor in plain_tensors(model):
             for own, value in as_linears(name, tensor, parts).items():
                 writer.add_tensor(own, value)
@@ -121,6 +122,18 @@ def save(
         if fmt is not None and fmt.name == BITSANDBYTES:
             details = bitsandbytes_details(dtype, threshold)
         return writer.finish(config, recipe, tokenizer_from=tokenizer, skipped=skipped, details=details)
+
+
+def _skipped(
+    model: Any, layers: Mapping[str, QuantLinear], parts: Mapping[str, Mapping[str, ExpertPart]]
+) -> list[str]:
+    """Linears that stay 16-bit, which runtimes must know; `parts` are written in the place of fused experts."""
+    fused = {parameter.rpartition(".")[0] for parameter in parts}
+    experts = (name.removesuffix(".weight") for names in parts.values() for name in names)
+    others = (name for name in strangers(model) if name not in fused)
+    # Experts that are linears are in both.
+    every = dict.fromkeys((*named_linears(model), *experts, *others))
+    return [name for name in every if name not in layers]
 
 
 def _threshold(layers: Mapping[str, QuantLinear], format: str | None) -> float | None:
