@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qkern
 from qkern.checkpoints import CheckpointWriter, read_json, read_quantized
@@ -223,6 +224,51 @@ def test_requantize(quantized, act_order, tmp_path):
     assert torch.equal(logits(tmp_path / "unmarked"), logits(source))
     with pytest.raises(UnsupportedError, match="cannot be rounded to what awq holds: AWQ has 4 bits only"):
         qkern.convert(act_order, tmp_path / "none", "awq", requantize="w8")
+
+
+# Mixtures of experts
+
+
+def told(folder):
+    """What a configuration says of 16-bit linears."""
+    quantization = read_json(folder / "config.json")["quantization_config"]
+    return {
+        name: sorted(quantization.get(name) or ()) for name in ("ignore", "modules_to_not_convert", "dynamic")
+    }
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_mixtures_are_written_as_quantize_does(tiny, tmp_path, model_type):
+    source, made, given = tmp_path / "source", tmp_path / "made", {"method": "rtn", "scheme": "w4g32"}
+    tiny(model_type, moe_intermediate_size=64).save_pretrained(source)
+    for name in FORMATS:
+        qkern.quantize(source, **given, format=name, output=made / name)
+    for before, after in (("gptq", "awq"), ("gptq", "compressed-tensors"), ("awq", "gptq")):
+        out = tmp_path / f"{before}-{after}"
+        assert qkern.convert(made / before, out, after).is_exact
+        assert told(out) == told(made / after)
+        assert "gate" in str(told(out))
+        found, expected = (load_file(path / "model.safetensors") for path in (out, made / after))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert qkern.verify(out, against=source).is_sound
+
+
+def test_fused_16_bit_experts_are_written_each_by_itself(tiny, tmp_path):
+    model, source = tiny("mixtral"), tmp_path / "source"
+    model.save_pretrained(source)
+    given = {"method": "rtn", "scheme": "w4g32", "skip": ["experts"]}
+    for name in ("gptq", "awq"):
+        qkern.quantize(source, **given, format=name, output=tmp_path / name)
+    tensors = load_file(tmp_path / "gptq" / "model.safetensors")
+    tensors = {name: value for name, value in tensors.items() if ".experts." not in name}
+    tensors |= {name: value for name, value in model.state_dict().items() if ".experts." in name}
+    save_file(tensors, tmp_path / "gptq" / "model.safetensors", metadata={"format": "pt"})
+    qkern.convert(tmp_path / "gptq", tmp_path / "out", "awq")
+    assert told(tmp_path / "out") == told(tmp_path / "awq")
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "awq"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # GGUF

@@ -22,15 +22,16 @@ from qkern.checkpoints import (
 from qkern.errors import UnsupportedError
 from qkern.gguf import read_tokenizer
 from qkern.gguf.checkpoint import GGUFCheckpoint
-from qkern.nn import named_linears
+from qkern.models import stored_name
+from qkern.nn import as_linears, expert_parts, named_linears, unfuse_experts
 from qkern.ops import dequantize_groupwise
 from qkern.pipelines.checks import strangers
 from qkern.pipelines.conversion import Form, find_form, nearest_schemes, round_again
-from qkern.pipelines.load import is_gguf
+from qkern.pipelines.load import is_gguf, model_names
 from qkern.schemes import QuantizedWeight, Scheme, as_scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -118,13 +119,17 @@ class ConversionReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A quantized model: weights of layers, decoded matrices with the type they had, and the rest."""
+    """A quantized model: weights of layers, decoded matrices with the type they had, and the rest.
+
+    The model has its experts as linears, and `own` its names of everything that is stored.
+    """
 
     name: str
     format: str
     model: Any
     config: dict[str, Any]
     layers: tuple[str, ...]
+    own: dict[str, str]
     weight: Callable[[str], QuantizedWeight]
     coded: dict[str, str]
     plain: tuple[str, ...]
@@ -133,6 +138,10 @@ class _Source:
     companions: Any = None
     recipe: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+
+    def stored(self, own: str) -> str:
+        """Name in files of what the model calls `own`."""
+        return stored_name(self.model.config.model_type, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +225,16 @@ def convert(
                 writer.add_quantized(name, weight)
             for name in source.plain:
                 if name not in source.coded:
-                    writer.add_tensor(name, source.tensor(name))
+                    _copy(writer, source, name)
             _finish(writer, source, report, requantize)
     return replace(report, seconds=time.monotonic() - started)
+
+
+def _copy(writer: CheckpointWriter, source: _Source, name: str) -> None:
+    """Write a tensor as it is; of fused experts each by itself, as runtimes expect in such files."""
+    parts = expert_parts(source.model)
+    for own, tensor in as_linears(source.own[name], source.tensor(name), parts).items():
+        writer.add_tensor(name if own == source.own[name] else source.stored(own), tensor)
 
 
 def _finish(
@@ -241,10 +257,11 @@ def _finish(
     )
 
 
-def _skipped(source: _Source, quantized: Any) -> list[str]:
-    """Linears that stay as they are, which runtimes must know."""
-    kept = [name for name in named_linears(source.model) if name not in quantized]
-    return [*kept, *(name for name in strangers(source.model) if name not in quantized)]
+def _skipped(source: _Source, quantized: Iterable[str]) -> list[str]:
+    """Linears that stay as they are, which runtimes must know, by their names in files."""
+    gone = {source.own[name] for name in quantized}
+    names = (*named_linears(source.model), *strangers(source.model))
+    return [source.stored(name) for name in names if name not in gone]
 
 
 # What becomes of each layer --------------------------------------------------------------------------------
@@ -347,12 +364,15 @@ def _open_folder(path: str | Path) -> Iterator[_Source]:
             config.tie_word_embeddings = False
         damp = checkpoint.quantization.get("damp_percent")
         recipe = checkpoint.folder / RECIPE_NAME
+        model = meta_model(config)
+        unfuse_experts(model)
         yield _Source(
             name=str(path),
             format=checkpoint.format.name,
-            model=meta_model(config),
+            model=model,
             config=checkpoint.config,
             layers=tuple(checkpoint.entries),
+            own=model_names(checkpoint, model),
             weight=checkpoint.weight,
             coded={},
             plain=tuple(checkpoint.plain),
@@ -380,6 +400,7 @@ def _open_gguf(path: str | Path) -> Iterator[_Source]:
         # Embeddings and heads are what checkpoints keep 16-bit: they are decoded.
         coded = {name: kind for name, kind in types.items() if kind in _NEAREST_OF_TYPES}
         decoded = [name for name in coded if name not in linears - {f"{_HEAD}.weight"}]
+        stems = [name.removesuffix(".weight") for name in coded]
         stays = () if embedding is None else (f"{embedding}.weight",)
         yield _Source(
             name=str(path),
@@ -387,6 +408,7 @@ def _open_gguf(path: str | Path) -> Iterator[_Source]:
             model=model,
             config={**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"},
             layers=checkpoint.entries,
+            own={name: name for name in (*checkpoint.entries, *stays, *checkpoint.plain, *stems)},
             weight=checkpoint.weight,
             coded={name: kind for name, kind in coded.items() if name not in decoded},
             plain=(*stays, *checkpoint.plain),
