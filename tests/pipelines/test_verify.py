@@ -20,6 +20,7 @@ from qkern.errors import InputError
 from qkern.nn import quant_linears
 from qkern.ops import pack_bits, unpack_bits
 from qkern.pipelines.verification import layouts
+from qkern.pipelines.verification.safetensors_files import read_folder
 from qkern.pipelines.verify import CHECKS
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -292,6 +293,16 @@ AGAINST = {
         replace("model.layers.0.input_layernorm.weight", lambda norm: norm.roll(1)),
         "error",
     ),
+    "a norm's channel of 0": (
+        "awq",
+        filled("model.layers.0.input_layernorm.weight", 3, 0.0),
+        "original",
+    ),
+    "a norm of zeros": (
+        "gptq",
+        replace("model.layers.1.post_attention_layernorm.weight", torch.zeros_like),
+        "original",
+    ),
     "another bias": ("awq", replace("model.layers.0.self_attn.v_proj.bias", lambda b: b.roll(1)), "original"),
     "another embedding": ("gptq", replace("model.embed_tokens.weight", lambda e: e.roll(1, 0)), "original"),
 }
@@ -373,9 +384,19 @@ def test_unpackers_share_nothing_with_the_writers():
 def test_hostile_headers_are_named(copied):
     folder = copied("gptq")
     file = folder / "model.safetensors"
-    for header in (b"{", b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', b'{"a": 1}'):
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    wrong = (
+        *({"dtype": dtype} for dtype in (["F32"], {}, None, 4)),
+        *({"data_offsets": numbers} for numbers in ([0], [], [0, 4, 5], [False, 4], [0, 4.0], "04", 4)),
+        *({"shape": shape} for shape in ([-1], [True], [1.0], "1", 1, None)),
+    )
+    headers = [json.dumps({"a": {**entry, **fields}}).encode() for fields in wrong]
+    for header in (b"{", b"[]", b'{"a": 1}', b'{"a": [1]}', *headers):
         file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-        assert "files" in failed(qkern.verify(folder))
+        tensors, wrong = read_folder(folder)
+        assert not tensors, header
+        assert wrong[0].startswith("model.safetensors has no readable header: "), wrong
+    assert "files" in failed(qkern.verify(folder))
     file.write_bytes((1 << 60).to_bytes(8, "little"))
     assert "truncated" in problems(qkern.verify(folder), "files")
 
@@ -395,6 +416,37 @@ def test_hostile_configurations_are_named(copied, fields):
     folder = copied("gptq")
     config(**fields)(folder)
     assert "config" in failed(qkern.verify(folder))
+
+
+# What other writers do
+
+
+def test_the_size_in_an_index_is_anyones(copied):
+    folder = copied("sharded")
+    index = read_json(folder / INDEX)
+    (folder / INDEX).write_text(json.dumps({**index, "metadata": {"total_size": 1 + (1 << 20)}}))
+    assert qkern.verify(folder).is_sound
+
+
+def test_the_own_file_of_autoawq(copied):
+    folder = copied("awq")
+    fields = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    fields |= {"modules_to_not_convert": None, "quant_method": "AWQ", "tool": "another"}
+    (folder / "quant_config.json").write_text(json.dumps(fields))
+    assert qkern.verify(folder).is_sound
+    (folder / "quant_config.json").write_text(json.dumps({**fields, "q_group_size": 64}))
+    found = qkern.verify(folder)
+    assert problems(found, "config") == "quant_config.json and config.json differ in group_size"
+
+
+def test_awq_converts_no_head(copied):
+    folder = copied("awq")
+    config(modules_to_not_convert=[])(folder)
+    assert qkern.verify(folder).is_sound
+    config(modules_to_not_convert=["mlp.up_proj"])(folder)
+    assert "layers.0.mlp.up_proj is quantized, but the configuration" in problems(
+        qkern.verify(folder), "config"
+    )
 
 
 # Runtimes

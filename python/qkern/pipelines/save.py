@@ -127,7 +127,7 @@ def save(
 def _skipped(
     model: Any, layers: Mapping[str, QuantLinear], parts: Mapping[str, Mapping[str, ExpertPart]]
 ) -> list[str]:
-    """Linears that stay 16-bit, which runtimes must know; `parts` are written in the place of fused experts."""
+    """Linears that stay 16-bit, which runtimes must know; `parts` are written instead of fused experts."""
     fused = {parameter.rpartition(".")[0] for parameter in parts}
     experts = (name.removesuffix(".weight") for names in parts.values() for name in names)
     others = (name for name in strangers(model) if name not in fused)

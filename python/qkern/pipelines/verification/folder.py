@@ -45,6 +45,13 @@ __all__ = ["FolderSubject"]
 
 _LEGACY: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _HEAD: Final = "lm_head"
+# What decides how tensors are read, and older spellings of it.
+_DECIDING: Final = (
+    *("bits", "group_size", "sym", "zero_point", "desc_act", "pack_dtype"),
+    *("checkpoint_format", "format", "version"),
+    *("dynamic", "lm_head", "modules_to_not_convert"),
+)
+_OLDER: Final = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +154,8 @@ class FolderSubject:
         for file, method in _LEGACY.items():
             if (self.folder / file).exists():
                 legacy, problem = read_json_object(self.folder / file)
-                differing = [key for key in legacy.keys() & found.keys() if legacy[key] != found[key]]
+                first, second = _deciding(legacy), _deciding(found)
+                differing = sorted(key for key in first.keys() & second.keys() if first[key] != second[key])
                 if problem is not None:
                     self._findings.add("config", problem)
                 elif differing:
@@ -374,6 +382,16 @@ class FolderSubject:
         if layer.layout.format == "awq" and bool((layer.unpacked().zeros == layer.layout.midpoint).all()):
             return replace(layer, layout=replace(layer.layout, symmetric=True))
         return layer
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that say how tensors are read, each in one spelling; null and empty ones say nothing."""
+    named = {_OLDER.get(key, key): value for key, value in config.items()}
+    return {
+        key: value.lower() if isinstance(value, str) else value
+        for key, value in named.items()
+        if key in _DECIDING and value not in (None, [], {})
+    }
 
 
 def _key(place: str | ExpertPart) -> str:

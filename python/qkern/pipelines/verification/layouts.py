@@ -277,7 +277,10 @@ def is_excluded(config: Mapping[str, Any], format: str, name: str) -> bool | Non
         return not any(target == "Linear" or _targets(target, name) for target in targets)
     if format == "awq":
         skipped = config.get("modules_to_not_convert")
-        return None if skipped is None else any(str(entry) in name for entry in skipped)
+        if skipped is None:
+            return None
+        # Readers leave the head out whether it is listed or not.
+        return any(str(entry) in name for entry in skipped) or (None if name == "lm_head" else False)
     for pattern in config.get("dynamic") or {}:
         if _matches(re.sub(r"^[+-]:", "", pattern), name):
             return bool(pattern.startswith("-:"))

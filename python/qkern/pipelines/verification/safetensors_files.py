@@ -133,12 +133,11 @@ def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     listed = content.get("weight_map")
     if problem is not None or not isinstance(listed, dict):
         return {}, [problem or f"{_INDEX} has no weight_map"]
-    return _read_shards(folder, listed, content.get("metadata"))
+    return _read_shards(folder, listed)
 
 
-def _read_shards(
-    folder: Path, listed: dict[str, Any], metadata: Any
-) -> tuple[dict[str, StoredTensor], list[str]]:
+def _read_shards(folder: Path, listed: dict[str, Any]) -> tuple[dict[str, StoredTensor], list[str]]:
+    # Writers disagree on what the index's total_size counts, and no reader needs it.
     found: dict[str, StoredTensor] = {}
     problems: list[str] = []
     damaged = set()
@@ -163,17 +162,21 @@ def _read_shards(
     problems += [
         f"{name} is in {found[name].file.name}, but not in the index" for name in found.keys() - listed
     ]
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    size = sum(tensor.nbytes for tensor in found.values())
-    if isinstance(total, int) and not problems and total != size:
-        problems.append(f"{_INDEX} has total_size {total}, but the tensors take {size} bytes")
     return found, problems
 
 
 def _numbers(found: Any) -> tuple[int, ...]:
-    if not all(isinstance(number, int) and 0 <= number < 1 << 62 for number in found):
-        raise ValueError(f"{found} are no sizes")
+    if not isinstance(found, list) or not all(type(size) is int and 0 <= size < 1 << 62 for size in found):
+        raise ValueError(f"{found!r:.60} are no sizes")
     return tuple(found)
+
+
+def _entry(name: str, fields: Any) -> tuple[str, str, tuple[int, ...], int, int]:
+    """Name, dtype, shape, and first and last byte of what a header says of a tensor."""
+    dtype, offsets = fields["dtype"], _numbers(fields["data_offsets"])
+    if not isinstance(dtype, str) or len(offsets) != 2:
+        raise ValueError(f"{name} has dtype {dtype!r:.60} and data_offsets {list(offsets)}")
+    return name, dtype, _numbers(fields["shape"]), *offsets
 
 
 def _read_file(file: Path) -> tuple[list[StoredTensor], list[str]]:
@@ -185,11 +188,7 @@ def _read_file(file: Path) -> tuple[list[StoredTensor], list[str]]:
             if size < 8 or length > min(size - 8, _HEADER_LIMIT):
                 return [], [f"{file.name} is truncated: its header has {length} bytes, the file {size}"]
             header = json.loads(stream.read(length))
-        entries = [
-            (name, entry["dtype"], _numbers(entry["shape"]), *_numbers(entry["data_offsets"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
-        ]
+        entries = [_entry(name, fields) for name, fields in header.items() if name != "__metadata__"]
     except FileNotFoundError:
         return [], [f"{file.name} is missing"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
