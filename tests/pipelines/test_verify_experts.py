@@ -63,6 +63,19 @@ def test_sound_mixtures(original, tmp_path, model_type, method, scheme, format):
     assert torch.equal(before, after) == (method == "rtn")  # AWQ moved factors, into routers too
 
 
+def test_factors_of_norms_are_known_up_to_rounding(original, tmp_path):
+    folder, name = tmp_path / "out", "model.layers.0.mlp.gate.weight"
+    options = {"method": "awq", "scheme": "w4g32z", "calibration": IDS, "output": folder}
+    qkern.quantize(original("qwen3_moe"), **options)
+    tensors = load_file(folder / "model.safetensors")
+    before = load_file(original("qwen3_moe") / "model.safetensors")[name]
+    assert not torch.equal(tensors[name], before)
+    tensors[name] = tensors[name] * 1.05
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (problem,) = checks(qkern.verify(folder, against=original("qwen3_moe")))["original"].problems
+    assert problem.startswith(f"{name} is not quantized and differs from the original's by ")
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 def test_16_bit_mixtures(original, tmp_path, model_type):
     assert qkern.verify(original(model_type), against=original(model_type)).is_sound

@@ -46,7 +46,7 @@ SCALE_FACTOR: Final = 2.0
 # fp16 holds their scales.
 LUCKY: Final = 0.5
 STORED_STEP: Final = 2.0**-11
-# Of factors that are estimated from codes, and of biases that they moved.
+# Of biases out of which factors went that are estimated from codes; those of norms are known.
 FACTOR_ERROR: Final = 0.25
 CHUNK_BYTES: Final = 64 << 20
 
@@ -238,8 +238,8 @@ class Comparison:
     ) -> None:
         self._model, structure = model, describe(model)
         self._original, self._plain, self._matrix = original, plain, matrix
-        self._columns: dict[str, Tensor] = {}
-        self._norms: dict[str, Tensor] = {}
+        self._columns: dict[str, _Moved] = {}
+        self._norms: dict[str, _Moved] = {}
         self._pair_of: dict[str, tuple[str, LinearPair]] = {}
         self._folds: dict[str, _Fold | None] = {}
         if structure.architecture is not None:
@@ -262,11 +262,17 @@ class Comparison:
         name = f"{prefix}{entry.norm}"
         if f"{name}.weight" not in self._plain:
             return
+        stored = self._plain[f"{name}.weight"]
         before = self._original(f"{name}.weight").float() + offset
-        after = self._plain[f"{name}.weight"].float() + offset
+        after = stored.float() + offset
         if before.shape == after.shape and not torch.equal(before, after):
             safe = (before != 0) & (after != 0)
-            self._norms[name] = torch.where(safe, before / torch.where(safe, after, 1.0), 1.0)
+            divisor = torch.where(safe, after, 1.0)
+            self._norms[name] = _Moved(
+                factors=torch.where(safe, before / divisor, 1.0),
+                error=torch.finfo(stored.dtype).eps * (stored.float() / divisor).abs(),
+                lost=int(((before == 0) != (after == 0)).sum()),
+            )
             readers = (*entry.linears, *entry.routers)
             self._columns |= {f"{prefix}{reader}": self._norms[name] for reader in readers}
 
@@ -280,7 +286,7 @@ class Comparison:
 
     def _wanted(self, linear: str) -> Tensor:
         weight = self._original(f"{linear}.weight").float()
-        return weight * self._columns[linear] if linear in self._columns else weight
+        return weight * self._columns[linear].factors if linear in self._columns else weight
 
     def _fold(self, linear: str) -> _Fold | None:
         """Factors between the two linears of a pair, if both fit the same ones."""
@@ -321,24 +327,24 @@ class Comparison:
             return None
         module, _, leaf = name.rpartition(".")
         expected = self._moved(module, leaf, original.float())
-        if expected is not None and _is_near(found.float(), expected):
+        if expected is not None and expected.is_near(found):
             return None
+        if leaf == "weight" and module in self._norms:
+            return f"{name} is 0 in {self._norms[module].lost} channels where the original's is not, or not 0"
         error = float((found.double() - original.double()).norm() / original.double().norm().clamp(min=1e-30))
         return f"{name} is not quantized and differs from the original's by {error:.1e} of its length"
 
-    def _moved(self, module: str, leaf: str, original: Tensor) -> Tensor | None:
-        """Return what a norm or bias becomes by the factors that were moved out of it; None if none were."""
-        if module in self._norms:
+    def _moved(self, module: str, leaf: str, original: Tensor) -> _Expected | None:
+        """Return what factors that were moved out of a tensor, or into it, make of it; None if none were."""
+        norm = self._norms.get(module)
+        if norm is not None and leaf == "weight":
             # The weight itself says what was moved, and the linears that read it are compared with it.
-            return (
-                self._plain[f"{module}.weight"].float()
-                if leaf == "weight"
-                else original / self._norms[module]
-            )
-        if (
-            leaf == "weight" and module in self._columns
-        ):  # a linear that stays 16-bit beside others that do not
-            return original * self._columns[module]
+            return None if norm.lost else _Expected(self._plain[f"{module}.weight"].float())
+        if norm is not None:
+            return _Expected(original / norm.factors, norm.error)
+        if leaf == "weight" and module in self._columns:
+            # A router, or a linear that stays 16-bit beside others that do not.
+            return _Expected(original * self._columns[module].factors, self._columns[module].error)
         prefix, pair = self._pair_of.get(module, ("", None))
         if pair is None or leaf != "bias" or module != prefix + pair.first:
             return None
@@ -347,7 +353,7 @@ class Comparison:
             return None
         expected = original.clone()
         expected[fold.rows] /= fold.factors
-        return expected
+        return _Expected(expected, FACTOR_ERROR, 1e-3 * float(expected.abs().max()))
 
 
 def _factors(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -358,8 +364,32 @@ def _factors(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return (product / squares).clamp(min=1e-6).log(), certain.clamp(min=1e-6)
 
 
-def _is_near(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found, expected, rtol=FACTOR_ERROR, atol=1e-3 * float(expected.abs().max()))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moved:
+    """What a norm handed to its readers.
+
+    Factors of channels, how far off each may be because the norm is rounded, relative, and of how many
+    channels one norm is 0 and the other is not, which no factor explains.
+    """
+
+    factors: Tensor
+    error: Tensor
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """Values of a tensor, and their relative and absolute errors beside its own rounding."""
+
+    values: Tensor
+    relative: Tensor | float = 0.0
+    absolute: float = 0.0
+
+    def is_near(self, found: Tensor) -> bool:
+        rounding = torch.finfo(found.dtype)
+        least = self.absolute + rounding.tiny * rounding.eps
+        allowed = least + (self.relative + rounding.eps) * self.values.abs()
+        return bool(((found.float() - self.values).abs() <= allowed).all())
 
 
 @dataclass(frozen=True, slots=True)
