@@ -69,6 +69,8 @@ def test_errors_and_usage(capsys, tmp_path):
     assert run(capsys, "verify")[0] == 2
     assert run(capsys, "verify", tmp_path, "--runtime", "mlx")[0] == 2
     assert run(capsys, "convert", tmp_path)[0] == 2
+    arguments = ("convert", tmp_path, "--output", tmp_path / "out", "--to", "bitsandbytes")
+    assert run(capsys, *arguments)[0] == 2
 
 
 def test_convert(capsys, quantized, tmp_path):

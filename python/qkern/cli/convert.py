@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qkern.cli.quantize import CheckpointFormat  # noqa: TC001 - read by typer
-
 if TYPE_CHECKING:
     from qkern.pipelines import ConversionReport
 
 
+class TargetFormat(StrEnum):
+    """What is written."""
+
+    GPTQ = "gptq"
+    GPTQ_V2 = "gptq_v2"
+    AWQ = "awq"
+    COMPRESSED_TENSORS = "compressed-tensors"
+
+
 def command(
     model: Annotated[str, typer.Argument(help="Folder (GPTQ, AWQ, compressed-tensors), hub id or .gguf.")],
-    to: Annotated[CheckpointFormat, typer.Option(help="Format to write.")],
+    to: Annotated[TargetFormat, typer.Option(help="Format to write.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
     requantize: Annotated[
         str | None,

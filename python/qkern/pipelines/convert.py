@@ -19,6 +19,7 @@ from qkern.checkpoints import (
     read_json,
     read_quantized,
 )
+from qkern.checkpoints.bitsandbytes import BITSANDBYTES
 from qkern.errors import UnsupportedError
 from qkern.gguf import read_tokenizer
 from qkern.gguf.checkpoint import GGUFCheckpoint
@@ -198,12 +199,14 @@ def convert(
     FormatError
         If the model's files are damaged.
     UnsupportedError
-        If the model is not quantized, or the target does not hold a layer; nothing is written.
+        If the model is not quantized, it or the target is bitsandbytes, or the target does not hold a layer;
+        nothing is written.
     OutputError
         If the disk is full; nothing is left behind.
     """
     started = time.monotonic()
     fmt = format_named(to)
+    _refuse_bitsandbytes(fmt.name, model)
     parse_size(max_shard_size)
     scheme = None if requantize in (None, NEAREST) else as_scheme(requantize)
     folder = check_output(output, source=model if Path(model).is_dir() else None)
@@ -228,6 +231,15 @@ def convert(
                     _copy(writer, source, name)
             _finish(writer, source, report, requantize)
     return replace(report, seconds=time.monotonic() - started)
+
+
+def _refuse_bitsandbytes(format: str, model: str | Path) -> None:
+    """Refuse the format whose codebooks, thresholds and dtypes no other one has."""
+    if format == BITSANDBYTES.name:
+        raise UnsupportedError(
+            f"{model}: convert neither reads nor writes bitsandbytes, whose codebooks and thresholds of "
+            "outliers no other format has: quantize the original model in the format that is needed"
+        )
 
 
 def _copy(writer: CheckpointWriter, source: _Source, name: str) -> None:
@@ -359,6 +371,7 @@ def _converted(source: _Source, fmt: Format, name: str, plan: Plan) -> tuple[Qua
 def _open_folder(path: str | Path) -> Iterator[_Source]:
     with read_quantized(path) as checkpoint:
         assert checkpoint.format is not None
+        _refuse_bitsandbytes(checkpoint.format.name, path)
         config = load_config(checkpoint.folder)
         if _HEAD in checkpoint.entries:
             config.tie_word_embeddings = False
