@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ import gguf
 import qkern
 from qkern.checkpoints import read_json
 from qkern.demo import CALIBRATION, HELDOUT, MODEL
-from qkern.errors import InputError
+from qkern.errors import InputError, UnsupportedError
 from qkern.nn import quant_linears
 from qkern.ops import pack_bits, unpack_bits
 from qkern.pipelines.verification import layouts
@@ -409,13 +410,30 @@ def test_hostile_headers_are_named(copied):
         {"group_size": 0},
         {"sym": 1},
         {"dynamic": {"+:(": {}}},
-        {"quant_method": "x"},
+        {"quant_method": 4},
     ],
 )
 def test_hostile_configurations_are_named(copied, fields):
     folder = copied("gptq")
     config(**fields)(folder)
     assert "config" in failed(qkern.verify(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "corrupt", "match"),
+    [
+        ("gptq", config(quant_method="bitsandbytes"), "quant_method 'bitsandbytes'"),
+        ("gptq", config(checkpoint_format="marlin"), "quant_method 'gptq', format 'marlin'"),
+        ("awq", config(version="gemv"), "quant_method 'awq', format 'gemv'"),
+        ("compressed", config(format="float-quantized"), "format 'float-quantized'"),
+        ("compressed", groups_config(type="float"), "'compressed-tensors', format 'float'"),
+    ],
+)
+def test_formats_that_are_not_read_are_not_judged(copied, name, corrupt, match):
+    folder = copied(name)
+    corrupt(folder)
+    with pytest.raises(UnsupportedError, match=f"verify does not read .*{match}"):
+        qkern.verify(folder)
 
 
 # What other writers do
@@ -533,6 +551,24 @@ def test_flipped_byte_of_a_gguf(file, tmp_path):
     found = qkern.verify(copy, against=MODEL)
     assert failed(found) == {"error"}
     assert "blk.0.ffn_up.weight: 1 of " in problems(found, "error")
+
+
+def test_gguf_types_that_are_not_read_are_not_judged(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor(
+        "blk.0.ffn_up.weight",
+        np.zeros((2, 66), np.uint8),
+        raw_dtype=gguf.GGMLQuantizationType.IQ2_XXS,
+    )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        UnsupportedError, match=r"1 tensors of the GGUF types iq2_xxs \(first: blk\.0\.ffn_up"
+    ):
+        qkern.verify(path)
 
 
 def test_damaged_gguf(file, tmp_path):

@@ -88,6 +88,8 @@ def verify(
     InputError
         On an argument that cannot be, or if there is nothing at the path, or no original or text where they
         are named.
+    UnsupportedError
+        If the model is in a format that is not read here, such as bitsandbytes or fp8.
     """
     if not max_kl > 0 or tokens < window:
         raise InputError(

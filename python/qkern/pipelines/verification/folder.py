@@ -108,6 +108,8 @@ class FolderSubject:
     ------
     InputError
         If there is no such folder.
+    UnsupportedError
+        If its format is not read here.
     """
 
     runtime = "torch"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["GGUFSubject", "original_tensors"]
 
 _FLOATS: Final = ("f32", "f16", "bf16", "f64")
+_READ: Final = {*GGUF_TYPES, *_FLOATS}
 # Columns that are looked at together; blocks of super-blocks have a scale each.
 _BLOCK: Final = 32
 
@@ -57,6 +58,8 @@ class GGUFSubject:
     ------
     InputError
         If there is no such file.
+    UnsupportedError
+        If tensors are of types that are not read here.
     """
 
     format = "gguf"
@@ -76,6 +79,7 @@ class GGUFSubject:
         except FormatError as error:
             findings.add("files", str(error))
             return
+        self._refuse_types()
         self._match_tensors(path)
         self._check_values()
 
@@ -89,6 +93,16 @@ class GGUFSubject:
             return
         self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
         self._findings.count("files")
+
+    def _refuse_types(self) -> None:
+        others = {name: kind for name in self._tensors if (kind := self._kind(name)) not in _READ}
+        if others:
+            name, kind = next(iter(others.items()))
+            raise UnsupportedError(
+                f"verify does not read {len(others)} tensors of the GGUF types "
+                f"{', '.join(sorted(set(others.values())))} (first: {name}, {kind}): it reads "
+                f"{', '.join(sorted(_READ))}; nothing was checked"
+            )
 
     def _match_tensors(self, path: Path) -> None:
         """Compare tensors with those of the architecture; `qkern.load`'s reader knows which these are."""

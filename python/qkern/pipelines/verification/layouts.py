@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from qkern.errors import FormatError
+from qkern.errors import FormatError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,6 +57,8 @@ MARKERS: Final = {
     "compressed-tensors": "weight_scale",
 }
 """By format the end of the name of the tensor that every quantized layer has, and no other."""
+_COMPRESSED: Final = ("pack-quantized", "int-quantized", "mixed-precision")
+_NUMBERS: Final = ("weights", "input_activations", "output_activations")
 _AWQ_COLUMNS: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 _SCALES: Final = ("F16", "BF16", "F32")
 _INDICES: Final = ("I32", "I64")
@@ -156,20 +158,38 @@ def format_of(config: Mapping[str, Any]) -> str:
     Raises
     ------
     FormatError
-        If it is none of these.
+        If it names none.
+    UnsupportedError
+        If it is another than these.
     """
     method = config.get("quant_method")
+    if not isinstance(method, str):
+        raise FormatError(f"quantization_config must name its quant_method: got {method!r:.60}")
     version = config.get("checkpoint_format") or config.get("format")
     if method == "gptq" and version in (None, "gptq", "gptq_v2"):
         return version or "gptq"
     if method == "awq" and str(config.get("version", "gemm")).lower() == "gemm":
         return "awq"
-    if method == "compressed-tensors":
+    others = _other_forms(config)
+    if method == "compressed-tensors" and not others:
         return "compressed-tensors"
-    raise FormatError(
-        f"quantization_config says quant_method {method!r}, format {version or config.get('version')!r}: "
-        "verified are gptq, gptq_v2, awq (gemm) and compressed-tensors"
+    named = ", ".join(others) if method == "compressed-tensors" else version or config.get("version")
+    raise UnsupportedError(
+        f"verify does not read quant_method {method!r}, format {named!r}: it reads gptq, gptq_v2, awq (gemm) "
+        "and compressed-tensors with integers (pack-quantized and int-quantized); nothing was checked"
     )
+
+
+def _other_forms(config: Mapping[str, Any]) -> list[str]:
+    """Name what a configuration of compressed-tensors has of formats and numbers that are not read here."""
+    groups = config.get("config_groups")
+    parts = (
+        [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    )
+    formats = [part.get("format") for part in (config, *parts)]
+    numbers = [part[key].get("type") for part in parts for key in _NUMBERS if isinstance(part.get(key), dict)]
+    every = dict.fromkeys(map(str, (*formats, *numbers)))
+    return [found for found in every if found not in ("None", "int", *_COMPRESSED)]
 
 
 def layout_of(config: Mapping[str, Any], format: str, name: str) -> LayerLayout:
