@@ -33,6 +33,19 @@ def test_choices_that_do_not_exist(spelling):
         parse_choice(spelling)
 
 
+def test_names_of_many_experts_are_looked_up(monkeypatch):
+    names = [f"model.layers.0.mlp.experts.{number}.up_proj" for number in range(5000)]
+    found = MixedPrecision({**dict.fromkeys(names[1:], "w4g32"), "experts.0.up_proj": "w8"})
+    # Each with each would be 25 million.
+    monkeypatch.setattr(
+        "qkern.search.assignment.name_matches", lambda *_: pytest.fail("every pair is looked at")
+    )
+    choices = found.resolve(names)
+    assert list(choices) == names
+    assert str(choices[names[0]]) == "w8"
+    assert {str(choice) for choice in choices.values()} == {"w8", "w4g32"}
+
+
 def test_names_ends_and_globs_are_resolved():
     mixed = MixedPrecision({"*.layers.0.*": "w8", "layers.1.mlp.down_proj": "w2g64", NAMES[5]: "16"})
     found = mixed.resolve(NAMES)

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -437,11 +438,11 @@ def _fill(
     checkpoint: Checkpoint, model: Any, plain: list[str], names: dict[str, str], dtype: torch.dtype
 ) -> None:
     """Give every parameter and persistent buffer that is not quantized its stored value."""
-    quantized = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, QuantModule))
+    quantized = {name for name, part in model.named_modules() if isinstance(part, QuantModule)}
     slots = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if not name.startswith(quantized)
+        if quantized.isdisjoint(accumulate(name.split("."), "{}.{}".format))
     }
     ties: dict[int, list[str]] = {}
     for name, tensor in slots.items():

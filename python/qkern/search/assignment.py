@@ -13,10 +13,11 @@ from qkern.ops.gguf_types import GGUF_TYPES, GGUFType, gguf_type
 from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = ["KEPT", "Choice", "MixedPrecision", "parse_choice", "spell_choice"]
 
+_GLOB: Final = frozenset("*?[")
 KEPT: Final = "16"
 """Spelling of a tensor that stays as it is."""
 Choice = Scheme | GGUFType | None
@@ -154,8 +155,14 @@ class MixedPrecision:
         """
         names = list(names)
         by: dict[str, str] = {}
+        ending: dict[str, list[str]] = {}  # so that an assignment of every expert takes no look at each pair
+        for name in names:
+            for end in _ends(name):
+                ending.setdefault(end, []).append(name)
         for pattern in self.choices:
-            matched = [name for name in names if name_matches(name, (pattern,))]
+            matched = ending.get(pattern, [])
+            if _GLOB.intersection(pattern):
+                matched = [name for name in names if name_matches(name, (pattern,))]
             if not matched:
                 raise InputError(
                     f"the assignment's {pattern!r} names no tensor of the model; there are "
@@ -203,6 +210,14 @@ class MixedPrecision:
                     "quantize, or give GGUF types such as q4_k"
                 )
         return {name: choice for name, choice in found.items() if not isinstance(choice, Scheme)}
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a dotted name and what follows each of its dots."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -125,6 +125,7 @@ class FolderSubject:
         self._layers: dict[str, _Layer] = {}
         self._plain: dict[str, StoredTensor] = {}
         self._own: dict[str, str] = {}
+        self._of_layer: dict[str, list[str]] = {}
         self._config = self._read_config()
         self.model = self._build_model()
         if self.model is not None:
@@ -217,6 +218,8 @@ class FolderSubject:
                 "tensors", f"no tensor's name ends in {marker}, which every layer of {self.format} has"
             )
         self._own = model_names((*layers, *self._tensors), self.model)
+        for key in self._tensors:
+            self._of_layer.setdefault(key.rpartition(".")[0], []).append(key)
         used: set[str] = set()
         for name in layers:
             used |= self._match_layer(name, linears)
@@ -226,7 +229,7 @@ class FolderSubject:
         """Enter a layer; return the names of its tensors."""
         assert self.format is not None
         linear = self._own[name]
-        there = {key for key in self._tensors if key.rpartition(".")[0] == name and not key.endswith(".bias")}
+        there = {key for key in self._of_layer[name] if not key.endswith(".bias")}
         self._findings.count("tensors", len(there))
         if linear not in linears:
             self._findings.add("tensors", f"{name} is quantized, but the model has no such linear")
