@@ -64,6 +64,18 @@ def test_stream_gives_the_hidden_states_of_the_model(tiny, model_type):
     assert torch.allclose(torch.cat(seen), inputs[0], atol=2e-5)
 
 
+def test_a_failure_at_the_head_leaves_no_hook(tiny):
+    stream = stream_of(tiny("llama", num_hidden_layers=1))
+    stream.embed(IDS)
+
+    def fail(_):
+        raise ValueError("of the caller")
+
+    with pytest.raises(ValueError, match="of the caller"):
+        stream.watch_head(fail)
+    assert not stream.model.get_output_embeddings()._forward_pre_hooks
+
+
 def test_only_one_layer_holds_weights(tiny):
     stream = stream_of(tiny("llama"))
     stream.embed(IDS)

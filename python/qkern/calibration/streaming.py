@@ -227,10 +227,12 @@ class LayerStream:
             raise _Stop
 
         handle = self.model.get_submodule(self.head).register_forward_pre_hook(stop)
-        with self._surroundings():
-            for chunk, hidden in zip(self._ids, self._hidden, strict=True):
-                self._forward(chunk, partial(self._give, hidden))
-        handle.remove()
+        try:
+            with self._surroundings():
+                for chunk, hidden in zip(self._ids, self._hidden, strict=True):
+                    self._forward(chunk, partial(self._give, hidden))
+        finally:
+            handle.remove()
 
     @contextmanager
     def ending(self) -> Iterator[Callable[[Tensor], Tensor]]:
