@@ -1,13 +1,17 @@
 """`qkern verify` and `qkern convert` from the command line: what they print, and how they end."""
 
 import json
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import qkern
+import qkern.pipelines.verify
 from qkern import cli
+
+verify = sys.modules["qkern.pipelines.verify"]
 
 
 def run(capsys, *arguments):
@@ -36,6 +40,23 @@ def test_sound(capsys, quantized, folder):
     assert code == 1
     assert "failed   kl" in out
     assert "nats a token: allowed is 1e-09" in out
+
+
+def test_no_kl(capsys, quantized, folder, monkeypatch):
+    loaded, load = [], verify.load
+    monkeypatch.setattr(
+        verify, "load", lambda path, **options: loaded.append(str(path)) or load(path, **options)
+    )
+    code, out, _ = run(capsys, "verify", quantized, "--against", folder, "--no-kl")
+    assert (code, loaded) == (0, [str(quantized)])
+    assert "skipped  kl          no text was given (--text)" in out
+    assert run(capsys, "verify", quantized, "--no-kl", "--text", folder / "text")[0] == 2
+
+
+def test_few_tokens_are_one_window(capsys, quantized, folder):
+    code, out, _ = run(capsys, "verify", quantized, "--against", folder, "--tokens", 24)
+    assert code == 0
+    assert "is within its limit (24) 0.0" in out
 
 
 def test_not_sound(capsys, quantized, tmp_path):

@@ -407,7 +407,9 @@ def test_hostile_headers_are_named(copied):
     [
         {"dynamic": ["a"]},
         {"bits": "4"},
+        {"bits": 4.0},
         {"group_size": 0},
+        {"group_size": True},
         {"sym": 1},
         {"dynamic": {"+:(": {}}},
         {"quant_method": 4},

@@ -40,16 +40,21 @@ def command(
     tokens: Annotated[int, typer.Option(min=4, help="Tokens of the text that are scored.")] = 2048,
     window: Annotated[int, typer.Option(min=4, help="Tokens of a window, at most the model's.")] = 512,
     max_kl: Annotated[float, typer.Option(help="Largest mean KL(original || model), nats.")] = 2.0,
+    no_kl: Annotated[
+        bool, typer.Option("--no-kl", help="Measure no KL, for which the original is loaded in fp32.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a quantized model as it lies on the disk. Exits with 1 if a check failed."""
+    if no_kl and text is not None:
+        raise typer.BadParameter("--no-kl measures nothing on a --text: give one of them")
     from qkern.demo import HELDOUT
     from qkern.pipelines import verify
 
     result = verify(
         model,
         against=against,
-        text=text or HELDOUT,
+        text=None if no_kl else text or HELDOUT,
         runtime=None if runtime is None else runtime.value,
         tokens=tokens,
         window=window,

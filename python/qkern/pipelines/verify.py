@@ -39,6 +39,7 @@ _PROMPT: Final = 8
 # Vocabularies begin with special tokens, padding among them.
 _FIRST: Final = 3
 _NEW_TOKENS: Final = 8
+_LEAST: Final = 2
 _OF_MODEL: Final = ("weights", "generation", "kl")
 _OF_ORIGINAL: Final = ("original", "error", "kl")
 
@@ -74,7 +75,7 @@ def verify(
     tokens : int
         How many of the text's tokens are scored.
     window : int
-        Tokens of a window, at most what the model reads.
+        Tokens of a window, at most `tokens` and what the model reads.
     max_kl : float
         Largest mean KL(original || model) in nats; rounding to nearest at 2 bits may take about 1.
 
@@ -91,10 +92,11 @@ def verify(
     UnsupportedError
         If the model is in a format that is not read here, such as bitsandbytes or fp8.
     """
-    if not max_kl > 0 or tokens < window:
+    if not max_kl > 0 or min(tokens, window) < _LEAST:
         raise InputError(
-            f"max_kl must be positive and tokens at least a window: got {max_kl}, {tokens} and {window}"
+            f"max_kl must be above 0, tokens and window {_LEAST} or more: got {max_kl}, {tokens} and {window}"
         )
+    window = min(window, tokens)
     if against is not None and is_gguf(against):
         raise InputError(f"the original must be a 16-bit folder or hub id: got the GGUF file {against}")
     content = None if text is None else read_text(text)

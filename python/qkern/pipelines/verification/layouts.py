@@ -219,9 +219,9 @@ def layout_of(config: Mapping[str, Any], format: str, name: str) -> LayerLayout:
         }
     size = fields["group_size"]
     fields["group_size"] = size = None if size == -1 else size
-    if fields["bits"] not in ((4,) if format == "awq" else (2, 3, 4, 8)):
+    if type(fields["bits"]) is not int or fields["bits"] not in ((4,) if format == "awq" else (2, 3, 4, 8)):
         raise FormatError(f"{name}: bits {fields['bits']!r} cannot be in {format}")
-    if size is not None and (not isinstance(size, int) or size < 1):
+    if size is not None and (type(size) is not int or size < 1):
         raise FormatError(f"{name}: group_size must be -1 or positive: got {size!r}")
     for key in ("symmetric", "act_order"):
         if not isinstance(fields.get(key, False), bool):
