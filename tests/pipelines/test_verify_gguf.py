@@ -1,0 +1,115 @@
+"""`qkern.verify` of GGUF files: what is sound passes, damage is caught by its check."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import gguf
+import qkern
+from qkern.demo import MODEL
+from qkern.errors import UnsupportedError
+
+
+def failed(verification):
+    return {check.name for check in verification.checks if check.status == "failed"}
+
+
+def problems(verification, name):
+    return " ".join(next(check.problems for check in verification.checks if check.name == name))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "q4_0.gguf"
+    qkern.export_gguf(MODEL, path, "q4_0")
+    return path
+
+
+def test_sound_gguf(file):
+    found = qkern.verify(file, against=MODEL)
+    assert found.is_sound, found.as_dict()
+    assert (found.format, found.runtime, len(found.errors)) == ("gguf", "gguf", 29)
+    assert failed(qkern.verify(file, runtime="vllm")) == {"runtime"}
+
+
+def blocks(file, name):
+    """First byte of a tensor, and its blocks."""
+    reader = gguf.GGUFReader(file)
+    tensor = next(tensor for tensor in reader.tensors if tensor.name == name)
+    return int(tensor.data_offset), torch.from_numpy(tensor.data.copy())
+
+
+def flipped_byte(file):
+    start, stored = blocks(file, "blk.0.ffn_up.weight")
+    codes = stored.view(-1, 18)
+    # Of codes far from the middle, which move by many steps; others a method could have chosen.
+    far = ((codes[:, 2:] & 15) < 3).nonzero()[0]
+    return start + int(far[0]) * 18 + 2 + int(far[1])
+
+
+def test_flipped_byte_of_a_gguf(file, tmp_path):
+    copy = tmp_path / "flipped.gguf"
+    content = bytearray(file.read_bytes())
+    content[flipped_byte(file)] ^= 0xFF
+    copy.write_bytes(content)
+    assert qkern.verify(copy).is_sound
+    found = qkern.verify(copy, against=MODEL)
+    assert failed(found) == {"error"}
+    assert "blk.0.ffn_up.weight: 1 of " in problems(found, "error")
+
+
+def test_gguf_types_that_are_not_read_are_not_judged(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor(
+        "blk.0.ffn_up.weight",
+        np.zeros((2, 66), np.uint8),
+        raw_dtype=gguf.GGMLQuantizationType.IQ2_XXS,
+    )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        UnsupportedError, match=r"1 tensors of the GGUF types iq2_xxs \(first: blk\.0\.ffn_up"
+    ):
+        qkern.verify(path)
+
+
+def test_damaged_gguf(file, tmp_path):
+    copy = tmp_path / "damaged.gguf"
+    content = bytearray(file.read_bytes())
+    start, stored = blocks(file, "blk.1.attn_q.weight")
+    content[start : start + 2] = b"\x00\x7e"  # a NaN for a scale
+    copy.write_bytes(content)
+    assert "values" in failed(qkern.verify(copy))
+    # Rows of another head, as if nobody had looked at how llama.cpp orders them.
+    row = stored.shape[1]
+    rows = file.read_bytes()[start : start + 256 * row]
+    copy.write_bytes(file.read_bytes().replace(rows, rows[64 * row :] + rows[: 64 * row]))
+    assert failed(qkern.verify(copy, against=MODEL)) == {"error"}
+    copy.write_bytes(file.read_bytes()[:-1000])
+    assert "files" in failed(qkern.verify(copy))
+
+
+def test_gguf_that_is_not_loaded(tiny, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+    tiny("qwen3_moe", vocab_size=len(tokenizer), **ends).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    qkern.export_gguf(tmp_path / "model", tmp_path / "model.gguf", "q8_0")
+    found = qkern.verify(tmp_path / "model.gguf", against=tmp_path / "model")
+    assert found.is_sound, found.as_dict()
+    checks = {check.name: check for check in found.checks}
+    assert {name for name, check in checks.items() if check.status == "skipped"} == {
+        "weights",
+        "generation",
+        "kl",
+    }
+    assert "has architecture 'qwen3moe'" in checks["weights"].skipped
+    # Rows of 48 are no blocks: those stacks of experts are f16.
+    assert (checks["error"].count, checks["original"].count) == (14, 27)
