@@ -20,7 +20,7 @@ from qkern.demo import MODEL
 from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.integrations.hf_config import STORED
 from qkern.integrations.hf_quantizer import disable, enable
-from qkern.nn import quant_linears
+from qkern.nn import QuantEmbedding, quant_linears
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,6 +79,12 @@ def edit_config(folder: Path, **fields: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+def description(folder: Path) -> dict[str, Any]:
+    """quantization_config of a folder, its lists without their order."""
+    fields = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return {name: sorted(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
 # Checkpoints
 
 
@@ -105,7 +111,7 @@ def test_logits_are_those_of_load(
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     for again in (qkern.load(tmp_path / "saved"), from_pretrained(tmp_path / "saved", **experts)):
         assert torch.equal(logits(again), logits(expected))
-    assert model.config.quantization_config.to_dict()["quant_method"] == format.removesuffix("_v2")
+    assert description(tmp_path / "saved") == description(folder)
 
 
 def test_mixed_bits(tiny: Any, tmp_path: Path) -> None:
@@ -299,6 +305,29 @@ def test_dequantize(originals: Any, tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
     model.save_pretrained(tmp_path / "dense")  # a plain model again
     assert torch.equal(logits(from_pretrained(tmp_path / "dense")), logits(model))
+
+
+def test_decoded_models_are_saved_without_a_description(llama: Path, tmp_path: Path) -> None:
+    model = from_pretrained(llama, dtype=torch.float32)
+    for name, layer in quant_linears(model).items():
+        model.set_submodule(name, layer.to_linear())
+    model.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    for load in (from_pretrained, qkern.load):
+        assert torch.equal(logits(load(tmp_path / "dense")), logits(model))
+    assert not model.is_quantized
+
+
+def test_what_save_refuses_is_refused_by_save_pretrained(llama: Path, tmp_path: Path) -> None:
+    trained = from_pretrained(llama)
+    qkern.prepare_qat(trained, "w4g32", learn_scales=True)
+    embedded = from_pretrained(llama)
+    table = QuantEmbedding.from_embedding(embedded.get_input_embeddings(), "w8")
+    embedded.set_input_embeddings(table)
+    for model, reason in ((trained, "layers in training"), (embedded, "quantized embeddings")):
+        with pytest.raises(UnsupportedError, match=f"no checkpoint format holds {reason}"):
+            model.save_pretrained(tmp_path / "saved")
+        assert not list((tmp_path / "saved").iterdir())
 
 
 # What does not fit

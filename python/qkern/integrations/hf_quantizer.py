@@ -20,16 +20,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from qkern.calibration import load_tokenizer
-from qkern.checkpoints import bitsandbytes_details, decode_layer, detect, model_folder, open_safetensors
+from qkern.checkpoints import decode_layer, detect, model_folder, open_safetensors
 from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
 from qkern.integrations.hf_config import STORED, WRITTEN, QkernConfig, StoredConfig
-from qkern.models import column_weight, describe, fuse_forwards
+from qkern.models import column_weight, describe, fuse_forwards, stored_name
 from qkern.nn import QuantLinear, expert_parameters, named_linears, quant_linears, replace_linears
 from qkern.nn.linear import is_conv1d
 from qkern.pipelines import quantize
 from qkern.pipelines.checks import find_targets, target_names
 from qkern.pipelines.load import COMPUTED, model_names, refuse_misfits
-from qkern.pipelines.save import BITSANDBYTES, choose_format, plain_tensors
+from qkern.pipelines.save import StoredLayers, plain_tensors
 from qkern.quantizers import quantize_rtn
 from qkern.schemes import FLOAT_DTYPES
 
@@ -213,34 +213,34 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
 
         Raises
         ------
+        InputError
+            If the model has adapters that transformers does not know of.
         UnsupportedError
             If no format, or not the one that was asked for, holds the layers.
         """
-        layers = quant_linears(model)
-        if not layers or getattr(model, "_hf_peft_config_loaded", False):  # then adapters alone are saved
+        if getattr(model, "_hf_peft_config_loaded", False):  # then adapters alone are saved
             return None, {}
-        skipped = [name for name in named_linears(model) if name not in layers]
-        fmt = choose_format(layers, skipped, self.format_name)
-        assert fmt is not None
+        stored = StoredLayers.of(model, self.format_name if quant_linears(model) else None)
+        if stored.format is None:  # what was quantized is dense by now
+            self.remove_quantization_config(model)
+            return None, {}
+        naming = functools.partial(stored_name, str(model.config.model_type))
         tensors = dict(plain_tensors(model))
         static, act_order = set(), False
-        for name, layer in layers.items():
+        for name, layer in stored.layers.items():
             weight = layer.quantized().to("cpu")
-            tensors |= fmt.encode(name, weight)
+            tensors |= stored.format.encode(name, weight)
             if layer.bias is not None:
                 tensors[f"{name}.bias"] = layer.bias.detach()
             act_order |= weight.group_index is not None
             if weight.input_scale is not None:
-                static.add(name)
-        details = self._details()
-        if fmt.name == BITSANDBYTES:
-            details |= bitsandbytes_details(str(model.dtype).removeprefix("torch."))
-        description = fmt.config(
-            {name: layer.scheme for name, layer in layers.items()},
+                static.add(naming(name))
+        description = stored.format.config(
+            {naming(name): layer.scheme for name, layer in stored.layers.items()},
             act_order=act_order,
             static=static,
-            skipped=skipped,
-            details=details,
+            skipped=[naming(name) for name in stored.skipped],
+            details=self._details() | stored.details(str(model.dtype).removeprefix("torch.")),
         )
         self.quantization_config = WRITTEN[description["quant_method"]].from_dict(description)
         model.config.quantization_config = self.quantization_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,9 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qkern.checkpoints.base import Format
-    from qkern.nn import ExpertPart
 
-__all__ = ["choose_format", "plain_tensors", "save"]
+__all__ = ["StoredLayers", "choose_format", "plain_tensors", "save"]
 
 BITSANDBYTES: Final = "bitsandbytes"
 
@@ -86,29 +86,19 @@ def save(
         If the disk is full; nothing is left behind.
     """
     check_output(path, source=getattr(model, "name_or_path", None))
-    refuse_adapters(model)
-    refuse_training(model)
-    layers = quant_linears(model)
-    embeddings = [name for name, module in model.named_modules() if isinstance(module, QuantEmbedding)]
-    if embeddings:
-        raise UnsupportedError(
-            f"no checkpoint format holds quantized embeddings: got {', '.join(embeddings)}; "
-            "keep them 16-bit, or export to GGUF"
-        )
-    # Beside quantized layers runtimes expect each expert by itself.
-    parts = expert_parts(model) if layers else {}
-    skipped = _skipped(model, layers, parts)
-    threshold = _threshold(layers, format)
-    fmt = choose_format(layers, skipped, format if threshold is None else BITSANDBYTES)
+    stored = StoredLayers.of(model, format)
+    fmt = stored.format
     with CheckpointWriter(
         path,
         format=None if fmt is None else fmt.name,
         max_shard_size=max_shard_size,
         naming=partial(stored_name, str(model.config.model_type)),
     ) as writer:
-        for name, layer in layers.items():
+        for name, layer in stored.layers.items():
             writer.add_quantized(name, layer.quantized(), layer.bias)
         dtype = None
+        # Beside quantized layers runtimes expect each expert by itself.
+        parts = {} if fmt is None else expert_parts(model)
         for name, tensor in plain_tensors(model):
             for own, value in as_linears(name, tensor, parts).items():
                 writer.add_tensor(own, value)
@@ -118,22 +108,75 @@ def save(
             writer.add_json("generation_config.json", json.loads(model.generation_config.to_json_string()))
         config = {**model.config.to_dict(), "dtype": dtype}
         config["architectures"] = config.get("architectures") or [type(model).__name__]
-        details = None
-        if fmt is not None and fmt.name == BITSANDBYTES:
-            details = bitsandbytes_details(dtype, threshold)
-        return writer.finish(config, recipe, tokenizer_from=tokenizer, skipped=skipped, details=details)
+        return writer.finish(
+            config, recipe, tokenizer_from=tokenizer, skipped=stored.skipped, details=stored.details(dtype)
+        )
 
 
-def _skipped(
-    model: Any, layers: Mapping[str, QuantLinear], parts: Mapping[str, Mapping[str, ExpertPart]]
-) -> list[str]:
-    """Linears that stay 16-bit, which runtimes must know; `parts` are written instead of fused experts."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredLayers:
+    """What of a model is stored as codes, and how.
+
+    Parameters
+    ----------
+    layers : dict of str to QuantLinear
+        By name in the model.
+    skipped : list of str
+        Modules with a matrix of weights that stay 16-bit, as runtimes must know them.
+    format : Format or None
+        None: there are no layers.
+    threshold : float or None
+        See `OutlierLinear`.
+    """
+
+    layers: dict[str, QuantLinear]
+    skipped: list[str]
+    format: Format | None
+    threshold: float | None
+
+    @classmethod
+    def of(cls, model: Any, format: str | None) -> StoredLayers:
+        """Choose how a model is stored; `format` as in `save`.
+
+        Raises
+        ------
+        InputError
+            If the model has adapters, or a format is named and there are no layers.
+        UnsupportedError
+            If the format cannot hold a layer, or no format holds a module of the model.
+        """
+        refuse_adapters(model)
+        refuse_training(model)
+        _refuse_embeddings(model)
+        layers = quant_linears(model)
+        skipped = _skipped(model, layers)
+        threshold = _threshold(layers, format)
+        fmt = choose_format(layers, skipped, format if threshold is None else BITSANDBYTES)
+        return cls(layers=layers, skipped=skipped, format=fmt, threshold=threshold)
+
+    def details(self, dtype: str | None) -> dict[str, Any]:
+        """Fields of the description that the weights do not tell; `dtype` is the name of the model's."""
+        if self.format is None or self.format.name != BITSANDBYTES:
+            return {}
+        return bitsandbytes_details(dtype, self.threshold)
+
+
+def _skipped(model: Any, layers: Mapping[str, QuantLinear]) -> list[str]:
+    parts = expert_parts(model)
+    # Fused experts are stored as linears.
     fused = {parameter.rpartition(".")[0] for parameter in parts}
-    experts = (name.removesuffix(".weight") for names in parts.values() for name in names)
-    others = (name for name in strangers(model) if name not in fused)
-    # Experts that are linears are in both.
-    every = dict.fromkeys((*named_linears(model), *experts, *others))
-    return [name for name in every if name not in layers]
+    experts = [weight.removesuffix(".weight") for weights in parts.values() for weight in weights]
+    names = dict.fromkeys([*named_linears(model), *experts, *strangers(model)])
+    return [name for name in names if name not in layers and name not in fused]
+
+
+def _refuse_embeddings(model: Any) -> None:
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, QuantEmbedding)]
+    if embeddings:
+        raise UnsupportedError(
+            f"no checkpoint format holds quantized embeddings: got {', '.join(embeddings)}; "
+            "keep them 16-bit, or export to GGUF"
+        )
 
 
 def _threshold(layers: Mapping[str, QuantLinear], format: str | None) -> float | None:
