@@ -362,6 +362,16 @@ def test_without_a_threshold_it_is_plain_w8a8(folder, tmp_path):
     by_transformers(tmp_path / "out")
 
 
+def test_int8_codes_without_scales_are_no_weight(folder, tmp_path):
+    quantize(folder, method="rtn", scheme="w8a8", format="bitsandbytes", output=tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    layer = "model.layers.0.mlp.up_proj"
+    loose = (f"{layer}.SCB", f"{layer}.weight_format")  # older bitsandbytes writes no format
+    save_file({name: tensor for name, tensor in load_file(file).items() if name not in loose}, file)
+    with pytest.raises(FormatError, match=rf"integers in the place of floats.*: {layer}\.weight"):
+        load(tmp_path / "out")
+
+
 def test_a_folder_with_loose_parts_is_refused(folder, tmp_path):
     quantize(folder, method="rtn", scheme="nf4g64d", output=tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"

@@ -268,10 +268,16 @@ def refuse_misfits(
     missing: Iterable[str] = (),
     left_over: Iterable[str] = (),
     mismatched: Iterable[str] = (),
+    integers: Iterable[str] = (),
 ) -> None:
     """Raise FormatError when any name is given; a model with random weights is never returned."""
     problems = []
-    for what, names in (("missing", missing), ("left over", left_over), ("of another shape", mismatched)):
+    for what, names in (
+        ("missing", missing),
+        ("left over", left_over),
+        ("of another shape", mismatched),
+        ("integers in the place of floats, as codes without scales are", integers),
+    ):
         listed = sorted(names)
         if listed:
             more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
@@ -449,7 +455,7 @@ def _fill(
         ties.setdefault(id(tensor), []).append(name)
     ignored = [*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
     filled: dict[str, Tensor] = {}
-    left_over, mismatched = [], []
+    left_over, mismatched, integers = [], [], []
     fused = expert_parts(model)
     for stored in plain:
         if names[stored] not in slots and names[stored] not in fused:
@@ -460,6 +466,8 @@ def _fill(
                 left_over.append(stored)
             elif tensor.shape != slots[name].shape:
                 mismatched.append(stored)
+            elif slots[name].is_floating_point() and not tensor.is_floating_point():
+                integers.append(stored)
             else:
                 # Copied, as the quantized layers are.
                 filled[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
@@ -469,7 +477,9 @@ def _fill(
         for name, tensor in slots.items()
         if name not in filled and not any(other in filled for other in ties[id(tensor)])
     ]
-    refuse_misfits(checkpoint.folder, missing=missing, left_over=left_over, mismatched=mismatched)
+    refuse_misfits(
+        checkpoint.folder, missing=missing, left_over=left_over, mismatched=mismatched, integers=integers
+    )
     for members in ties.values():
         _assign(model, members, filled)
 
