@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qkern.errors import InputError, UnsupportedError
 from qkern.ops import pack_bits, quantize_groupwise
-from qkern.ops.quantize_groupwise.nested import divisors
+from qkern.ops.quantize_groupwise.nested import decode, divisors, renest
 from qkern.ops.quantize_groupwise.reference import encode
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
 
@@ -22,7 +22,8 @@ def requantize(weight: Tensor, before: QuantizedWeight) -> QuantizedWeight:
 
     Each group stays on the grid that it was on unless the one that a search for the least squared error
     finds is better. So a weight that did not change comes back with the same values, which a fresh choice of
-    scales does not give, and rounding never costs more than on either grid.
+    scales does not give, and rounding never costs more than on either grid. Double-quantized scales are then
+    quantized again in the blocks where one changed, and codes chosen by the result.
 
     Parameters
     ----------
@@ -42,12 +43,12 @@ def requantize(weight: Tensor, before: QuantizedWeight) -> QuantizedWeight:
     InputError
         If shape or dtype do not fit, on NaN or Inf in the weight, or if a scale overflows its dtype.
     UnsupportedError
-        For double-quantized scales and stacks of experts.
+        For stacks of experts, and double-quantized scales without their stored form.
     """
-    if before.scheme.double_quant or len(before.shape) != 2:
+    if len(before.shape) != 2:
         raise UnsupportedError(
-            f"requantize takes one matrix with plain scales: got {before.scheme} {before.shape}; quantize "
-            "each matrix with quantize_rtn"
+            f"requantize takes one matrix: got {before.scheme} {before.shape}; quantize each matrix with "
+            "quantize_rtn"
         )
     if tuple(weight.shape) != before.shape or weight.dtype not in FLOAT_DTYPES:
         raise InputError(
@@ -60,16 +61,22 @@ def requantize(weight: Tensor, before: QuantizedWeight) -> QuantizedWeight:
     order = groups.argsort(stable=True)
     lengths = groups.bincount(minlength=before.scales.shape[-1]).tolist()
     matrices = torch.split_with_sizes(weight.detach().to(torch.float32)[:, order], lengths, -1)
-    scheme = replace(before.scheme, group_size=None)
-    codes, grids = [], []
-    for group, matrix in enumerate(matrices):
-        found, grid = _better(matrix, _Grid.of_group(before, group), scheme, before.offsets is not None)
-        codes.append(found)
-        grids.append(grid)
+    scheme = replace(before.scheme, group_size=None, double_quant=False)
+    grids = [
+        _better(matrix, _Grid.of_group(before, group), scheme, before.offsets is not None)
+        for group, matrix in enumerate(matrices)
+    ]
+    scales, nested = torch.cat([grid.scales for grid in grids], -1), before.nested
+    if nested is not None:
+        nested = renest(scales, nested)
+        scales = decode(nested, tuple(scales.shape))
+        grids = [grid._replace(scales=scales[:, [group]]) for group, grid in enumerate(grids)]
+    codes = [_rounded(matrix, grid, scheme)[0] for matrix, grid in zip(matrices, grids, strict=True)]
     return replace(
         before,
         codes=pack_bits(torch.cat(codes, -1)[:, order.argsort()], scheme.bits),
-        scales=torch.cat([grid.scales for grid in grids], -1),
+        scales=scales,
+        nested=nested,
         zeros=None if before.zeros is None else torch.cat([grid.zeros for grid in grids], -1),
         offsets=None if before.offsets is None else torch.cat([grid.offsets for grid in grids], -1),
     )
@@ -102,14 +109,11 @@ def _groups_of_columns(weight: QuantizedWeight) -> Tensor:
     return torch.arange(weight.K, device=weight.device) // max(weight.scheme.group_length(weight.K), 1)
 
 
-def _better(matrix: Tensor, kept: _Grid, scheme: Scheme, has_offsets: bool) -> tuple[Tensor, _Grid]:
-    """Codes of a group, uint8 ``[N, n]``, by rows on the better of its grid and a searched one."""
+def _better(matrix: Tensor, kept: _Grid, scheme: Scheme, has_offsets: bool) -> _Grid:
+    """By rows the better of the grid of a group and a searched one."""
     fresh = _searched(matrix, kept, scheme, has_offsets)
-    kept_codes, kept_error = _rounded(matrix, kept, scheme)
-    fresh_codes, fresh_error = _rounded(matrix, fresh, scheme)
-    better = fresh_error < kept_error
-    grid = _Grid(*(torch.where(better, new, old) for new, old in zip(fresh, kept, strict=True)))
-    return torch.where(better, fresh_codes, kept_codes), grid
+    better = _rounded(matrix, fresh, scheme)[1] < _rounded(matrix, kept, scheme)[1]
+    return _Grid(*(torch.where(better, new, old) for new, old in zip(fresh, kept, strict=True)))
 
 
 def _searched(matrix: Tensor, kept: _Grid, scheme: Scheme, has_offsets: bool) -> _Grid:
@@ -124,7 +128,7 @@ def _searched(matrix: Tensor, kept: _Grid, scheme: Scheme, has_offsets: bool) ->
 
 
 def _rounded(matrix: Tensor, grid: _Grid, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Nearest codes, and the squared error of each row (per tensor of all)."""
+    """Nearest codes, uint8 ``[N, n]``, and the squared error of each row (per tensor of all)."""
     scales, offsets = grid.scales.float(), grid.offsets.float()
     codes, level = encode(matrix - offsets, divisors(scales), grid.zeros.float(), scheme)
     errors = (level * scales + offsets - matrix).square().sum(-1, keepdim=True)

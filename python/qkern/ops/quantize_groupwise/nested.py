@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn.functional import pad
 
 from qkern.schemes import NestedScales
 
-__all__ = ["decode", "divisors", "dynamic_table", "nest"]
+__all__ = ["decode", "divisors", "dynamic_table", "nest", "renest"]
 
 BLOCK: Final = 256
 """Scales that share an absmax."""
@@ -38,8 +39,8 @@ def dynamic_table() -> Tensor:
     return torch.cat([positive, -positive, positive.new_tensor([0.0, 1.0])]).sort().values
 
 
-def nest(scales: Tensor, offset: float | None = None) -> NestedScales:
-    """Quantize fp32 scales of any shape in blocks of `BLOCK`, to the codes of bitsandbytes' CPU kernel.
+def nest(scales: Tensor, offset: float | None = None, block: int = BLOCK) -> NestedScales:
+    """Quantize fp32 scales of any shape in blocks, to the codes of bitsandbytes' CPU kernel.
 
     Parameters
     ----------
@@ -47,6 +48,8 @@ def nest(scales: Tensor, offset: float | None = None) -> NestedScales:
         fp32, on any device.
     offset : float or None
         What is subtracted from the scales first; None: their mean.
+    block : int
+        Scales that share an absmax.
     """
     # On the CPU whatever the device: there are few scales, and the roundings below are those of its kernel.
     flat = scales.detach().reshape(-1).float().cpu()
@@ -54,7 +57,7 @@ def nest(scales: Tensor, offset: float | None = None) -> NestedScales:
         # Summed exactly: the same mean on every device and for any number of threads.
         mean = math.fsum(flat.tolist()) / max(flat.numel(), 1)
         offset = float(torch.tensor(mean, dtype=torch.float32, device="cpu"))
-    blocks = pad(flat - offset, (0, -flat.numel() % BLOCK)).reshape(-(-flat.numel() // BLOCK), BLOCK)
+    blocks = _in_blocks(flat - offset, block)
     absmax = blocks.abs().amax(-1)
     codes = _codes(blocks * (1.0 / torch.where(absmax == 0, 1.0, absmax))[:, None])
     codes[absmax == 0] = 0
@@ -63,8 +66,41 @@ def nest(scales: Tensor, offset: float | None = None) -> NestedScales:
         table=dynamic_table().to(scales.device),
         absmax=absmax.to(scales.device),
         offset=offset,
-        block=BLOCK,
+        block=block,
     )
+
+
+def renest(scales: Tensor, before: NestedScales) -> NestedScales:
+    """Quantize scales that were quantized before, by the same blocks, as `nest`.
+
+    Blocks in which no scale changed keep their codes, which `nest` of the decoded scales need not find again;
+    the offset, which is one for all blocks, then stays too.
+
+    Parameters
+    ----------
+    scales : Tensor
+        fp32, as many as before, on the device of `before`.
+    before : NestedScales
+        What they were decoded from, or others since.
+    """
+    changed = _in_blocks(scales != decode(before, tuple(scales.shape)), before.block).any(-1)
+    if not changed.any():
+        return before
+    if not torch.equal(before.table, dynamic_table().to(before.table.device)):
+        changed = torch.ones_like(changed)  # no code of another table can stay
+    fresh = nest(scales, None if changed.all() else before.offset, before.block)
+    of_scales = changed.repeat_interleave(before.block)[: scales.numel()]
+    return replace(
+        fresh,
+        codes=torch.where(of_scales, fresh.codes, before.codes),
+        absmax=torch.where(changed, fresh.absmax, before.absmax),
+    )
+
+
+def _in_blocks(values: Tensor, block: int) -> Tensor:
+    """``[blocks, block]`` of values of any shape, the last block filled up with zeros."""
+    flat = values.reshape(-1)
+    return pad(flat, (0, -flat.numel() % block)).reshape(-(-flat.numel() // block), block)
 
 
 def _codes(ratio: Tensor) -> Tensor:
