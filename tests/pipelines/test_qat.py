@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import qkern
-from qkern import FakeQuantLinear, InputError, QuantLinear, UnsupportedError
+from qkern import FakeQuantLinear, InputError, OutlierLinear, QuantLinear, UnsupportedError, replace_linears
 from qkern.demo import MODEL
 from qkern.nn import compute_mode, quant_linears
 from qkern.ops.gguf_types import gguf_type
@@ -111,6 +111,15 @@ def test_layers_that_cannot_be_trained_are_refused_by_name(tiny):
     assert {name.rpartition(".")[2] for name in chosen.choices} == {"down_proj"}
     experts = tiny("mixtral")
     assert not [name for name in prepare_qat(experts, "w4g32", skip=("experts",)).choices if "expert" in name]
+
+
+def test_outlier_linears_are_refused_by_name(tiny):
+    model = tiny("llama")
+    replace_linears(model, {"model.layers.1.mlp.up_proj": "w8a8"}, kind=OutlierLinear)
+    for learn_scales in (False, True):
+        with pytest.raises(UnsupportedError, match=r"model\.layers\.1\.mlp\.up_proj is an OutlierLinear"):
+            prepare_qat(model, "w8a8", learn_scales=learn_scales)
+    assert not prepared(model)
 
 
 def test_refusals_name_what_is_wrong(tiny):

@@ -231,12 +231,7 @@ class LoraQuantLinear(Linear):  # type: ignore[misc]
         base, weight = self.unmerged, total.weight.detach()
         merged: nn.Module
         if self.merge_dtype is None:
-            quantized = requantize(weight, base.quantized())
-            merged = QuantLinear.from_quantized(
-                quantized, total.bias, None if base.bias is None else base.bias.dtype
-            )
-            merged.training, merged._trains = base.training, base._trains
-            merged.compute = base.compute
+            merged = base.with_weight(requantize(weight, base.quantized()), total.bias)
             scheme, values = str(base.scheme), merged.dequantize()
         else:
             merged = total.to(self.merge_dtype)

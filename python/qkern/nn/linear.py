@@ -171,6 +171,26 @@ class QuantLinear(QuantModule):
             made.bias = nn.Parameter(kept, requires_grad=False)
         return made
 
+    def with_weight(self, weight: QuantizedWeight, bias: Tensor | None = None) -> Self:
+        """Return a layer of the same kind, with the same settings, that has another weight.
+
+        Parameters
+        ----------
+        weight : QuantizedWeight
+            One matrix ``[N, K]``.
+        bias : Tensor, optional
+            ``[N]``; copied, in the dtype of this layer's.
+
+        Raises
+        ------
+        InputError
+            As `from_quantized`.
+        """
+        made = self.from_quantized(weight, bias, None if self.bias is None else self.bias.dtype)
+        made.training, made._trains = self.training, self._trains
+        made.compute = self.compute
+        return made
+
     @classmethod
     def empty(
         cls,

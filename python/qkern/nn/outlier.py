@@ -143,6 +143,12 @@ class OutlierLinear(QuantLinear):
         made.threshold = threshold
         return made
 
+    def with_weight(self, weight: QuantizedWeight, bias: Tensor | None = None) -> Self:
+        """As `QuantLinear.with_weight`; the threshold is a setting too."""
+        made = super().with_weight(weight, bias)
+        made.threshold = self.threshold
+        return made
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``[..., K]`` by the weight; the result is ``[..., N]`` in x's dtype.

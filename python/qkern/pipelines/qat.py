@@ -10,6 +10,7 @@ from torch import nn
 from qkern.errors import InputError, UnsupportedError
 from qkern.nn import (
     FakeQuantLinear,
+    OutlierLinear,
     QuantLinear,
     expert_parameters,
     named_linears,
@@ -88,6 +89,7 @@ def prepare_qat(
         choices = _choices_of_assignment(model, MixedPrecision.of(assignment))
     linears = named_linears(model)
     wanted = {name: linears[name] for name in choices}
+    _refuse_outliers(wanted)
     _refuse_shared(model, wanted)
     options: dict[str, Any] = {
         "learn_scales": learn_scales,
@@ -189,6 +191,15 @@ def _choices_of_assignment(model: nn.Module, assignment: MixedPrecision) -> dict
     if not choices:
         raise InputError("the assignment leaves every linear 16-bit: there is nothing to train for")
     return choices
+
+
+def _refuse_outliers(wanted: Mapping[str, nn.Module]) -> None:
+    for name, layer in wanted.items():
+        if isinstance(layer, OutlierLinear):
+            raise UnsupportedError(
+                f"{name} is an OutlierLinear, whose outlier activations no training on a grid leaves "
+                "unquantized: leave it out, or begin with the 16-bit model"
+            )
 
 
 def _refuse_shared(model: nn.Module, wanted: Mapping[str, nn.Module]) -> None:
