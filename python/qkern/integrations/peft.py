@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qkern.errors import InputError, UnsupportedError
 from qkern.nn import QuantEmbedding, QuantLinear, quant_linears
 from qkern.nn.state import QuantModule
-from qkern.pipelines.load import config_dtype
+from qkern.pipelines.load import config_dtype, unmark_quantized
 from qkern.quantizers import requantize
 from qkern.schemes import FLOAT_DTYPES
 
@@ -305,6 +305,16 @@ class QuantLoraModel(LoraModel):  # type: ignore[misc]
             _maybe_include_all_linear_layers(peft_config, model)
             peft_config.target_modules |= _quantized_targets(model)
 
+    def _check_merge_allowed(self) -> None:
+        # PEFT refuses what transformers calls gptq, as the kernels that it knows cannot merge.
+        model: Any = self.model
+        method = model.__dict__.pop("quantization_method", None) if quant_linears(model) else None
+        try:
+            super()._check_merge_allowed()
+        finally:
+            if method is not None:
+                model.quantization_method = method
+
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
@@ -406,9 +416,7 @@ def merge(
         for name, linear in quant_linears(merged).items():
             merged.set_submodule(name, linear.to_linear(dtype))
         merged.config.dtype = dtype
-        # What made it a model of `qkern.load`.
-        merged.is_loaded_in_8bit = False
-        vars(merged).pop("save_pretrained", None)
+        unmark_quantized(merged)
     kept = config_dtype(merged.config)
     for parameter in merged.parameters():
         # Not merged.to(dtype), which would round the rotary frequencies.

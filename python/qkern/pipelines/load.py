@@ -51,6 +51,7 @@ __all__ = [
     "mark_quantized",
     "model_names",
     "refuse_misfits",
+    "unmark_quantized",
     "usable_device",
 ]
 
@@ -322,6 +323,15 @@ def mark_quantized(model: Any) -> None:
     """Tell libraries for training that the weights are low-bit codes; PEFT then checkpoints activations."""
     # The only mark that all of them ask for. That of 4 bits makes transformers import bitsandbytes.
     model.is_loaded_in_8bit = True
+
+
+def unmark_quantized(model: Any) -> None:
+    """Take from a model that is dense by now whatever says otherwise."""
+    model.is_loaded_in_8bit = False
+    vars(model).pop("save_pretrained", None)
+    quantizer = getattr(model, "hf_quantizer", None)  # of transformers' from_pretrained
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 def save_pretrained(
