@@ -184,6 +184,21 @@ def test_prepared_model_checkpoints_and_keeps_its_scales(fresh: Callable[..., An
     assert model.num_parameters() > 0  # which asks for bitsandbytes if a model says that it has 4 bits
 
 
+def test_prepared_models_checkpoint_however_they_were_loaded(
+    tiny: Callable[..., Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tiny("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    theirs = AutoModelForCausalLM.from_pretrained
+    for model in (
+        qkern.load(tmp_path / "dense", int8=True),
+        *(theirs(folders[spelling]) for spelling in FORMATS),
+        theirs(tmp_path / "dense", quantization_config=QkernConfig("w4g32")),
+    ):
+        assert prepare_model_for_kbit_training(model).is_gradient_checkpointing
+    plain = theirs(folders["w8"]).dequantize()
+    assert not prepare_model_for_kbit_training(plain).is_gradient_checkpointing
+
+
 def test_checkpointing_gives_the_same_gradients(fresh: Callable[..., Any]) -> None:
     found = []
     for use_checkpoints in (False, True):

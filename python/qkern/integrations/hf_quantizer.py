@@ -23,12 +23,12 @@ from qkern.calibration import load_tokenizer
 from qkern.checkpoints import decode_layer, detect, model_folder, open_safetensors
 from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
 from qkern.integrations.hf_config import STORED, WRITTEN, QkernConfig, StoredConfig
-from qkern.models import column_weight, describe, fuse_forwards, stored_name
+from qkern.models import column_weight, describe, fuse_forwards
 from qkern.nn import QuantLinear, expert_parameters, named_linears, quant_linears, replace_linears
 from qkern.nn.linear import is_conv1d
 from qkern.pipelines import quantize
 from qkern.pipelines.checks import find_targets, target_names
-from qkern.pipelines.load import COMPUTED, model_names, refuse_misfits
+from qkern.pipelines.load import COMPUTED, mark_quantized, model_names, refuse_misfits
 from qkern.pipelines.save import StoredLayers, plain_tensors
 from qkern.quantizers import quantize_rtn
 from qkern.schemes import FLOAT_DTYPES
@@ -180,10 +180,17 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         ]
         model.requires_grad_(False)
         self._finish(model)
+        if quant_linears(model):
+            mark_quantized(model)
         fuse_forwards(model)
 
     def _finish(self, model: Any) -> None:
         """Do what needs the whole model."""
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Take all that says otherwise from a model that is dense by now."""
+        super().remove_quantization_config(model)
+        model.is_loaded_in_8bit = False
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         if not isinstance(dtype, torch.dtype):  # a saved config has its name
@@ -224,24 +231,15 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         if stored.format is None:  # what was quantized is dense by now
             self.remove_quantization_config(model)
             return None, {}
-        naming = functools.partial(stored_name, str(model.config.model_type))
         tensors = dict(plain_tensors(model))
-        static, act_order = set(), False
+        act_order = False
         for name, layer in stored.layers.items():
             weight = layer.quantized().to("cpu")
             tensors |= stored.format.encode(name, weight)
             if layer.bias is not None:
                 tensors[f"{name}.bias"] = layer.bias.detach()
             act_order |= weight.group_index is not None
-            if weight.input_scale is not None:
-                static.add(naming(name))
-        description = stored.format.config(
-            {naming(name): layer.scheme for name, layer in stored.layers.items()},
-            act_order=act_order,
-            static=static,
-            skipped=[naming(name) for name in stored.skipped],
-            details=self._details() | stored.details(str(model.dtype).removeprefix("torch.")),
-        )
+        description = stored.description(model, act_order=act_order, details=self._details())
         self.quantization_config = WRITTEN[description["quant_method"]].from_dict(description)
         model.config.quantization_config = self.quantization_config
         return tensors, {}
@@ -259,16 +257,12 @@ def _source(model: Any) -> str:
 
 def _dense(layer: QuantLinear, dtype: torch.dtype, *, conv1d: bool) -> nn.Module:
     """Linear, or transformers' Conv1D, with the weights that a `QuantLinear` stands for."""
-    weight = layer.dequantize(dtype)
-    N, K = weight.shape
-    made: nn.Module
-    if conv1d:
-        made = transformers.pytorch_utils.Conv1D(N, K).to(weight)
-    else:
-        made = nn.Linear(K, N, bias=layer.bias is not None, device=weight.device, dtype=dtype)
-    made.weight = nn.Parameter(weight.t().contiguous() if conv1d else weight)
-    if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    linear = layer.to_linear(dtype).requires_grad_(True)
+    if not conv1d:
+        return linear
+    made: nn.Module = transformers.pytorch_utils.Conv1D(layer.out_features, layer.in_features)
+    made.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    made.bias = nn.Parameter(made.bias.detach().to(linear.weight)) if linear.bias is None else linear.bias
     return made.train(layer.training)
 
 

@@ -159,6 +159,7 @@ def _replace_by_outlier_linears(model: Any) -> None:
     replace_linears(model, dict.fromkeys(names, "w8a8"), kind=OutlierLinear)
     model.requires_grad_(False)
     model.save_pretrained = MethodType(save_pretrained, model)
+    mark_quantized(model)
 
 
 def load_with_tokenizer(path: str | Path, **options: Any) -> tuple[Any, Any]:

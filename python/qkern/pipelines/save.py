@@ -160,6 +160,28 @@ class StoredLayers:
             return {}
         return bitsandbytes_details(dtype, self.threshold)
 
+    def description(self, model: Any, *, act_order: bool, details: Mapping[str, Any]) -> dict[str, Any]:
+        """``quantization_config`` as `CheckpointWriter` writes it, under the names of a checkpoint.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            What the layers are of.
+        act_order : bool
+            Whether any of them has a group index.
+        details : mapping
+            Further fields.
+        """
+        assert self.format is not None
+        naming = partial(stored_name, str(model.config.model_type))
+        return self.format.config(
+            {naming(name): layer.scheme for name, layer in self.layers.items()},
+            act_order=act_order,
+            static={naming(name) for name, layer in self.layers.items() if layer.input_scale is not None},
+            skipped=[naming(name) for name in self.skipped],
+            details={**details, **self.details(str(model.dtype).removeprefix("torch."))},
+        )
+
 
 def _skipped(model: Any, layers: Mapping[str, QuantLinear]) -> list[str]:
     parts = expert_parts(model)
