@@ -180,6 +180,30 @@ def test_columns_are_kept_as_they_come():
     torch.testing.assert_close(layer(x) - layer.bias, 2 * (before - layer.bias))
 
 
+def test_later_columns_do_not_unpack_the_weight(monkeypatch):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(K, N)
+    linear.weight.data[3] = 0
+    linear.weight.data[4] *= 1e-6
+    linear.bias.data *= 1e4
+    layer, whole = OutlierLinear.from_linear(linear), OutlierLinear.from_linear(linear)
+    whole(inputs(4, outliers=list(range(K))))
+    layer(inputs(4, outliers=[5]))
+    unpacked = []
+    monkeypatch.setattr(layer, "_unpacked", lambda *given: unpacked.append(given))
+    monkeypatch.setattr(layer, "quantized", lambda: unpacked.append(()))
+    for outliers in ([5, 9], [2, 3, 11], OUTLIERS, list(range(40))):
+        x = inputs(4, outliers=outliers)
+        assert torch.equal(layer(x), whole(x))
+    assert not unpacked
+    position = layer._columns.position
+    columns = (position >= 0).nonzero().squeeze(1)
+    kept = whole._columns.codes[whole._columns.position[columns]]
+    rows = torch.arange(N) != 3  # whose scale may be 0
+    assert len(columns) > 40
+    assert torch.equal(layer._columns.codes[position[columns]][:, rows], kept[:, rows])
+
+
 def test_copies_and_casts_compute_the_same():
     layer = make_layer(threshold=7.5)
     x = inputs(4)

@@ -11,6 +11,7 @@ from qkern.errors import InputError
 from qkern.nn.linear import QuantLinear
 from qkern.ops import unpack_bits
 from qkern.ops.dequant_matmul.checks import check_input
+from qkern.ops.quantize_groupwise.nested import divisors
 from qkern.schemes import as_scheme
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ __all__ = ["THRESHOLD", "OutlierLinear"]
 
 THRESHOLD: Final = 6.0
 """Magnitude from which an activation is an outlier, that of LLM.int8()."""
+# Up to so many columns a product is faster than unpacking the weight.
+_MANY: Final = 512
 
 
 def _refuse_others(scheme: Scheme) -> None:
@@ -52,8 +55,9 @@ class OutlierLinear(QuantLinear):
 
     A column of x in which a magnitude reaches `threshold` (compared in fp16, as bitsandbytes does) is
     multiplied by its column of the weight in x's dtype; all others go through int8 with a scale a token.
-    Columns of the weight that were needed once are kept in int8 beside the packed weight. With
-    ``compute="float"`` nothing is quantized, and there are no outliers.
+    Columns of the weight that were needed once are kept in int8, N bytes each, beside the packed weight; the
+    first of them are read from a copy of the whole weight, which then goes. With ``compute="float"`` nothing
+    is quantized, and there are no outliers.
 
     torch.compile leaves the graph here: which columns stand out is known only when it runs.
 
@@ -184,17 +188,33 @@ class OutlierLinear(QuantLinear):
     @torch.no_grad()
     def _with(self, columns: Tensor) -> _Columns:
         """Columns that are kept, and these."""
-        weight, K = self.quantized(), self.in_features
-        wanted = torch.zeros(K, dtype=torch.bool, device=columns.device)
-        wanted[columns] = True
-        if self._columns is not None:
-            wanted |= self._columns.position >= 0
-        index = wanted.nonzero().squeeze(1)
-        codes = unpack_bits(weight.codes, 8, (self.out_features, K), layout="dense")
-        position = torch.full_like(wanted, -1, dtype=torch.int64)
-        position[index] = torch.arange(len(index), device=index.device)
-        chosen = codes.index_select(1, index) ^ self.scheme.midpoint
-        return _Columns(position, chosen.view(torch.int8).t().contiguous(), weight.scales.float().squeeze(1))
+        kept = self._columns or self._none_kept(columns.device)
+        new = columns[kept.position[columns] < 0]
+        read = self._unpacked if self._columns is None or len(new) > _MANY else self._multiplied
+        position = kept.position.index_copy(
+            0, new, torch.arange(len(new), device=new.device) + len(kept.codes)
+        )
+        return _Columns(position, torch.cat([kept.codes, read(new, kept.scales)]), kept.scales)
+
+    def _none_kept(self, device: torch.device) -> _Columns:
+        return _Columns(
+            torch.full((self.in_features,), -1, device=device),
+            torch.empty(0, self.out_features, dtype=torch.int8, device=device),
+            self.quantized().scales.float().squeeze(1),
+        )
+
+    def _unpacked(self, columns: Tensor, scales: Tensor) -> Tensor:
+        """Codes of columns ``[n, N]`` out of the whole weight."""
+        shape = self.out_features, self.in_features
+        codes = unpack_bits(self.quantized().codes, 8, shape, layout="dense").index_select(1, columns)
+        return (codes ^ self.scheme.midpoint).view(torch.int8).t().contiguous()
+
+    def _multiplied(self, columns: Tensor, scales: Tensor) -> Tensor:
+        """Codes of columns ``[n, N]`` by the product with rows that are 1 there: the weight stays packed."""
+        rows = torch.zeros(len(columns), self.in_features, device=columns.device)
+        rows[torch.arange(len(columns), device=columns.device), columns] = 1
+        # Integers up to 128, which no rounding of the product moves by a half.
+        return (self._dispatch(rows, None) / divisors(scales)).round().to(torch.int8)
 
     def _forget(self) -> None:
         super()._forget()
