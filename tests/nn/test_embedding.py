@@ -38,6 +38,16 @@ def test_look_up_is_a_row_of_the_dequantized_table(scheme):
     assert torch.equal(embedding(torch.arange(5, dtype=torch.int32)), table[:5])
 
 
+def test_look_up_decodes_no_nested_scales(monkeypatch):
+    embedding = QuantEmbedding.from_embedding(make_embedding(), "nf4g16d")
+    table = table_of(embedding)
+    decoded = []
+    monkeypatch.setattr("qkern.nn.state.nested_from_bytes", decoded.append)
+    ids = torch.tensor([[0, V - 1], [7, 7]])
+    assert torch.equal(embedding(ids), table[ids])
+    assert not decoded
+
+
 def test_act_order_table():
     index = torch.arange(H, dtype=torch.int32) % 3
     plain = quantize_groupwise(make_embedding().weight.detach(), "w4g16")

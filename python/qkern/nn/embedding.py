@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qkern.errors import InputError, UnsupportedError
 from qkern.nn.linear import COMPUTE, QuantLinear
-from qkern.nn.state import QuantModule
+from qkern.nn.state import FORM, QuantModule, weight_of
 from qkern.ops import dequantize_groupwise, quantize_groupwise
 from qkern.schemes import QuantizedWeight, Scheme, as_scheme
 
@@ -132,7 +132,7 @@ class QuantEmbedding(QuantModule):
                 "torch.int32; convert them with ids.long() if they are row numbers"
             )
         dtype = self.like.dtype
-        table = self.quantized()
+        table = self._table()
         if ids.device.type == "meta" or table.device.type == "meta":
             return torch.empty(*ids.shape, self.embedding_dim, dtype=dtype, device="meta")
         rows = ids.reshape(-1)
@@ -149,6 +149,13 @@ class QuantEmbedding(QuantModule):
                     "the rows of the table; check that tokenizer and model belong together"
                 ) from None
         return found.reshape(*ids.shape, self.embedding_dim)
+
+    def _table(self) -> QuantizedWeight:
+        """Return what a look-up reads; of double-quantized scales the decoded ones, as it copies no others."""
+        if self.nested is None:
+            return self.quantized()
+        form = {name: self._buffers[name] for name in FORM}
+        return weight_of({**form, "nested": None}, (self.out_features, self.in_features), self.scheme)
 
     def _rows(self, table: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
         """Part of the table with the rows ``[n]``."""
