@@ -283,6 +283,30 @@ class QuantizedWeight:
         ):
             if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != shape):
                 raise InputError(f"{name} must be {dtype} {shape}: got {tensor.dtype} {tuple(tensor.shape)}")
+        if self.nested is not None:
+            self._check_nested(self.nested)
+
+    def _check_nested(self, nested: NestedScales) -> None:
+        if not self.scheme.double_quant:
+            raise InputError(
+                f"nested scales go with double quantization (d): got {self.scheme}; leave them out"
+            )
+        if self.scales.dtype != torch.float32 or nested.block < 1:
+            raise InputError(
+                f"nested scales are those of fp32 scales, in blocks of 1 or more: got {self.scales.dtype}, "
+                f"blocks of {nested.block}"
+            )
+        count = self.scales.numel()
+        for name, tensor, dtype, size in (
+            ("codes", nested.codes, torch.uint8, count),
+            ("table", nested.table, torch.float32, 256),
+            ("absmax", nested.absmax, torch.float32, -(-count // nested.block)),
+        ):
+            if tensor.dtype != dtype or tuple(tensor.shape) != (size,):
+                raise InputError(
+                    f"{name} of nested scales must be {dtype} ({size},): got {tensor.dtype} "
+                    f"{tuple(tensor.shape)}"
+                )
 
     @property
     def N(self) -> int:

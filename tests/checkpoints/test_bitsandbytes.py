@@ -178,6 +178,10 @@ def test_what_cannot_be_written():
     object.__setattr__(lost, "nested", None)
     with pytest.raises(InputError, match="m: a nf4g64d weight without its nested scales"):
         FORMAT.encode("m", lost)
+    stale = quantize_groupwise(weight, "nf4g64d")
+    stale.scales[3] *= 1.01
+    with pytest.raises(InputError, match="m: its nested scales, which are what is stored, are not those"):
+        FORMAT.encode("m", stale)
     schemes = {"a": Scheme.parse("nf4g64"), "b": Scheme.parse("fp4g64d")}
     assert FORMAT.holds_together(schemes) is None
     assert "in 4 bits or in 8" in FORMAT.holds_together({**schemes, "c": Scheme.parse("w8a8")})

@@ -209,6 +209,11 @@ def _encode_codebook(name: str, qw: QuantizedWeight) -> dict[str, Tensor]:
         nested = qw.nested
         if nested is None:
             raise InputError(f"{name}: a {qw.scheme} weight without its nested scales: quantize it again")
+        if not torch.equal(decode(nested, tuple(qw.scales.shape)), qw.scales):
+            raise InputError(
+                f"{name}: its nested scales, which are what is stored, are not those that it computes with: "
+                "quantize the weight again"
+            )
         tensors["weight.absmax"] = nested.codes
         tensors["weight.nested_absmax"] = nested.absmax
         tensors["weight.nested_quant_map"] = nested.table.clone()
