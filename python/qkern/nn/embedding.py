@@ -151,7 +151,7 @@ class QuantEmbedding(QuantModule):
         return found.reshape(*ids.shape, self.embedding_dim)
 
     def _table(self) -> QuantizedWeight:
-        """Return what a look-up reads; of double-quantized scales the decoded ones, as it copies no others."""
+        """Return what a look-up reads: of double-quantized scales the decoded ones alone."""
         if self.nested is None:
             return self.quantized()
         form = {name: self._buffers[name] for name in FORM}
