@@ -218,6 +218,9 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Tensors that ``save_pretrained`` writes, whose description goes into the model's config.
 
+        All are made before one is written: beside the model its quantized layers are in memory once more,
+        encoded. `qkern.save` holds one of them at a time.
+
         Raises
         ------
         InputError

@@ -90,7 +90,8 @@ def load(
         ``"auto"``, ``"float"`` or ``"int8"`` for every `QuantLinear`; None leaves them at ``"auto"``.
     int8 : bool
         LLM.int8() of a 16-bit folder: the linears of the decoder layers, but for routers, become
-        `OutlierLinear`; the head stays as it is.
+        `OutlierLinear`; the head stays as it is. The whole model is read in 16 bits first, so the peak of
+        memory is that model.
 
     Returns
     -------
