@@ -9,11 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import qkern
 from qkern.integrations.hf_quantizer import disable, enable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+SPELLINGS = {"w4g32z": "awq", "w4g32": "gptq", "w3g32": "compressed-tensors", "w8": "compressed-tensors"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,3 +63,15 @@ def rewrite() -> Any:
         return target
 
     return rewrite
+
+
+@pytest.fixture(scope="session")
+def folders(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folder of a quantized Llama by scheme, each in another format or width."""
+    made = {}
+    for spelling, format in SPELLINGS.items():
+        made[spelling] = tmp_path_factory.mktemp(spelling) / "model"
+        model = tiny("llama", dtype=torch.bfloat16)
+        qkern.replace_linears(model, spelling)
+        qkern.save(model, made[spelling], format=format)
+    return made

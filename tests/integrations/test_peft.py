@@ -12,15 +12,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import qkern
 from qkern.demo import CALIBRATION, HELDOUT, MODEL
 from qkern.errors import InputError
 from qkern.evaluation import kl_divergence, paired_bootstrap, read_text, token_ids, window_logits
 from qkern.integrations import peft as qpeft
-from qkern.integrations.hf_config import QkernConfig
-from qkern.nn import OutlierLinear, QuantLinear, quant_linears
+from qkern.nn import QuantLinear, quant_linears
 from qkern.nn.state import form_of
 from qkern.ops import dequantize_groupwise
 from qkern.quantizers import requantize
@@ -32,17 +31,6 @@ if TYPE_CHECKING:
 IDS = torch.randint(0, 96, (3, 11), generator=torch.Generator().manual_seed(0))
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 FORMATS = {"w4g32z": "awq", "w4g32": "gptq", "w3g32": "compressed-tensors", "w8": "compressed-tensors"}
-
-
-@pytest.fixture(scope="session")
-def folders(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {}
-    for spelling, format in FORMATS.items():
-        made[spelling] = tmp_path_factory.mktemp(spelling) / "model"
-        model = tiny("llama", dtype=torch.bfloat16)
-        qkern.replace_linears(model, spelling)
-        qkern.save(model, made[spelling], format=format)
-    return made
 
 
 @pytest.fixture
@@ -182,21 +170,6 @@ def test_prepared_model_checkpoints_and_keeps_its_scales(fresh: Callable[..., An
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert_same(form(model), before)
     assert model.num_parameters() > 0  # which asks for bitsandbytes if a model says that it has 4 bits
-
-
-def test_prepared_models_checkpoint_however_they_were_loaded(
-    tiny: Callable[..., Any], folders: dict[str, Path], tmp_path: Path
-) -> None:
-    tiny("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
-    theirs = AutoModelForCausalLM.from_pretrained
-    for model in (
-        qkern.load(tmp_path / "dense", int8=True),
-        *(theirs(folders[spelling]) for spelling in FORMATS),
-        theirs(tmp_path / "dense", quantization_config=QkernConfig("w4g32")),
-    ):
-        assert prepare_model_for_kbit_training(model).is_gradient_checkpointing
-    plain = theirs(folders["w8"]).dequantize()
-    assert not prepare_model_for_kbit_training(plain).is_gradient_checkpointing
 
 
 def test_checkpointing_gives_the_same_gradients(fresh: Callable[..., Any]) -> None:
@@ -484,57 +457,6 @@ def test_dense_merge_is_a_16_bit_model_to_quantize_again(fresh: Callable[..., An
         again = qkern.quantize(source, method="gptq", scheme="w4g32", calibration=calibration)
         assert len(quant_linears(again)) == 14
         assert again.is_loaded_in_8bit
-
-
-@pytest.mark.parametrize(
-    ("spelling", "quantization"), [("w4g32", None), ("w4g32z", None), (None, "w4g32"), (None, "nf4g32d")]
-)
-def test_models_of_from_pretrained_are_merged_too(
-    tiny: Callable[..., Any],
-    folders: dict[str, Path],
-    tmp_path: Path,
-    spelling: str | None,
-    quantization: str | None,
-) -> None:
-    def load() -> Any:
-        if spelling is not None:
-            return AutoModelForCausalLM.from_pretrained(folders[spelling])
-        tiny("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
-        return AutoModelForCausalLM.from_pretrained(
-            tmp_path / "dense", quantization_config=QkernConfig(str(quantization))
-        )
-
-    base = load()
-    merged = qpeft.merge(adapted(base)).model
-    assert merged is base
-    assert {str(layer.scheme) for layer in quant_linears(merged).values()} == {spelling or quantization}
-    assert merged.quantization_method == merged.config.quantization_config.quant_method
-    merged.save_pretrained(tmp_path / "merged")
-    assert_same(form(qkern.load(tmp_path / "merged")), form(merged))
-    exact = qpeft.merge(adapted(load()), dtype=torch.bfloat16).model
-    assert not hasattr(exact, "hf_quantizer")
-    exact.save_pretrained(tmp_path / "exact")
-    again = qkern.load(tmp_path / "exact")
-    assert not quant_linears(again)
-    assert torch.equal(logits(again), logits(exact))
-
-
-def test_kernels_that_cannot_merge_are_left_to_peft(tiny: Callable[..., Any]) -> None:
-    model = adapted(tiny("llama"))
-    model.base_model.model.quantization_method = "gptq"
-    with pytest.raises(ValueError, match="when the model is gptq quantized"):
-        model.merge_and_unload()
-
-
-def test_outlier_linears_stay_what_they_are(tiny: Callable[..., Any], tmp_path: Path) -> None:
-    tiny("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
-    model = qkern.load(tmp_path / "dense", int8=True, compute="int8")
-    for layer in quant_linears(model).values():
-        layer.threshold = 4.5  # type: ignore[attr-defined]
-    merged = qpeft.merge(adapted(model)).model
-    for layer in quant_linears(merged).values():
-        assert isinstance(layer, OutlierLinear)
-        assert (layer.threshold, layer.compute, layer.training) == (4.5, "int8", False)
 
 
 def test_merging_frees_each_layer_once_it_is_done(
