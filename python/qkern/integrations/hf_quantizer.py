@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -108,9 +109,9 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         self._prepare(model, checkpoint_files)
         self._watch(model)
 
+    @abstractmethod
     def _prepare(self, model: Any, files: list[str] | None) -> None:
         """Get ready for the tensors of `files`; the model is on the meta device."""
-        raise NotImplementedError
 
     def _expect(self, layer: str, scheme: Scheme) -> None:
         """Take note of how much memory the linear `layer` will need."""

@@ -137,7 +137,7 @@ class GGUFSubject:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         try:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # what the package raises for such types
             self._findings.add("values", f"{name} cannot be read: {reason_of(error)}")
             return None
         return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)
