@@ -165,7 +165,7 @@ def test_nested_scales_survive(backend_name):
         offset=0.1234567890123,
         block=4,
     )
-    qw = replace(qw, scheme=replace(qw.scheme, double_quant=True), nested=nested)
+    qw = replace(qw, scheme=replace(qw.scheme, double_quant=True), scales=qw.scales.float(), nested=nested)
     back = unpack_weight(pack_weight(qw, backend=backend_name))
     assert_same_weight(back, qw)
     assert back.nested is not None
