@@ -6,7 +6,7 @@
 The first table is the error of one 4096 x 4096 product, ||y - y_float|| / ||y_float||, on Gaussian and on
 outlier-heavy activations (1 % of the channels 30 times as large); ``kernel`` is what `dequant_matmul` does,
 in groups of 128. The second is KL(original || quantized) on held-out tokens with float activations,
-and what int8 adds to it, on the model and on its injected form. Both are Markdown, as in the README.
+and what int8 adds to it, on the model and on its injected form. Both are Markdown, as in docs/.
 
 With ``--w8a8``, KL of whole models in w8a8, activations in int8 as they run, for each model: plain W8A8 on it
 and on its injected form, and SmoothQuant on the injected form; per token and with static scales by every

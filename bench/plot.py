@@ -1,4 +1,4 @@
-"""Tables of the README and pictures, from the records in bench/results.
+"""Tables of docs/speed.md and pictures, from the records in bench/results.
 
     python bench/plot.py [--check] [--pictures]
 
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", type=Path, nargs="*", default=[measure.BENCH.parent / "README.md"])
+    parser.add_argument("files", type=Path, nargs="*", default=[measure.BENCH.parent / "docs" / "speed.md"])
     parser.add_argument("--results", type=Path, default=measure.RESULTS)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--pictures", action="store_true")

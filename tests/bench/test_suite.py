@@ -251,8 +251,9 @@ def test_tables_are_written_between_comments_and_only_once(bench, tmp_path):
     assert document.read_text() == written
 
 
-def test_the_readmes_tables_are_those_of_the_records(bench):
-    text = (BENCH.parent / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["docs/speed.md", "bench/results/README.md"])
+def test_tables_are_those_of_the_records(bench, page):
+    text = (BENCH.parent / page).read_text(encoding="utf-8")
     assert bench("plot").rewrite(text) == text
 
 

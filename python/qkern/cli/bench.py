@@ -12,7 +12,7 @@ import typer
 # Scripts of bench/ beside bench_<op>.py, and what each does.
 OTHERS: Final = {
     "roofline": "the machine's ceilings",
-    "plot": "pictures, and the README's tables, from bench/results",
+    "plot": "pictures, and the tables of docs/speed.md, from bench/results",
     "quality": "quantizers against each other",
     "micro": "overhead of a call, by pytest-benchmark (.[test] installs it)",
 }
