@@ -141,6 +141,15 @@ def test_copied_tables_are_those_of_their_page(page: Path) -> None:
         assert [row for row in table.splitlines() if row not in known] == []
 
 
+def test_site_builds(tmp_path: Path) -> None:
+    """Strictly: a link, an anchor or a public name that is not there fails."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    for page in PAGES:
+        folder = tmp_path if page.stem == "index" else tmp_path / page.stem
+        assert (folder / "index.html").is_file()
+
+
 def test_every_page_is_in_the_navigation() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     named = [name for entry in config["nav"] for name in entry.values()]
