@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from qkern._version import __version__
-from qkern.errors import FormatError, InputError, NativeError, QkernError, UnsupportedError
+from qkern.errors import FormatError, InputError, NativeError, OutputError, QkernError, UnsupportedError
 from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ __all__ = [
     "MixedPrecision",
     "NativeError",
     "OutlierLinear",
+    "OutputError",
     "QkernConfig",
     "QkernError",
     "QuantEmbedding",

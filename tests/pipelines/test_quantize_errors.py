@@ -214,6 +214,7 @@ def test_empty_and_missing_calibration_files(folder, tmp_path_factory):
         ({"method": "awq", "scale_only": True, "format": "awq"}, InputError, "drop format"),
         ({"max_shard_size": "big"}, InputError, "big"),
         ({"device": "abacus"}, InputError, "device 'abacus' cannot be used.*allowed are auto, cpu"),
+        ({"include": ["embed_tokens"]}, InputError, "'embed_tokens' in skip or include matches no linear"),
         ({"skip": ["dwon_proj"]}, InputError, "'dwon_proj' in skip or include matches no linear"),
         ({"skip": ["*"]}, InputError, "nothing to quantize"),
         ({"method": "gptq", "calibration": 5}, InputError, "calibration is no source of texts: got int"),

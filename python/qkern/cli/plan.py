@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def command(
     model: Annotated[str, typer.Argument(help="Model folder, or id of a hub model that is on this disk.")],
     scheme: Annotated[
-        str | None, typer.Option(help="As in quantize.", show_default="w4g128, awq: w4g128z")
+        str | None,
+        typer.Option(help="As in quantize.", show_default="w4g128, awq: w4g128z, smoothquant: w8a8"),
     ] = None,
     assignment: Annotated[
         Path | None, typer.Option(help="JSON file of names and schemes, or names and GGUF types.")

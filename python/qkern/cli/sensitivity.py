@@ -107,7 +107,7 @@ def command(
     resume: Resume = True,
     output: Annotated[Path | None, typer.Option(help="JSON file to write; must not exist.")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Picture to write: heat maps, layer by kind (needs qkern[plot]).")
+        Path | None, typer.Option(help="Picture to write: heat maps, layer by kind (needs matplotlib).")
     ] = None,
     allele: Annotated[
         str | None, typer.Option(help="Choice to print the table of.", show_default="that of fewest bits")

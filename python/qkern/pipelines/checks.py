@@ -297,10 +297,11 @@ def choose_targets(model: Any, structure: Structure, skip: Sequence[str], includ
             index, _, rest = name.removeprefix(inside).partition(".")
             layers[int(index)].append(rest)
     kept |= strangers(model)
+    # What is no linear is left 16-bit anyway, so that it may be skipped by name.
     unused = [
         pattern
         for pattern in (*skip, *include)
-        if pattern not in used and not _names_parameter(model, pattern)
+        if pattern not in used and (pattern in include or not _names_parameter(model, pattern))
     ]
     if unused:
         raise InputError(
