@@ -180,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         option = "text" if name == "search" else name
         if getattr(arguments, option) is None:
             setattr(arguments, option, arguments.heldout.with_name(f"{name}.txt"))
+    # On processors without AMX these are oneDNN's fp32 products, on AMD's twice as fast as MKL's.
+    torch.set_float32_matmul_precision("medium")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
