@@ -141,7 +141,7 @@ def test_we_read_the_packages_layer(spelling, storage):
     packed, state = theirs_of(weight, spelling)
     stats = {f"m.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     # The configuration says what most layers are; this one says what it is itself.
-    entry = FORMAT.entry({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}, "m")
+    entry = FORMAT.entry_of({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"})("m")
     qw = FORMAT.decode("m", {**stats, "m.weight": packed.view(-1).view(storage).view(-1, 1)}, entry)
     assert (str(qw.scheme), qw.shape) == (spelling, (40, 256))
     assert_same(qw, packed, state)
@@ -156,7 +156,7 @@ def test_int8_comes_back(search, scale_dtype):
     tensors = FORMAT.encode("m", qw)
     assert sum(tensor.nbytes for tensor in tensors.values()) == FORMAT.stored_bytes(qw.scheme, 24, 100)
     fmt, config = detect({"quantization_config": FORMAT.config({"m": qw.scheme})})
-    entry = fmt.entry(config, "m")
+    entry = fmt.entry_of(config)("m")
     assert entry.threshold is None
     again = fmt.decode("m", tensors, entry)
     assert torch.equal(again.codes, qw.codes)
@@ -218,7 +218,7 @@ def state_bytes(**change):
 )
 def test_damaged_layers_are_named(name, tensor, problem):
     tensors = FORMAT.encode("m", quantize_groupwise(random_weight(4, 64), "nf4g64d"))
-    entry = FORMAT.entry({}, "m")
+    entry = FORMAT.entry_of({})("m")
     FORMAT.decode("m", tensors, entry)
     changed = {key: value for key, value in {**tensors, name: tensor}.items() if value is not None}
     with pytest.raises(FormatError, match=problem):
@@ -239,7 +239,7 @@ def test_damaged_configurations_are_named(config, problem):
 
     def entry():
         fmt, found = detect({"quantization_config": quantization})
-        return fmt.entry(found, "m")
+        return fmt.entry_of(found)("m")
 
     with pytest.raises(FormatError, match=problem):
         entry()
@@ -248,7 +248,7 @@ def test_damaged_configurations_are_named(config, problem):
 def test_rows_in_another_order_are_refused():
     tensors = FORMAT.encode("m", quantize_groupwise(random_weight(4, 64), "w8a8"))
     fmt, config = detect({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})
-    entry = fmt.entry(config, "m")
+    entry = fmt.entry_of(config)("m")
     assert entry.threshold == 6.0
     del tensors["m.weight_format"]  # older files have none
     fmt.decode("m", tensors, entry)

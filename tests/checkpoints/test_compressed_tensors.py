@@ -162,7 +162,7 @@ def test_the_package_reads_our_w8a8(static: bool, dtype: torch.dtype) -> None:
     assert torch.equal(tensors["weight"].int(), codes.int() - 128)
     weight = IntQuantizationCompressor.decompress(tensors, group)["weight"]
     assert torch.equal(weight, dequantize_groupwise(qw, dtype))
-    entry = FORMAT.entry(config, "m")
+    entry = FORMAT.entry_of(config)("m")
     assert entry == Entry(scheme=qw.scheme, in_place=True, static=static)
     again = FORMAT.decode("m", {f"m.{key}": value for key, value in tensors.items()}, entry)
     assert torch.equal(again.codes, qw.codes)
@@ -206,7 +206,7 @@ def test_we_decode_the_packages_int_quantized(symmetric: bool, group: int | None
             "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}
         },
     }
-    entry = FORMAT.entry(config, "m")
+    entry = FORMAT.entry_of(config)("m")
     spelling = f"w{bits}{'' if group is None else f'g{group}'}{'' if symmetric else 'z'}a8"
     assert str(entry.scheme) == spelling
     qw = FORMAT.decode("m", {f"m.{key}": value for key, value in stored.items()}, entry)
@@ -239,6 +239,6 @@ def test_what_is_not_understood_is_refused(change: dict[str, object], message: s
         "weights": {"num_bits": 8, "strategy": "channel"},
         "input_activations": {},  # static int8, by the package's defaults
     }
-    assert FORMAT.entry({"format": "int-quantized", "config_groups": {"g": group}}, "m").static
+    assert FORMAT.entry_of({"format": "int-quantized", "config_groups": {"g": group}})("m").static
     with pytest.raises(FormatError, match=message):
-        FORMAT.entry({"format": "int-quantized", "config_groups": {"g": group | change}}, "m")
+        FORMAT.entry_of({"format": "int-quantized", "config_groups": {"g": group | change}})("m")

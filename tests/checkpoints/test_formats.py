@@ -128,7 +128,7 @@ def test_bytes_mean_what_the_definition_says(name: str, scheme: Scheme) -> None:
         found = independent_weight(name, arrays, scheme.bits, scheme.group_length(K), N, K)
         np.testing.assert_array_equal(found, formula(qw))
         config = fmt.config({"m": scheme}, act_order=qw.group_index is not None)
-        assert_same(fmt.decode("m", tensors, fmt.entry(config, "m")), qw)
+        assert_same(fmt.decode("m", tensors, fmt.entry_of(config)("m")), qw)
 
 
 @settings(max_examples=60, deadline=None)
@@ -152,7 +152,7 @@ def test_what_a_format_holds_comes_back(
         with pytest.raises(UnsupportedError):
             fmt.encode("m", qw)
         return
-    entry = fmt.entry(fmt.config({"m": scheme}, act_order=act_order), "m")
+    entry = fmt.entry_of(fmt.config({"m": scheme}, act_order=act_order))("m")
     again = fmt.decode("m", fmt.encode("m", qw), entry)
     # All zero points at the midpoint is what symmetric looks like in AWQ; an ordered index is dropped.
     assert torch.equal(again.codes, qw.codes)
@@ -187,7 +187,7 @@ def test_group_sizes_that_gptq_readers_refuse_are_read_and_not_written(
     ):
         fmt.encode("m", qw)
     monkeypatch.setattr("qkern.checkpoints.gptq.GROUP_SIZES", (48,))  # a writer that does not mind
-    entry = fmt.entry(fmt.config({"m": scheme}), "m")
+    entry = fmt.entry_of(fmt.config({"m": scheme}))("m")
     tensors = fmt.encode("m", qw)
     monkeypatch.undo()
     assert_same(fmt.decode("m", tensors, entry), qw)
@@ -290,10 +290,10 @@ def test_gptq_mixture_is_written_as_anchored_patterns() -> None:
     )
     assert (config["bits"], config["damp_percent"], config["lm_head"]) == (4, 0.1, False)
     for name, scheme in schemes.items():
-        assert fmt.entry(config, name).scheme == scheme, name
-    assert fmt.entry(config, "modelXlayersX2Xup").scheme == Scheme.parse("w4g32")
+        assert fmt.entry_of(config)(name).scheme == scheme, name
+    assert fmt.entry_of(config)("modelXlayersX2Xup").scheme == Scheme.parse("w4g32")
     with pytest.raises(FormatError, match="excludes"):
-        fmt.entry(config, "model.layers.1.gate")
+        fmt.entry_of(config)("model.layers.1.gate")
     assert fmt.sidecars(config) == {"quantize_config.json": config}
 
 
@@ -309,12 +309,12 @@ def test_gptq_dynamic_first_match_wins() -> None:
             "-:.*up": {},
         },
     }
-    entry = FORMATS["gptq"].entry
-    assert str(entry(config, "model.layers.0.down").scheme) == "w8g128"
-    assert str(entry(config, "model.layers.0.up").scheme) == "w2g64"
-    assert str(entry(config, "model.layers.1.q").scheme) == "w4g128"
+    entry = FORMATS["gptq"].entry_of(config)
+    assert str(entry("model.layers.0.down").scheme) == "w8g128"
+    assert str(entry("model.layers.0.up").scheme) == "w2g64"
+    assert str(entry("model.layers.1.q").scheme) == "w4g128"
     with pytest.raises(FormatError, match="excludes"):
-        entry(config, "model.layers.1.up")
+        entry("model.layers.1.up")
 
 
 def test_compressed_tensors_groups() -> None:
@@ -325,13 +325,13 @@ def test_compressed_tensors_groups() -> None:
     schemes = {"a.q": Scheme.parse("w4g32"), "a.k": Scheme.parse("w2g16z"), "a.v": Scheme.parse("w8")}
     config = fmt.config(schemes)
     for name, scheme in schemes.items():
-        assert fmt.entry(config, name).scheme == scheme
+        assert fmt.entry_of(config)(name).scheme == scheme
     with pytest.raises(FormatError, match="no group"):
-        fmt.entry(config, "a.o")
+        fmt.entry_of(config)("a.o")
     named, pattern, kind = (dict(config["config_groups"][f"group_{i}"]) for i in range(3))
     named["targets"], pattern["targets"], kind["targets"] = ["a.q"], [r"re:a\..*"], ["Linear"]
     ordered = config | {"config_groups": {"x": kind, "y": pattern, "z": named}}
-    assert [str(fmt.entry(ordered, name).scheme) for name in ("a.q", "a.k", "b.k")] == [
+    assert [str(fmt.entry_of(ordered)(name).scheme) for name in ("a.q", "a.k", "b.k")] == [
         "w4g32",
         "w2g16z",
         "w8",
@@ -347,7 +347,7 @@ def test_awq_refuses_mixtures_and_names_inside_names() -> None:
     config = fmt.config({"l.0.mlp.up": Scheme.parse("w4z")}, skipped=["lm_head"])
     assert (config["group_size"], config["zero_point"], config["version"]) == (-1, True, "gemm")
     legacy = {"w_bit": 4, "q_group_size": 128, "zero_point": True}
-    assert str(fmt.entry(legacy, "m").scheme) == "w4g128z"
+    assert str(fmt.entry_of(legacy)("m").scheme) == "w4g128z"
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_detect() -> None:
 def test_gptq_config_that_cannot_be_read(change: dict, problem: str) -> None:
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True} | change
     with pytest.raises(FormatError, match=problem):
-        FORMATS["gptq"].entry(config, "m")
+        FORMATS["gptq"].entry_of(config)("m")
 
 
 @pytest.mark.parametrize(

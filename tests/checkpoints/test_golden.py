@@ -69,7 +69,7 @@ def dense(qw: QuantizedWeight) -> torch.Tensor:
 def test_gptq_reads_and_writes_the_golden_words(case: dict, version: str) -> None:
     fmt = FORMATS[version]
     tensors = gptq_file(case, version)
-    qw = fmt.decode("m", tensors, fmt.entry(gptq_config(case, version), "m"))
+    qw = fmt.decode("m", tensors, fmt.entry_of(gptq_config(case, version))("m"))
     assert qw.shape == (SIZE, SIZE)
     assert qw.scheme == Scheme(
         bits=case["bits"],
@@ -94,7 +94,7 @@ def test_gptq_v1_zero_that_wrapped_is_read_per_field(caplog: pytest.LogCaptureFi
     wrapped = GPTQ["wrapped"]
     case = GPTQ["cases"][2] | {"group_size": -1, "qzeros": {"gptq": wrapped["qzeros"]}}
     fmt = FORMATS["gptq"]
-    qw = fmt.decode("m", gptq_file(case, "gptq"), fmt.entry(gptq_config(case, "gptq"), "m"))
+    qw = fmt.decode("m", gptq_file(case, "gptq"), fmt.entry_of(gptq_config(case, "gptq"))("m"))
     assert qw.zeros is not None
     assert qw.zeros[:, 0].tolist() == wrapped["zeros"] * 4
     assert "wrapped" in caplog.text
@@ -109,7 +109,7 @@ def test_awq_reads_and_writes_the_golden_words() -> None:
     scales = torch.tensor([[0.5] * 8 + [-0.25] * 8], dtype=torch.float16)
     tensors = {"m.qweight": words(AWQ["qweight"]), "m.qzeros": words(AWQ["qzeros"]), "m.scales": scales}
     config = {"quant_method": "awq", "bits": 4, "group_size": AWQ["group_size"], "zero_point": True}
-    qw = fmt.decode("m", tensors, fmt.entry(config, "m"))
+    qw = fmt.decode("m", tensors, fmt.entry_of(config)("m"))
     assert qw.shape == (16, 2)
     assert [[word & 15, word >> 4 & 15] for word in qw.codes[:, 0].tolist()] == AWQ["codes"]
     assert qw.zeros is not None

@@ -29,11 +29,12 @@ from qkern.checkpoints.base import (
     write_zeros,
 )
 from qkern.errors import FormatError, UnsupportedError
+from qkern.nn import FirstPart
 from qkern.ops import pack_bits, unpack_bits
 from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -78,13 +79,14 @@ class AwqFormat:
                 f"AWQ has one group size for all layers: got {sorted(str(size) for size in sizes)}; "
                 "use compressed-tensors for mixtures"
             )
-        for name in skipped:
-            # Readers skip every layer whose name contains an entry of modules_to_not_convert.
-            clash = next((layer for layer in schemes if name in layer), None)
-            if clash is not None:
+        # Readers skip every layer whose name contains an entry of modules_to_not_convert.
+        part_of = FirstPart(skipped)
+        for layer in schemes:
+            name = part_of(layer)
+            if name is not None:
                 return (
                     f"AWQ lists 16-bit layers by a part of their name, and {name!r} is part of the quantized "
-                    f"{clash!r}; use compressed-tensors, or treat both alike"
+                    f"{layer!r}; use compressed-tensors, or treat both alike"
                 )
         return None
 
@@ -147,13 +149,14 @@ class AwqFormat:
         """See `Format.sidecars`."""
         return {}
 
-    def entry(self, config: Mapping[str, Any], name: str) -> Entry:
-        """See `Format.entry`; the older keys ``w_bit`` and ``q_group_size`` are read too."""
+    def entry_of(self, config: Mapping[str, Any]) -> Callable[[str], Entry]:
+        """See `Format.entry_of`; the older keys ``w_bit`` and ``q_group_size`` are read too."""
         bits = config_field(config, "bits" if "bits" in config else "w_bit", int)
         if bits != BITS:
             raise FormatError(f"quantization_config: AWQ has 4 bits: got {bits}")
         group_size = config_field(config, "group_size" if "group_size" in config else "q_group_size", int)
-        return Entry(scheme=make_scheme(bits, group_size, True))
+        entry = Entry(scheme=make_scheme(bits, group_size, True))
+        return lambda name: entry
 
 
 AWQ: Final = AwqFormat()

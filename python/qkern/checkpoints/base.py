@@ -6,7 +6,6 @@ write `QuantizedWeight`, so a conversion between two of them is a decode and an 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +15,7 @@ from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -26,7 +25,6 @@ __all__ = [
     "config_field",
     "exact_fp16",
     "make_scheme",
-    "match_pattern",
     "plain_reason",
     "refuse_unheld",
     "take",
@@ -140,13 +138,13 @@ class Format(Protocol):
         """Further JSON files, by name, that the format's readers expect."""
         ...
 
-    def entry(self, config: Mapping[str, Any], name: str) -> Entry:
-        """Read what `config` (a ``quantization_config``) says about the layer `name`.
+    def entry_of(self, config: Mapping[str, Any]) -> Callable[[str], Entry]:
+        """Read a ``quantization_config``; what is returned says what it has about a layer by its name.
 
         Raises
         ------
         FormatError
-            If it says nothing usable.
+            If it says nothing usable; the function that is returned too.
         """
         ...
 
@@ -271,17 +269,3 @@ def make_scheme(bits: int, group_size: int | None, zero_point: bool) -> Scheme:
         return Scheme(bits=bits, group_size=None if group_size == -1 else group_size, zero_point=zero_point)
     except InputError as error:
         raise FormatError(f"quantization_config: {error}") from None
-
-
-def match_pattern(pattern: str, name: str) -> bool:
-    """Whether the regular expression matches at the start of `name`, as the formats' readers do it.
-
-    Raises
-    ------
-    FormatError
-        If it is no regular expression.
-    """
-    try:
-        return re.match(pattern, name) is not None
-    except re.error as error:
-        raise FormatError(f"quantization_config: {pattern!r} is no regular expression ({error})") from None

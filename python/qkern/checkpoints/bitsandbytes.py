@@ -37,7 +37,7 @@ from qkern.ops.quantize_groupwise.nested import decode, dynamic_table
 from qkern.schemes import CODEBOOKS, FLOAT_DTYPES, NestedScales, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -163,8 +163,12 @@ class BitsandbytesFormat:
         """See `Format.sidecars`."""
         return {}
 
-    def entry(self, config: Mapping[str, Any], name: str) -> Entry:
-        """See `Format.entry`."""
+    def entry_of(self, config: Mapping[str, Any]) -> Callable[[str], Entry]:
+        """See `Format.entry_of`."""
+        entry = self._entry(config)
+        return lambda name: entry
+
+    def _entry(self, config: Mapping[str, Any]) -> Entry:
         if self is LLM_INT8:
             threshold = config.get(THRESHOLD, 6.0)
             if not isinstance(threshold, int | float) or not 0 <= threshold < math.inf:

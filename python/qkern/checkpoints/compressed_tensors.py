@@ -32,18 +32,18 @@ from qkern.checkpoints.base import (
     Entry,
     config_field,
     make_scheme,
-    match_pattern,
     plain_reason,
     refuse_unheld,
     take,
     trivial_index,
 )
 from qkern.errors import FormatError
+from qkern.nn import FirstMatch
 from qkern.ops import pack_bits, unpack_bits
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -282,19 +282,40 @@ class CompressedTensorsFormat:
         """See `Format.sidecars`."""
         return {}
 
-    def entry(self, config: Mapping[str, Any], name: str) -> Entry:
-        """See `Format.entry`; an exact name beats a regular expression, which beats a class."""
+    def entry_of(self, config: Mapping[str, Any]) -> Callable[[str], Entry]:
+        """See `Format.entry_of`; an exact name beats a regular expression, which beats a class."""
         groups = config_field(config, "config_groups", dict)
-        found = self._group(groups, name)
-        if found is None:
-            raise FormatError(
-                f"{name}: no group of quantization_config targets the layer, but the file holds it packed"
-            )
-        label, group = found
+        targets: list[tuple[str, str]] = []
+        for label, group in groups.items():
+            if not isinstance(group, dict):
+                raise FormatError(
+                    f"quantization_config: config_groups[{label!r}] must be a dict: got {group!r}"
+                )
+            targets += [(str(target), label) for target in config_field(group, "targets", list)]
+        by_name = dict(reversed(targets))
+        by_regex = FirstMatch(
+            (target.removeprefix(REGEX), label) for target, label in targets if target.startswith(REGEX)
+        )
+        # Classes are not known here; the packed tensor itself says that the layer was targeted.
+        classes = (label for target, label in targets if "." not in target and not target.startswith(REGEX))
+        by_class = next(classes, None)
+
+        def entry(name: str) -> Entry:
+            fitting = (by_name.get(name), by_regex(name), by_class)
+            label = next((label for label in fitting if label is not None), None)
+            if label is None:
+                raise FormatError(
+                    f"{name}: no group of quantization_config targets the layer, but the file holds it packed"
+                )
+            return self._entry(label, groups[label], config.get("format", PACKED))
+
+        return entry
+
+    @staticmethod
+    def _entry(label: str, group: Mapping[str, Any], whole: str) -> Entry:
         weights = config_field(group, "weights", dict)
         if group.get("output_activations") is not None:
             raise FormatError(f"{label}: quantized outputs are not read")
-        whole = config.get("format", PACKED)
         stored = group.get("format") or (PACKED if whole == MIXED else whole)
         if stored not in STORED:
             raise FormatError(f"{label}: format {stored!r} is not read: {' and '.join(STORED)} are")
@@ -319,26 +340,6 @@ class CompressedTensorsFormat:
             in_place=stored == INT,
             static=bool(static),
         )
-
-    @staticmethod
-    def _group(groups: Mapping[str, Any], name: str) -> tuple[str, Mapping[str, Any]] | None:
-        """Find the group that targets `name`, and its label."""
-        by_regex = by_class = None
-        for label, group in groups.items():
-            if not isinstance(group, dict):
-                raise FormatError(
-                    f"quantization_config: config_groups[{label!r}] must be a dict: got {group!r}"
-                )
-            for target in config_field(group, "targets", list):
-                if target == name:
-                    return label, group
-                if str(target).startswith(REGEX):
-                    if by_regex is None and match_pattern(target.removeprefix(REGEX), name):
-                        by_regex = label, group
-                elif by_class is None and "." not in str(target):
-                    # Classes are not known here; the packed tensor itself says that the layer was targeted.
-                    by_class = label, group
-        return by_regex or by_class
 
 
 def _activations(static: bool) -> dict[str, Any]:

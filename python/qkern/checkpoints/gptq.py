@@ -30,7 +30,6 @@ from qkern.checkpoints.base import (
     config_field,
     exact_fp16,
     make_scheme,
-    match_pattern,
     plain_reason,
     refuse_unheld,
     take,
@@ -38,11 +37,12 @@ from qkern.checkpoints.base import (
     write_zeros,
 )
 from qkern.errors import FormatError, UnsupportedError
+from qkern.nn import FirstMatch
 from qkern.ops import pack_bits, unpack_bits
 from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -209,24 +209,32 @@ class GptqFormat:
         """See `Format.sidecars`."""
         return {"quantize_config.json": dict(config)}
 
-    def entry(self, config: Mapping[str, Any], name: str) -> Entry:
-        """See `Format.entry`; the first pattern of ``dynamic`` that matches decides."""
+    def entry_of(self, config: Mapping[str, Any]) -> Callable[[str], Entry]:
+        """See `Format.entry_of`; the first pattern of ``dynamic`` that matches decides."""
         if config_field(config, "pack_dtype", str, "int32") != "int32":
             raise FormatError(
                 f"quantization_config: pack_dtype {config['pack_dtype']!r} is not read, only 'int32'"
             )
         fields = {key: config[key] for key in ("bits", "group_size", "sym", "desc_act") if key in config}
-        for pattern, override in (config_field(config, "dynamic", dict, None) or {}).items():
-            if not match_pattern(pattern.removeprefix("+:").removeprefix("-:"), name):
-                continue
-            if pattern.startswith("-:"):
-                raise FormatError(f"{name}: it is packed, but quantization_config excludes it by {pattern!r}")
-            if not isinstance(override, dict):
+        dynamic = config_field(config, "dynamic", dict, None) or {}
+        first = FirstMatch((key.removeprefix("+:").removeprefix("-:"), key) for key in dynamic)
+
+        def entry(name: str) -> Entry:
+            key = first(name)
+            if key is None:
+                return self._entry(fields)
+            if key.startswith("-:"):
+                raise FormatError(f"{name}: it is packed, but quantization_config excludes it by {key!r}")
+            if not isinstance(dynamic[key], dict):
                 raise FormatError(
-                    f"quantization_config: dynamic[{pattern!r}] must be a dict: got {override!r}"
+                    f"quantization_config: dynamic[{key!r}] must be a dict: got {dynamic[key]!r}"
                 )
-            fields.update(override)
-            break
+            return self._entry({**fields, **dynamic[key]})
+
+        return entry
+
+    @staticmethod
+    def _entry(fields: Mapping[str, Any]) -> Entry:
         scheme = make_scheme(
             config_field(fields, "bits", int),
             config_field(fields, "group_size", int, -1),

@@ -82,7 +82,8 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
                 "remove quantization_config if the weights are 16-bit"
             )
         with self._reading_config():
-            self.entries = {layer: fmt.entry(self.quantization, layer) for layer in layers}
+            entry_of = fmt.entry_of(self.quantization)
+            self.entries = {layer: entry_of(layer) for layer in layers}
         codes = {f"{layer}.weight" for layer, entry in self.entries.items() if entry.in_place}
         strays = []
         for name in self.tensors:

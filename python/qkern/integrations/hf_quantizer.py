@@ -296,11 +296,12 @@ class CheckpointQuantizer(QkernQuantizer):
                 f"{_source(model)}: config.json says {self.format.name}, but no tensor name ends in "
                 f"{suffix}; remove quantization_config if the weights are 16-bit"
             )
+        self.entry_of = self._reading(model, self.format.entry_of, self.description)
         for stored, layer in model_names(layers, model).items():
             linear = self.linears.get(layer)
             if linear is None:
                 continue  # named when it turns out to be left over
-            self._expect(layer, self._reading(model, self.format.entry, self.description, stored).scheme)
+            self._expect(layer, self._reading(model, self.entry_of, stored).scheme)
             if f"{stored}.bias" in tensors and linear.bias is None:  # some files have one for every layer
                 linear.bias = nn.Parameter(torch.empty(column_weight(linear).shape[0], device="meta"))
             _untie(model, layer)
@@ -323,7 +324,7 @@ class CheckpointQuantizer(QkernQuantizer):
         linear = self.linears.get(layer)
         if linear is None:
             refuse_misfits(_source(model), left_over=[f"{stored}.{part}" for part in parts])
-        entry = self._reading(model, self.format.entry, self.description, stored)
+        entry = self._reading(model, self.entry_of, stored)
         if WEIGHT in parts and not entry.in_place:
             raise FormatError(f"{_source(model)}: {stored} is there both quantized and plain")
         # Copied: what safetensors returns is a view of the file, which may change later.

@@ -12,7 +12,7 @@ from qkern.nn.experts import (
 )
 from qkern.nn.fake_quant import FakeQuantLinear
 from qkern.nn.linear import QuantLinear
-from qkern.nn.names import ROUTERS, lies_in, name_matches, role
+from qkern.nn.names import ROUTERS, FirstMatch, FirstPart, lies_in, name_matches, role
 from qkern.nn.outlier import OutlierLinear
 from qkern.nn.replace import compute_mode, named_linears, quant_linears, replace_linears
 from qkern.nn.shared_input import SharedInput
@@ -22,6 +22,8 @@ __all__ = [
     "ExpertPart",
     "Experts",
     "FakeQuantLinear",
+    "FirstMatch",
+    "FirstPart",
     "OutlierLinear",
     "QuantEmbedding",
     "QuantLinear",
