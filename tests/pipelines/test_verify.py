@@ -377,7 +377,7 @@ def test_unpackers_share_nothing_with_the_writers():
     tree = ast.parse(Path(layouts.__file__).read_text())
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     ours = {name for name in names if name.startswith("qkern")}
-    assert ours == {"qkern.errors", "qkern.pipelines.verification.safetensors_files"}
+    assert ours == {"qkern.pipelines.verification.safetensors_files"}
 
 
 def test_hostile_headers_are_named(copied):

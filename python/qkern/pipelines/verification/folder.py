@@ -20,16 +20,8 @@ from qkern.nn import named_linears, unfuse_experts
 from qkern.ops import dequantize_groupwise, quantize_groupwise
 from qkern.pipelines.load import COMPUTED, model_names
 from qkern.pipelines.source import stored_places
-from qkern.pipelines.verification.layouts import (
-    MARKERS,
-    LayerLayout,
-    UnpackedLayer,
-    format_of,
-    is_excluded,
-    layout_of,
-    parts_of,
-    unpack,
-)
+from qkern.pipelines.verification.configuration import MARKERS, Configuration, format_of
+from qkern.pipelines.verification.layouts import LayerLayout, UnpackedLayer, parts_of, unpack
 from qkern.pipelines.verification.original import Matrix
 from qkern.pipelines.verification.safetensors_files import StoredTensor, read_folder, read_json_object
 from qkern.schemes import Scheme
@@ -126,7 +118,7 @@ class FolderSubject:
         self._plain: dict[str, StoredTensor] = {}
         self._own: dict[str, str] = {}
         self._of_layer: dict[str, list[str]] = {}
-        self._config = self._read_config()
+        self._said = self._read_config()
         self.model = self._build_model()
         if self.model is not None:
             self._match_tensors()
@@ -145,15 +137,15 @@ class FolderSubject:
 
     # Configuration and model -----------------------------------------------------------------------------
 
-    def _read_config(self) -> dict[str, Any]:
-        """Return the ``quantization_config``, empty if there is none."""
+    def _read_config(self) -> Configuration | None:
+        """Return what the ``quantization_config`` says; None if there is none that can be understood."""
         config, problem = read_json_object(self.folder / "config.json")
         if problem is not None:
             self._findings.add("config", problem)
         found = config.get("quantization_config") or {}
         if not isinstance(found, dict):
             self._findings.add("config", f"quantization_config must be an object: got {found!r:.60}")
-            return {}
+            return None
         for file, method in _LEGACY.items():
             if (self.folder / file).exists():
                 legacy, problem = read_json_object(self.folder / file)
@@ -165,11 +157,8 @@ class FolderSubject:
                     self._findings.add("config", f"{file} and config.json differ in {', '.join(differing)}")
                 found = found or {"quant_method": method, **legacy}
         if found:
-            try:
-                self.format = format_of(found)
-            except FormatError as error:
-                self._findings.add("config", str(error))
-        return dict(found)
+            self.format = self._asked(partial(format_of, found))
+        return None if self.format is None else self._asked(partial(Configuration, found, self.format))
 
     def _build_model(self) -> Any:
         try:
@@ -186,7 +175,7 @@ class FolderSubject:
 
     def _check_config(self) -> None:
         """Look for linears that are not quantized and that the configuration does not exclude."""
-        if self.format is None:
+        if self._said is None:
             return
         assert self.model is not None
         inside = describe(self.model).layers + "."
@@ -198,8 +187,7 @@ class FolderSubject:
             # A tied head is stored as the embedding; files of a bare decoder leave a prefix out.
             own = stored_name(self.model.config.model_type, name)
             spellings = (name, own, stored.name.removesuffix(".weight"))
-            ask = partial(is_excluded, self._config, self.format)
-            if all(self._asked(partial(ask, spelling)) is False for spelling in spellings):
+            if all(self._said.is_excluded(spelling) is False for spelling in spellings):
                 self._findings.add(
                     "config", f"{own} is 16-bit, but the configuration says that it is quantized"
                 )
@@ -227,16 +215,17 @@ class FolderSubject:
 
     def _match_layer(self, name: str, linears: Mapping[str, tuple[int, ...]]) -> set[str]:
         """Enter a layer; return the names of its tensors."""
-        assert self.format is not None
         linear = self._own[name]
         there = {key for key in self._of_layer[name] if not key.endswith(".bias")}
         self._findings.count("tensors", len(there))
         if linear not in linears:
             self._findings.add("tensors", f"{name} is quantized, but the model has no such linear")
             return there
-        layout = self._asked(partial(layout_of, self._config, self.format, name))
-        if self._asked(partial(is_excluded, self._config, self.format, name)):
+        if self._said is None:
+            return there
+        if self._said.is_excluded(name):
             self._findings.add("config", f"{name} is quantized, but the configuration excludes it")
+        layout = self._asked(partial(self._said.layout_of, name))
         if layout is None:
             return there
         N, K = linears[linear]

@@ -24,13 +24,10 @@ compressed-tensors weight_packed [N, *]    each row a stream of code + 2^(b-1) a
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-
-from qkern.errors import FormatError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,26 +36,8 @@ if TYPE_CHECKING:
 
     from qkern.pipelines.verification.safetensors_files import StoredTensor
 
-__all__ = [
-    "LayerLayout",
-    "Part",
-    "UnpackedLayer",
-    "format_of",
-    "is_excluded",
-    "layout_of",
-    "parts_of",
-    "unpack",
-]
+__all__ = ["LayerLayout", "Part", "UnpackedLayer", "parts_of", "unpack"]
 
-MARKERS: Final = {
-    "gptq": "qweight",
-    "gptq_v2": "qweight",
-    "awq": "qweight",
-    "compressed-tensors": "weight_scale",
-}
-"""By format the end of the name of the tensor that every quantized layer has, and no other."""
-_COMPRESSED: Final = ("pack-quantized", "int-quantized", "mixed-precision")
-_NUMBERS: Final = ("weights", "input_activations", "output_activations")
 _AWQ_COLUMNS: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 _SCALES: Final = ("F16", "BF16", "F32")
 _INDICES: Final = ("I32", "I64")
@@ -147,164 +126,6 @@ class UnpackedLayer:
         """Return the weights, float32 ``[N, K]``."""
         steps = self.codes - self.zeros[:, self.groups]
         return steps.astype(np.float32) * self.scales[:, self.groups]
-
-
-# The configuration ---------------------------------------------------------------------------------------
-
-
-def format_of(config: Mapping[str, Any]) -> str:
-    """Name of the format that a ``quantization_config`` describes.
-
-    Raises
-    ------
-    FormatError
-        If it names none.
-    UnsupportedError
-        If it is another than these.
-    """
-    method = config.get("quant_method")
-    if not isinstance(method, str):
-        raise FormatError(f"quantization_config must name its quant_method: got {method!r:.60}")
-    version = config.get("checkpoint_format") or config.get("format")
-    if method == "gptq" and version in (None, "gptq", "gptq_v2"):
-        return version or "gptq"
-    if method == "awq" and str(config.get("version", "gemm")).lower() == "gemm":
-        return "awq"
-    others = _other_forms(config)
-    if method == "compressed-tensors" and not others:
-        return "compressed-tensors"
-    named = ", ".join(others) if method == "compressed-tensors" else version or config.get("version")
-    raise UnsupportedError(
-        f"verify does not read quant_method {method!r}, format {named!r}: it reads gptq, gptq_v2, awq (gemm) "
-        "and compressed-tensors with integers (pack-quantized and int-quantized); nothing was checked"
-    )
-
-
-def _other_forms(config: Mapping[str, Any]) -> list[str]:
-    """Name what a configuration of compressed-tensors has of formats and numbers that are not read here."""
-    groups = config.get("config_groups")
-    parts = (
-        [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    )
-    formats = [part.get("format") for part in (config, *parts)]
-    numbers = [part[key].get("type") for part in parts for key in _NUMBERS if isinstance(part.get(key), dict)]
-    every = dict.fromkeys(map(str, (*formats, *numbers)))
-    return [found for found in every if found not in ("None", "int", *_COMPRESSED)]
-
-
-def layout_of(config: Mapping[str, Any], format: str, name: str) -> LayerLayout:
-    """Read what a ``quantization_config`` says about the quantized layer `name`.
-
-    Raises
-    ------
-    FormatError
-        If it says nothing that can be.
-    """
-    if format == "awq":
-        fields = {
-            "bits": config.get("bits", config.get("w_bit")),
-            "group_size": config.get("group_size", config.get("q_group_size")),
-            # Files have zero points in either case; where they are all the midpoint, the layer is symmetric.
-            "symmetric": not config.get("zero_point", True),
-        }
-    elif format == "compressed-tensors":
-        fields = _group_fields(config, name)
-    else:
-        merged = {**config, **_first_match(config.get("dynamic"), name)}
-        fields = {
-            "bits": merged.get("bits"),
-            "group_size": merged.get("group_size", -1),
-            "symmetric": merged.get("sym", True),
-            "act_order": merged.get("desc_act", False),
-        }
-    size = fields["group_size"]
-    fields["group_size"] = size = None if size == -1 else size
-    if type(fields["bits"]) is not int or fields["bits"] not in ((4,) if format == "awq" else (2, 3, 4, 8)):
-        raise FormatError(f"{name}: bits {fields['bits']!r} cannot be in {format}")
-    if size is not None and (type(size) is not int or size < 1):
-        raise FormatError(f"{name}: group_size must be -1 or positive: got {size!r}")
-    for key in ("symmetric", "act_order"):
-        if not isinstance(fields.get(key, False), bool):
-            raise FormatError(f"{name}: {key} must be true or false: got {fields[key]!r}")
-    return LayerLayout(format=format, **fields)
-
-
-def _first_match(dynamic: Any, name: str) -> dict[str, Any]:
-    """Fields of the first pattern of GPTQ's ``dynamic`` that matches; its sign says what it is for."""
-    for pattern, fields in (dynamic or {}).items():
-        if _matches(re.sub(r"^[+-]:", "", pattern), name):
-            return dict(fields or {})
-    return {}
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.match(pattern, name) is not None
-    except re.error as error:
-        raise FormatError(f"quantization_config: {pattern!r} is no regular expression: {error}") from None
-
-
-def _targets(entry: str, name: str) -> bool:
-    """Whether a target or ignored entry of compressed-tensors is this layer, its class left out."""
-    return entry == name or (entry.startswith("re:") and _matches(entry[3:], name))
-
-
-def _group_fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    groups = config.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise FormatError("quantization_config has no config_groups")
-    if not all(isinstance(group, dict) for group in groups.values()):
-        raise FormatError("quantization_config has config_groups that are no objects")
-    targets = [(str(target), group) for group in groups.values() for target in group.get("targets") or ()]
-    # A name comes before a pattern, and both before a class.
-    fitting = (
-        [group for target, group in targets if target == name],
-        [group for target, group in targets if _targets(target, name)],
-        [group for target, group in targets if "." not in target and not target.startswith("re:")],
-    )
-    group = next((found[0] for found in fitting if found), None)
-    if group is None:
-        raise FormatError(f"{name} is quantized, but no config group targets it")
-    weights = group.get("weights") or {}
-    inputs = group.get("input_activations")
-    whole = config.get("format")
-    grouped = (weights.get("strategy") or ("group" if weights.get("group_size") else "channel")) == "group"
-    return {
-        "bits": weights.get("num_bits"),
-        "group_size": weights.get("group_size") if grouped else None,
-        "symmetric": weights.get("symmetric", True),
-        "act_order": weights.get("actorder") == "group",
-        "int8": (group.get("format") or whole) == "int-quantized",
-        "activations": inputs is not None,
-        "static": inputs is not None and not inputs.get("dynamic", False),
-    }
-
-
-def is_excluded(config: Mapping[str, Any], format: str, name: str) -> bool | None:
-    """Whether readers are told to take the linear `name` for 16-bit; None where nothing is told either way.
-
-    Raises
-    ------
-    FormatError
-        If a pattern is no regular expression.
-    """
-    if format == "compressed-tensors":
-        listed = [str(entry) for entry in config.get("ignore") or ()]
-        if any(_targets(entry, name) for entry in listed):
-            return True
-        groups = (config.get("config_groups") or {}).values()
-        targets = [str(target) for group in groups for target in group.get("targets") or ()]
-        return not any(target == "Linear" or _targets(target, name) for target in targets)
-    if format == "awq":
-        skipped = config.get("modules_to_not_convert")
-        if skipped is None:
-            return None
-        # Readers leave the head out whether it is listed or not.
-        return any(str(entry) in name for entry in skipped) or (None if name == "lm_head" else False)
-    for pattern in config.get("dynamic") or {}:
-        if _matches(re.sub(r"^[+-]:", "", pattern), name):
-            return bool(pattern.startswith("-:"))
-    return not config.get("lm_head", False) if name == "lm_head" else None
 
 
 # The tensors ---------------------------------------------------------------------------------------------

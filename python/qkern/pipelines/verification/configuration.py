@@ -1,0 +1,233 @@
+"""What a ``quantization_config`` says: its format, and by its name about each linear."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from qkern.errors import FormatError, UnsupportedError
+from qkern.nn import FirstMatch, FirstPart
+from qkern.pipelines.verification.layouts import LayerLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+__all__ = ["MARKERS", "Configuration", "format_of"]
+
+MARKERS: Final = {
+    "gptq": "qweight",
+    "gptq_v2": "qweight",
+    "awq": "qweight",
+    "compressed-tensors": "weight_scale",
+}
+"""By format the end of the name of the tensor that every quantized layer has, and no other."""
+_HEAD: Final = "lm_head"
+_REGEX: Final = "re:"
+_COMPRESSED: Final = ("pack-quantized", "int-quantized", "mixed-precision")
+_NUMBERS: Final = ("weights", "input_activations", "output_activations")
+
+
+def format_of(config: Mapping[str, Any]) -> str:
+    """Name of the format that a ``quantization_config`` describes.
+
+    Raises
+    ------
+    FormatError
+        If it names none.
+    UnsupportedError
+        If it is another than these.
+    """
+    method = config.get("quant_method")
+    if not isinstance(method, str):
+        raise FormatError(f"quantization_config must name its quant_method: got {method!r:.60}")
+    version = config.get("checkpoint_format") or config.get("format")
+    if method == "gptq" and version in (None, "gptq", "gptq_v2"):
+        return version or "gptq"
+    if method == "awq" and str(config.get("version", "gemm")).lower() == "gemm":
+        return "awq"
+    others = _other_forms(config)
+    if method == "compressed-tensors" and not others:
+        return "compressed-tensors"
+    named = ", ".join(others) if method == "compressed-tensors" else version or config.get("version")
+    raise UnsupportedError(
+        f"verify does not read quant_method {method!r}, format {named!r}: it reads gptq, gptq_v2, awq (gemm) "
+        "and compressed-tensors with integers (pack-quantized and int-quantized); nothing was checked"
+    )
+
+
+def _other_forms(config: Mapping[str, Any]) -> list[str]:
+    """Name what a configuration of compressed-tensors has of formats and numbers that are not read here."""
+    groups = config.get("config_groups")
+    parts = (
+        [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    )
+    formats = [part.get("format") for part in (config, *parts)]
+    numbers = [part[key].get("type") for part in parts for key in _NUMBERS if isinstance(part.get(key), dict)]
+    every = dict.fromkeys(map(str, (*formats, *numbers)))
+    return [found for found in every if found not in ("None", "int", *_COMPRESSED)]
+
+
+class Configuration:
+    """A ``quantization_config``, asked about linears by their names.
+
+    Parameters
+    ----------
+    config : mapping
+        The configuration.
+    format : str
+        Its `format_of`.
+
+    Raises
+    ------
+    FormatError
+        If it says nothing that can be.
+    """
+
+    def __init__(self, config: Mapping[str, Any], format: str) -> None:
+        self._format = format
+        self._said = _SAID[format](config)
+
+    def layout_of(self, name: str) -> LayerLayout:
+        """Read what is said about the quantized layer `name`.
+
+        Raises
+        ------
+        FormatError
+            If it is nothing that can be.
+        """
+        fields = self._said.fields(name)
+        size = fields["group_size"]
+        fields["group_size"] = size = None if size == -1 else size
+        allowed = (4,) if self._format == "awq" else (2, 3, 4, 8)
+        if type(fields["bits"]) is not int or fields["bits"] not in allowed:
+            raise FormatError(f"{name}: bits {fields['bits']!r} cannot be in {self._format}")
+        if size is not None and (type(size) is not int or size < 1):
+            raise FormatError(f"{name}: group_size must be -1 or positive: got {size!r}")
+        for key in ("symmetric", "act_order"):
+            if not isinstance(fields.get(key, False), bool):
+                raise FormatError(f"{name}: {key} must be true or false: got {fields[key]!r}")
+        return LayerLayout(format=self._format, **fields)
+
+    def is_excluded(self, name: str) -> bool | None:
+        """Whether readers are told to take the linear for 16-bit; None where nothing is told either way."""
+        return self._said.is_excluded(name)
+
+
+class _Said(Protocol):
+    """The configuration of a format."""
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """Fields of `LayerLayout`, unchecked."""
+        ...
+
+    def is_excluded(self, name: str) -> bool | None:
+        """See `Configuration.is_excluded`."""
+        ...
+
+
+class _Gptq:
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._dynamic = config.get("dynamic") or {}
+        self._first = FirstMatch((re.sub(r"^[+-]:", "", key), key) for key in self._dynamic)
+
+    def fields(self, name: str) -> dict[str, Any]:
+        # The first pattern that matches counts; its sign says what it is for.
+        merged = {**self._config, **(self._dynamic.get(self._first(name)) or {})}
+        return {
+            "bits": merged.get("bits"),
+            "group_size": merged.get("group_size", -1),
+            "symmetric": merged.get("sym", True),
+            "act_order": merged.get("desc_act", False),
+        }
+
+    def is_excluded(self, name: str) -> bool | None:
+        key = self._first(name)
+        if key is not None:
+            return str(key).startswith("-:")
+        return not self._config.get("lm_head", False) if name == _HEAD else None
+
+
+class _Awq:
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        skipped = config.get("modules_to_not_convert")
+        self._part = None if skipped is None else FirstPart(map(str, skipped))
+
+    def fields(self, name: str) -> dict[str, Any]:
+        config = self._config
+        return {
+            "bits": config.get("bits", config.get("w_bit")),
+            "group_size": config.get("group_size", config.get("q_group_size")),
+            # Files have zero points in either case; where they are all the midpoint, the layer is symmetric.
+            "symmetric": not config.get("zero_point", True),
+        }
+
+    def is_excluded(self, name: str) -> bool | None:
+        if self._part is None:
+            return None
+        # Readers leave the head out whether it is listed or not.
+        return self._part(name) is not None or (None if name == _HEAD else False)
+
+
+class _CompressedTensors:
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        groups = config.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            raise FormatError("quantization_config has no config_groups")
+        if not all(isinstance(group, dict) for group in groups.values()):
+            raise FormatError("quantization_config has config_groups that are no objects")
+        self._config = config
+        targets = [(str(target), group) for group in groups.values() for target in group.get("targets") or ()]
+        classes = [entry for entry in targets if "." not in entry[0] and not entry[0].startswith(_REGEX)]
+        self._targeted = _Listed(targets)
+        self._by_class = classes[0][1] if classes else None
+        self._has_linears = any(target == "Linear" for target, _ in classes)
+        self._ignored = _Listed((str(entry), {}) for entry in config.get("ignore") or ())
+
+    def fields(self, name: str) -> dict[str, Any]:
+        # A name comes before a pattern, and both before a class.
+        group = self._targeted(name)
+        group = self._by_class if group is None else group
+        if group is None:
+            raise FormatError(f"{name} is quantized, but no config group targets it")
+        weights = group.get("weights") or {}
+        inputs = group.get("input_activations")
+        grouped = (
+            weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
+        ) == "group"
+        return {
+            "bits": weights.get("num_bits"),
+            "group_size": weights.get("group_size") if grouped else None,
+            "symmetric": weights.get("symmetric", True),
+            "act_order": weights.get("actorder") == "group",
+            "int8": (group.get("format") or self._config.get("format")) == "int-quantized",
+            "activations": inputs is not None,
+            "static": inputs is not None and not inputs.get("dynamic", False),
+        }
+
+    def is_excluded(self, name: str) -> bool | None:
+        return self._ignored(name) is not None or not (self._has_linears or self._targeted(name) is not None)
+
+
+class _Listed:
+    """What belongs to the targets, or ignored entries, of compressed-tensors: names, then patterns."""
+
+    def __init__(self, entries: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        listed = list(entries)
+        self._names = dict(reversed(listed))
+        self._first = FirstMatch(
+            (entry.removeprefix(_REGEX), value) for entry, value in listed if entry.startswith(_REGEX)
+        )
+
+    def __call__(self, name: str) -> Mapping[str, Any] | None:
+        found = self._names.get(name)
+        return self._first(name) if found is None else found
+
+
+_SAID: Final[dict[str, Callable[[Mapping[str, Any]], _Said]]] = {
+    "gptq": _Gptq,
+    "gptq_v2": _Gptq,
+    "awq": _Awq,
+    "compressed-tensors": _CompressedTensors,
+}
