@@ -42,6 +42,13 @@ def test_sound(capsys, quantized, folder):
     assert "nats a token: allowed is 1e-09" in out
 
 
+def test_notes(capsys, quantized, monkeypatch):
+    monkeypatch.setattr(verify, "_check_runtime", lambda *others: others[-1].note("runtime", "a: is odd"))
+    code, out, _ = run(capsys, "verify", quantized)
+    assert code == 0
+    assert "         note: a: is odd\n" in out
+
+
 def test_no_kl(capsys, quantized, folder, monkeypatch):
     loaded, load = [], verify.load
     monkeypatch.setattr(

@@ -79,6 +79,8 @@ def _print(result: Verification) -> None:
             typer.echo(f"         - {problem}")
         if len(check.problems) > SHOWN:
             typer.echo(f"         - and {len(check.problems) - SHOWN} more")
+        for noted in check.notes:
+            typer.echo(f"         note: {noted}")
     typer.echo(
         f"{result.path}: {result.format or 'no format'}, {'sound' if result.is_sound else 'not sound'}"
     )

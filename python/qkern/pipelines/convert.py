@@ -32,11 +32,12 @@ from qkern.pipelines.load import is_gguf, model_names
 from qkern.schemes import QuantizedWeight, Scheme, as_scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from qkern.checkpoints import Format
+    from qkern.nn import ExpertPart
 
 __all__ = ["NEAREST", "ConversionReport", "ConvertedLayer", "convert"]
 
@@ -122,14 +123,15 @@ class ConversionReport:
 class _Source:
     """A quantized model: weights of layers, decoded matrices with the type they had, and the rest.
 
-    The model has its experts as linears, and `own` its names of everything that is stored.
+    The model has its experts as linears, `own` its names of everything that is stored, and `layers` the names
+    of the quantized ones as keys.
     """
 
     name: str
     format: str
     model: Any
     config: dict[str, Any]
-    layers: tuple[str, ...]
+    layers: Mapping[str, Any]
     own: dict[str, str]
     weight: Callable[[str], QuantizedWeight]
     coded: dict[str, str]
@@ -226,9 +228,10 @@ def convert(
             for name in track(list(plans), f"Converting to {fmt.name}", unit="layer"):
                 weight, report.layers[name] = _converted(source, fmt, name, plans[name])
                 writer.add_quantized(name, weight)
+            parts = expert_parts(source.model)
             for name in source.plain:
                 if name not in source.coded:
-                    _copy(writer, source, name)
+                    _copy(writer, source, name, parts)
             _finish(writer, source, report, requantize)
     return replace(report, seconds=time.monotonic() - started)
 
@@ -242,9 +245,10 @@ def _refuse_bitsandbytes(format: str, model: str | Path) -> None:
         )
 
 
-def _copy(writer: CheckpointWriter, source: _Source, name: str) -> None:
+def _copy(
+    writer: CheckpointWriter, source: _Source, name: str, parts: Mapping[str, Mapping[str, ExpertPart]]
+) -> None:
     """Write a tensor as it is; of fused experts each by itself, as runtimes expect in such files."""
-    parts = expert_parts(source.model)
     for own, tensor in as_linears(source.own[name], source.tensor(name), parts).items():
         writer.add_tensor(name if own == source.own[name] else source.stored(own), tensor)
 
@@ -384,7 +388,7 @@ def _open_folder(path: str | Path) -> Iterator[_Source]:
             format=checkpoint.format.name,
             model=model,
             config=checkpoint.config,
-            layers=tuple(checkpoint.entries),
+            layers=checkpoint.entries,
             own=model_names(checkpoint, model),
             weight=checkpoint.weight,
             coded={},
@@ -420,7 +424,7 @@ def _open_gguf(path: str | Path) -> Iterator[_Source]:
             format="gguf",
             model=model,
             config={**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"},
-            layers=checkpoint.entries,
+            layers=dict.fromkeys(checkpoint.entries),
             own={name: name for name in (*checkpoint.entries, *stays, *checkpoint.plain, *stems)},
             weight=checkpoint.weight,
             coded={name: kind for name, kind in coded.items() if name not in decoded},

@@ -59,7 +59,7 @@ class _Layer:
 
     @property
     def scheme(self) -> Scheme:
-        """Its scheme; AWQ's symmetric layers have zero points of 8, which a scheme with them holds."""
+        """Its scheme."""
         return Scheme(
             bits=self.layout.bits,
             group_size=self.layout.group_size,
@@ -69,6 +69,52 @@ class _Layer:
 
     def unpacked(self) -> UnpackedLayer:
         return unpack(self.layout, self.parts, self.N, self.K)
+
+
+class _Symmetric:
+    """Zero points of all layers of a file that are called symmetric and have as many bits.
+
+    Some writers took another one than the midpoint: it is one for the file, and the codes, as weights are 0
+    in the mean, lie nearer to it. Where zero points alone changed, or are misread, the codes are still around
+    the midpoint.
+    """
+
+    def __init__(self, midpoint: int) -> None:
+        self._midpoint = midpoint
+        self._wrong: dict[str, list[int]] = {}
+        self._zeros: set[int] = set()
+        self._sum = self._count = 0
+
+    def take(self, layer: _Layer, unpacked: UnpackedLayer) -> None:
+        """Look at a layer."""
+        found = np.unique(unpacked.zeros).tolist()
+        self._zeros |= set(found)
+        self._sum += int(unpacked.codes.sum(dtype=np.int64))
+        self._count += unpacked.codes.size
+        if found != [self._midpoint]:
+            self._wrong[layer.name] = [zero for zero in found if zero != self._midpoint]
+
+    @property
+    def is_another_grid(self) -> bool:
+        """Whether the file is symmetric around another zero point."""
+        if len(self._zeros) != 1:
+            return False
+        (zero,), mean = self._zeros, self._sum / max(self._count, 1)
+        return abs(mean - zero) < abs(mean - self._midpoint)
+
+    def lines(self) -> list[str]:
+        """Say which layers have other zero points, in one line if that is another grid."""
+        if not self.is_another_grid:
+            return [
+                f"{name}: zero points {zeros[:4]}, but the configuration's symmetric codes have "
+                f"{self._midpoint}"
+                for name, zeros in self._wrong.items()
+            ]
+        return [
+            f"{len(self._wrong)} layers are symmetric around the zero point {min(self._zeros)} (first: "
+            f"{next(iter(self._wrong))}): qkern computes with it, runtimes that expect {self._midpoint} do "
+            "not"
+        ]
 
 
 class FolderSubject:
@@ -128,7 +174,7 @@ class FolderSubject:
     @property
     def choices(self) -> dict[str, str]:
         """Scheme of every complete quantized linear."""
-        return {name: str(self._symmetric(layer).scheme) for name, layer in self._layers.items()}
+        return {name: str(self._as_stored(layer).scheme) for name, layer in self._layers.items()}
 
     @property
     def plain(self) -> Mapping[str, Tensor]:
@@ -326,11 +372,19 @@ class FolderSubject:
                 self._findings.add("values", *([text] if broken else ()))
             self._findings.count("values")
         midpoints = []
+        symmetric: dict[int, _Symmetric] = {}
         for layer in self._layers.values():
             unpacked = layer.unpacked()
+            if layer.layout.symmetric:
+                symmetric.setdefault(layer.layout.bits, _Symmetric(layer.layout.midpoint)).take(
+                    layer, unpacked
+                )
             self._findings.add("values", *_value_problems(layer, unpacked))
             self._findings.count("values", len(layer.parts))
             midpoints.append(bool((unpacked.zeros == layer.layout.midpoint).all()))
+        for found in symmetric.values():
+            enter = self._findings.note if found.is_another_grid else self._findings.add
+            enter("values", *found.lines())
         declared = [not layer.layout.symmetric for layer in self._layers.values()]
         if midpoints and all(midpoints) and all(declared) and self.format != "awq":
             self._findings.add(
@@ -351,7 +405,7 @@ class FolderSubject:
         unpacked = layer.unpacked()
         in_order = np.array_equal(unpacked.groups, layer.layout.group_of_columns(layer.K))
         order = None if in_order else torch.from_numpy(np.argsort(unpacked.groups, kind="stable"))
-        scheme = self._symmetric(layer).scheme.weight_only()
+        scheme = self._as_stored(layer).scheme.weight_only()
         return Matrix(
             values=torch.from_numpy(unpacked.weights()),
             round=partial(_rounded, scheme=scheme),
@@ -371,10 +425,12 @@ class FolderSubject:
         return self._layers[linear].N, self._layers[linear].K
 
     @staticmethod
-    def _symmetric(layer: _Layer) -> _Layer:
-        """Return the layer with AWQ's zero points, if they are all the midpoint, as a symmetric grid."""
-        if layer.layout.format == "awq" and bool((layer.unpacked().zeros == layer.layout.midpoint).all()):
-            return replace(layer, layout=replace(layer.layout, symmetric=True))
+    def _as_stored(layer: _Layer) -> _Layer:
+        """Return the layer symmetric or not as its zero points are, which files may have in either case."""
+        layout = layer.layout
+        if layout.format == "awq" or layout.symmetric:
+            symmetric = bool((layer.unpacked().zeros == layout.midpoint).all())
+            return replace(layer, layout=replace(layout, symmetric=symmetric))
         return layer
 
 
@@ -450,9 +506,6 @@ def _value_problems(layer: _Layer, unpacked: UnpackedLayer) -> Iterator[str]:
     lost = (scales == 0)[:, groups] & (unpacked.codes != zeros[:, groups])
     if lost.any():
         yield f"{name}: {int(lost.any(1).sum())} rows have scales of 0 for codes that are not zero"
-    if layout.symmetric and not bool((zeros == layout.midpoint).all()):
-        wrong = np.unique(zeros[zeros != layout.midpoint])[:4].tolist()
-        yield f"{name}: zero points {wrong}, but the configuration's symmetric codes have {layout.midpoint}"
     if layout.format == "gptq" and bool((zeros == 0).any()):
         yield f"{name}: zero points of 0, which half of the readers of GPTQ v1 take for {2 * layout.midpoint}"
     if layout.int8 and layout.bits < 8:

@@ -14,7 +14,7 @@ CHECKS: Final = {
     "files": "shards and index are whole and agree",
     "config": "the configuration is read, and fits which tensors are there",
     "tensors": "every tensor is there in the right dtype and shape, and none is left over",
-    "values": "numbers are finite, scales not zero, zero points and group indices as configured",
+    "values": "numbers are finite, scales not zero, zero points and group indices as configured or noted",
     "weights": "qkern.load computes with the weights that an independent reader finds",
     "generation": "the loaded model gives finite logits, token by token",
     "runtime": "the runtime has kernels for every layer, and what it fuses is alike",
@@ -37,6 +37,8 @@ class Check:
         How many tensors, layers, tokens or positions were looked at.
     problems : tuple of str
         What is wrong, each beginning with the name of the file, tensor or layer.
+    notes : tuple of str
+        What is not wrong, but not what one would expect either.
     skipped : str or None
         Why the check was not run; None if it was.
     value : float or None
@@ -46,6 +48,7 @@ class Check:
     name: str
     count: int = 0
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     skipped: str | None = None
     value: float | None = None
 
@@ -102,6 +105,7 @@ class Findings:
 
     def __init__(self) -> None:
         self._problems: dict[str, list[str]] = {}
+        self._notes: dict[str, list[str]] = {}
         self._counts: dict[str, int] = {}
         self._skipped: dict[str, str] = {}
         self._values: dict[str, float] = {}
@@ -113,6 +117,10 @@ class Findings:
     def add(self, check: str, *problems: str) -> None:
         """Enter problems."""
         self._problems.setdefault(check, []).extend(problems)
+
+    def note(self, check: str, *notes: str) -> None:
+        """Enter what is no problem."""
+        self._notes.setdefault(check, []).extend(notes)
 
     def measured(self, check: str, value: float) -> None:
         """Enter what was measured."""
@@ -134,6 +142,7 @@ class Findings:
                 name=name,
                 count=self._counts.get(name, 0),
                 problems=tuple(self._problems.get(name, ())),
+                notes=tuple(self._notes.get(name, ())),
                 skipped=self._skipped.get(name),
                 value=self._values.get(name),
             )
