@@ -180,22 +180,6 @@ def test_refusals_name_the_layers(quantized, act_order, tmp_path):
     assert torch.equal(logits(tmp_path / "v1"), logits(act_order))
 
 
-def test_bitsandbytes_is_refused_both_ways(original, quantized, tmp_path):
-    qkern.save(qkern.load(original, int8=True), tmp_path / "int8")
-    qkern.quantize(original, method="rtn", scheme="nf4g32", output=tmp_path / "nf4")
-    before = leftovers(tmp_path)
-    for source, to in (
-        (tmp_path / "int8", "compressed-tensors"),
-        (tmp_path / "nf4", "gptq"),
-        (tmp_path / "nf4", "bitsandbytes"),
-        (quantized("w4g32", "gptq"), "bitsandbytes"),
-    ):
-        for requantize in (None, "nearest", "w4g32"):
-            with pytest.raises(UnsupportedError, match="convert neither reads nor writes bitsandbytes"):
-                qkern.convert(source, tmp_path / "out", to, requantize=requantize)
-    assert leftovers(tmp_path) == before
-
-
 def test_scales_that_fp16_does_not_hold(quantized, tmp_path):
     model = qkern.load(quantized("w4g32", "gptq"))
     for linear in quant_linears(model).values():

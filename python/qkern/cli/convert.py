@@ -23,7 +23,9 @@ class TargetFormat(StrEnum):
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Folder (GPTQ, AWQ, compressed-tensors), hub id or .gguf.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder (GPTQ, AWQ, compressed-tensors, bitsandbytes), hub id or .gguf.")
+    ],
     to: Annotated[TargetFormat, typer.Option(help="Format to write.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
     requantize: Annotated[

@@ -134,11 +134,13 @@ def find_form(
     Form or str
         Why the format does not hold `qw` as it is, if no form is found.
     """
+    if qw.scheme.codebook is not None:  # no other codes mean the same
+        return _refusal(fmt, name, qw) or Form()
     sizes = _SIZES if group_size is None else (group_size,)
     own = qw.scheme.group_size
     reason = f"{name}: groups of {own or qw.K} cannot be cut into groups of {group_size}"
     if group_size in (None, own):
-        reason = _refusal(fmt, name, qw) or ""
+        reason = _refusal(fmt, name, Form(is_unmarked=is_unmarked).of(qw) or qw) or ""
     cuts = [*((None,) if group_size in (None, own) else ()), *(size for size in sizes if size <= qw.K)]
     for bits, size in itertools.product((None, *_WIDER[qw.scheme.bits]), cuts):
         form = Form(bits=bits, group_size=size, is_unmarked=is_unmarked)

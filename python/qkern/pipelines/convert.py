@@ -124,7 +124,8 @@ class _Source:
     """A quantized model: weights of layers, decoded matrices with the type they had, and the rest.
 
     The model has its experts as linears, `own` its names of everything that is stored, and `layers` the names
-    of the quantized ones as keys.
+    of the quantized ones as keys. What has outliers, of LLM.int8(), keeps columns of activations as they are:
+    other formats have weights alone for that.
     """
 
     name: str
@@ -140,6 +141,7 @@ class _Source:
     decoded: tuple[str, ...] = ()
     companions: Any = None
     recipe: dict[str, Any] = field(default_factory=dict)
+    has_outliers: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
     def stored(self, own: str) -> str:
@@ -176,9 +178,11 @@ def convert(
     Parameters
     ----------
     model : str or Path
-        Folder or hub id in GPTQ (v1, v2), AWQ or compressed-tensors, or a GGUF (Llama, Mistral, Qwen2, Qwen3)
-        whose Q4_0 and Q8_0 matrices have grids of checkpoints. Of a GGUF everything else is written in fp32,
-        in which `qkern.load` has it.
+        Folder or hub id in GPTQ (v1, v2), AWQ, compressed-tensors or bitsandbytes, or a GGUF (Llama, Mistral,
+        Qwen2, Qwen3) whose Q4_0 and Q8_0 matrices have grids of checkpoints. Of a GGUF everything else is
+        written in fp32, in which `qkern.load` has it. The codebooks of bitsandbytes, nf4 and fp4, are grids
+        of no target: they are rounded again. Its LLM.int8() keeps its weights, and where it has a threshold
+        of outliers nothing says in the output that activations are int8.
     output : str or Path
         Folder to write; must not exist or be empty, and not lie in the model's.
     to : {"gptq", "gptq_v2", "awq", "compressed-tensors"}
@@ -201,14 +205,18 @@ def convert(
     FormatError
         If the model's files are damaged.
     UnsupportedError
-        If the model is not quantized, it or the target is bitsandbytes, or the target does not hold a layer;
-        nothing is written.
+        If the model is not quantized, the target is bitsandbytes, or it does not hold a layer; nothing is
+        written.
     OutputError
         If the disk is full; nothing is left behind.
     """
     started = time.monotonic()
     fmt = format_named(to)
-    _refuse_bitsandbytes(fmt.name, model)
+    if fmt.name == BITSANDBYTES.name:
+        raise UnsupportedError(
+            "convert does not write bitsandbytes, whose codebooks and scales no other format has: quantize "
+            "the original model with scheme='nf4g64', or load it with int8=True and save it"
+        )
     parse_size(max_shard_size)
     scheme = None if requantize in (None, NEAREST) else as_scheme(requantize)
     folder = check_output(output, source=model if Path(model).is_dir() else None)
@@ -234,15 +242,6 @@ def convert(
                     _copy(writer, source, name, parts)
             _finish(writer, source, report, requantize)
     return replace(report, seconds=time.monotonic() - started)
-
-
-def _refuse_bitsandbytes(format: str, model: str | Path) -> None:
-    """Refuse the format whose codebooks, thresholds and dtypes no other one has."""
-    if format == BITSANDBYTES.name:
-        raise UnsupportedError(
-            f"{model}: convert neither reads nor writes bitsandbytes, whose codebooks and thresholds of "
-            "outliers no other format has: quantize the original model in the format that is needed"
-        )
 
 
 def _copy(
@@ -314,7 +313,7 @@ def _forms(
         qw = source.weight(name) if name in source.layers else None
         found: Form | str = f"{name}: {source.coded.get(f'{name}.weight')} is no grid of {fmt.name}"
         if qw is not None:
-            found = find_form(fmt, name, qw, group_size=group_size)
+            found = find_form(fmt, name, qw, group_size=group_size, is_unmarked=source.has_outliers)
             if isinstance(found, str) and rounding == (None,):
                 found = find_form(fmt, name, qw, group_size=group_size, is_unmarked=True)
         if isinstance(found, Form):
@@ -375,7 +374,6 @@ def _converted(source: _Source, fmt: Format, name: str, plan: Plan) -> tuple[Qua
 def _open_folder(path: str | Path) -> Iterator[_Source]:
     with read_quantized(path) as checkpoint:
         assert checkpoint.format is not None
-        _refuse_bitsandbytes(checkpoint.format.name, path)
         config = load_config(checkpoint.folder)
         if _HEAD in checkpoint.entries:
             config.tie_word_embeddings = False
@@ -396,6 +394,7 @@ def _open_folder(path: str | Path) -> Iterator[_Source]:
             tensor=checkpoint.tensors.__getitem__,
             companions=checkpoint.folder,
             recipe=read_json(recipe) if recipe.exists() else {},
+            has_outliers=any(entry.threshold is not None for entry in checkpoint.entries.values()),
             details={} if damp is None else {"damp_percent": damp},
         )
 
