@@ -422,7 +422,7 @@ def test_hostile_configurations_are_named(copied, fields):
 @pytest.mark.parametrize(
     ("name", "corrupt", "match"),
     [
-        ("gptq", config(quant_method="bitsandbytes"), "quant_method 'bitsandbytes'"),
+        ("gptq", config(quant_method="hqq"), "quant_method 'hqq'"),
         ("gptq", config(checkpoint_format="marlin"), "quant_method 'gptq', format 'marlin'"),
         ("awq", config(version="gemv"), "quant_method 'awq', format 'gemv'"),
         ("compressed", config(format="float-quantized"), "format 'float-quantized'"),

@@ -26,7 +26,8 @@ class Runtime(StrEnum):
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="Folder (GPTQ, AWQ, compressed-tensors, 16-bit), hub id or .gguf.")
+        str,
+        typer.Argument(help="Folder (GPTQ, AWQ, compressed-tensors, bitsandbytes, 16-bit), hub id or .gguf."),
     ],
     against: Annotated[
         str | None, typer.Option(help="The 16-bit original, to compare names, weights and logits with.")

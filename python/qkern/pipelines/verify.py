@@ -57,15 +57,16 @@ def verify(
     """Check a quantized model as a runtime finds it on the disk.
 
     Every tensor is read again by readers that share no code with those that wrote it (of a GGUF by the gguf
-    package's own dequantizers). The checks are those of `CHECKS`; a failed one does not stop the others. What
-    is damaged consistently, such as nibbles in another order, zero points off by one where the grid is
-    asymmetric, scales of other rows, or bits of a GGUF's codes, only shows beside the original. The loaded
-    model, fp32 where it is not quantized, is in memory, and for the KL the original in fp32 too.
+    package's own dequantizers). The checks are those of `CHECKS`; a failed one does not stop the others, and
+    what `qkern.load` reads right but others may not is a note. What is damaged consistently, such as nibbles
+    in another order, zero points off by one where the grid is asymmetric, scales of other rows, or bits of a
+    GGUF's codes, only shows beside the original. The loaded model, fp32 where it is not quantized, is in
+    memory, and for the KL the original in fp32 too.
 
     Parameters
     ----------
     path : str or Path
-        Folder in GPTQ (v1, v2), AWQ, compressed-tensors or 16 bits, hub id, or GGUF file.
+        Folder in GPTQ (v1, v2), AWQ, compressed-tensors, bitsandbytes or 16 bits, hub id, or GGUF file.
     against : str or Path, optional
         The 16-bit original, a folder or hub id.
     text : str or Path, optional
@@ -90,7 +91,7 @@ def verify(
         On an argument that cannot be, or if there is nothing at the path, or no original or text where they
         are named.
     UnsupportedError
-        If the model is in a format that is not read here, such as bitsandbytes or fp8.
+        If the model is in a format that is not read here, such as fp8.
     """
     if not max_kl > 0 or min(tokens, window) < _LEAST:
         raise InputError(

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from qkern.errors import FormatError, UnsupportedError
 from qkern.nn import FirstMatch, FirstPart
-from qkern.pipelines.verification.layouts import LayerLayout
+from qkern.pipelines.verification.layouts import CODEBOOKS, STATE, LayerLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from qkern.pipelines.verification.safetensors_files import StoredTensor
+
 __all__ = ["MARKERS", "Configuration", "format_of"]
 
 MARKERS: Final = {
-    "gptq": "qweight",
-    "gptq_v2": "qweight",
-    "awq": "qweight",
-    "compressed-tensors": "weight_scale",
+    "gptq": ("qweight",),
+    "gptq_v2": ("qweight",),
+    "awq": ("qweight",),
+    "compressed-tensors": ("weight_scale",),
+    "bitsandbytes": ("weight.quant_map", "SCB"),
 }
-"""By format the end of the name of the tensor that every quantized layer has, and no other."""
+"""By format the ends of the names of tensors of which every quantized layer has one, and no other has any."""
 _HEAD: Final = "lm_head"
 _REGEX: Final = "re:"
 _COMPRESSED: Final = ("pack-quantized", "int-quantized", "mixed-precision")
@@ -45,13 +50,16 @@ def format_of(config: Mapping[str, Any]) -> str:
         return version or "gptq"
     if method == "awq" and str(config.get("version", "gemm")).lower() == "gemm":
         return "awq"
+    if method == "bitsandbytes":
+        return method
     others = _other_forms(config)
     if method == "compressed-tensors" and not others:
         return "compressed-tensors"
     named = ", ".join(others) if method == "compressed-tensors" else version or config.get("version")
     raise UnsupportedError(
-        f"verify does not read quant_method {method!r}, format {named!r}: it reads gptq, gptq_v2, awq (gemm) "
-        "and compressed-tensors with integers (pack-quantized and int-quantized); nothing was checked"
+        f"verify does not read quant_method {method!r}, format {named!r}: it reads gptq, gptq_v2, awq "
+        "(gemm), bitsandbytes, and compressed-tensors with integers (pack-quantized and int-quantized); "
+        "nothing was checked"
     )
 
 
@@ -87,15 +95,24 @@ class Configuration:
         self._format = format
         self._said = _SAID[format](config)
 
-    def layout_of(self, name: str) -> LayerLayout:
+    def layout_of(self, name: str, parts: Mapping[str, StoredTensor]) -> LayerLayout:
         """Read what is said about the quantized layer `name`.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+        parts : mapping
+            Its tensors by the ends of their names, among which it may say more.
 
         Raises
         ------
         FormatError
             If it is nothing that can be.
+        UnsupportedError
+            If it is nothing that is read here.
         """
-        fields = self._said.fields(name)
+        fields = self._said.fields(name, parts)
         size = fields["group_size"]
         fields["group_size"] = size = None if size == -1 else size
         allowed = (4,) if self._format == "awq" else (2, 3, 4, 8)
@@ -116,8 +133,8 @@ class Configuration:
 class _Said(Protocol):
     """The configuration of a format."""
 
-    def fields(self, name: str) -> dict[str, Any]:
-        """Fields of `LayerLayout`, unchecked."""
+    def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
+        """Fields of `LayerLayout`; of bits and groups what is said, unchecked."""
         ...
 
     def is_excluded(self, name: str) -> bool | None:
@@ -131,7 +148,7 @@ class _Gptq:
         self._dynamic = config.get("dynamic") or {}
         self._first = FirstMatch((re.sub(r"^[+-]:", "", key), key) for key in self._dynamic)
 
-    def fields(self, name: str) -> dict[str, Any]:
+    def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
         # The first pattern that matches counts; its sign says what it is for.
         merged = {**self._config, **(self._dynamic.get(self._first(name)) or {})}
         return {
@@ -154,7 +171,7 @@ class _Awq:
         skipped = config.get("modules_to_not_convert")
         self._part = None if skipped is None else FirstPart(map(str, skipped))
 
-    def fields(self, name: str) -> dict[str, Any]:
+    def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
         config = self._config
         return {
             "bits": config.get("bits", config.get("w_bit")),
@@ -185,7 +202,7 @@ class _CompressedTensors:
         self._has_linears = any(target == "Linear" for target, _ in classes)
         self._ignored = _Listed((str(entry), {}) for entry in config.get("ignore") or ())
 
-    def fields(self, name: str) -> dict[str, Any]:
+    def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
         # A name comes before a pattern, and both before a class.
         group = self._targeted(name)
         group = self._by_class if group is None else group
@@ -210,6 +227,74 @@ class _CompressedTensors:
         return self._ignored(name) is not None or not (self._has_linears or self._targeted(name) is not None)
 
 
+class _Bitsandbytes:
+    # Where transformers lets the name of a skipped module end.
+    _END: Final = r"(?:(?<=\.)|(?=\.|$))"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._int8 = config.get("load_in_8bit", False)
+        skipped = config.get("llm_int8_skip_modules")
+        self._skips_head = skipped is None
+        skipped = list(map(str, skipped or ()))
+        # Of plain names, which are patterns too, the dots are taken for what they are meant as.
+        self._names = {entry for entry in skipped if re.fullmatch(r"[\w.-]+", entry)}
+        self._first = FirstMatch(
+            (f"(?:{entry}){self._END}", True) for entry in skipped if entry not in self._names
+        )
+
+    def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
+        int8 = "SCB" in parts
+        if int8 != self._int8:
+            raise FormatError(f"{name} has {8 if int8 else 4} bits, but load_in_8bit is {self._int8!r}")
+        if int8:
+            return {"bits": 8, "group_size": None, "symmetric": True, "activations": True}
+        found = [part for part in parts if part.startswith(STATE)]
+        if len(found) != 1:
+            raise FormatError(f"{name} has {len(found)} tensors {STATE}*, which say what it is: 1 is needed")
+        return _read_state(f"{name}.{found[0]}", parts[found[0]])
+
+    def is_excluded(self, name: str) -> bool | None:
+        ends = [match.start() for match in re.finditer(r"\.|$", name)]
+        if any(name[:end] in self._names for end in ends) or self._first(name):
+            return True
+        if any(name[start:] in self._names for start in range(len(name))):
+            return True
+        # In transformers the experts of a layer are no linears, which alone are quantized.
+        return None if ".experts." in name or (name == _HEAD and self._skips_head) else False
+
+
+def _read_state(name: str, tensor: StoredTensor) -> dict[str, Any]:
+    """Fields of a layer that says itself what it is."""
+    try:
+        state = json.loads(tensor.array().tobytes())
+        kind, block, (N, K) = state["quant_type"], state["blocksize"], state["shape"]
+        nested = (state["nested_blocksize"], state["nested_offset"]) if "nested_offset" in state else None
+        numbers = (block, N, K, *(nested or ())[:1])
+        is_sound = all(type(number) is int and number > 0 for number in numbers)
+        is_sound &= name.endswith(STATE + kind) and kind in CODEBOOKS
+        is_sound &= nested is None or (type(nested[1]) is float and math.isfinite(nested[1]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(
+            f"{name} is no JSON of a quantized layer: {type(error).__name__}: {error}"
+        ) from None
+    if not is_sound:
+        raise FormatError(f"{name} says what cannot be: {state}")
+    if K % block:
+        raise UnsupportedError(
+            f"{name} has blocks of {block}, which do not divide rows of {K}: verify reads blocks that are "
+            "groups of rows alone; nothing was checked"
+        )
+    return {
+        "bits": 4,
+        "group_size": block,
+        "symmetric": True,
+        "codebook": kind,
+        "nested": nested,
+        "shape": (N, K),
+        "state_bytes": tensor.nbytes,
+    }
+
+
 class _Listed:
     """What belongs to the targets, or ignored entries, of compressed-tensors: names, then patterns."""
 
@@ -230,4 +315,5 @@ _SAID: Final[dict[str, Callable[[Mapping[str, Any]], _Said]]] = {
     "gptq_v2": _Gptq,
     "awq": _Awq,
     "compressed-tensors": _CompressedTensors,
+    "bitsandbytes": _Bitsandbytes,
 }

@@ -43,6 +43,8 @@ _DECIDING: Final = (
     *("checkpoint_format", "format", "version"),
     *("dynamic", "lm_head", "modules_to_not_convert"),
 )
+# Between the table of a codebook and one that another device computed.
+_TABLE_ERROR: Final = 1e-6
 _OLDER: Final = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
@@ -60,6 +62,11 @@ class _Layer:
     @property
     def scheme(self) -> Scheme:
         """Its scheme."""
+        if self.layout.codebook is not None:
+            nested = self.layout.nested is not None
+            return Scheme(
+                codebook=self.layout.codebook, group_size=self.layout.group_size, double_quant=nested
+            )
         return Scheme(
             bits=self.layout.bits,
             group_size=self.layout.group_size,
@@ -206,10 +213,14 @@ class FolderSubject:
             self.format = self._asked(partial(format_of, found))
         return None if self.format is None else self._asked(partial(Configuration, found, self.format))
 
+    @property
+    def _markers(self) -> tuple[str, ...]:
+        return () if self.format is None else MARKERS[self.format]
+
     def _build_model(self) -> Any:
         try:
             config = load_config(self.folder)
-            if f"{_HEAD}.{MARKERS.get(self.format or '')}" in self._tensors:
+            if any(f"{_HEAD}.{marker}" in self._tensors for marker in self._markers):
                 config.tie_word_embeddings = False
             model = meta_model(config)
             unfuse_experts(model)
@@ -245,19 +256,24 @@ class FolderSubject:
         linears = {
             name: tuple(column_weight(linear).shape) for name, linear in named_linears(self.model).items()
         }
-        marker = f".{MARKERS[self.format]}" if self.format is not None else None
-        layers = [name.removesuffix(marker) for name in self._tensors if marker and name.endswith(marker)]
-        if self.format is not None and not layers:
+        ends = tuple(f".{marker}" for marker in self._markers)
+        layers = {
+            name.removesuffix(end): None for name in self._tensors for end in ends if name.endswith(end)
+        }
+        if ends and not layers:
             self._findings.add(
-                "tensors", f"no tensor's name ends in {marker}, which every layer of {self.format} has"
+                "tensors",
+                f"no tensor's name ends in {' or '.join(ends)}, which every layer of {self.format} has",
             )
         self._own = model_names((*layers, *self._tensors), self.model)
         for key in self._tensors:
-            self._of_layer.setdefault(key.rpartition(".")[0], []).append(key)
+            owner = next((stem for stem in _stems(key) if stem in layers), None)
+            if owner is not None:
+                self._of_layer.setdefault(owner, []).append(key)
         used: set[str] = set()
         for name in layers:
             used |= self._match_layer(name, linears)
-        self._match_plain(used)
+        self._match_plain(used, {f"{self._own[name]}.weight" for name in layers})
 
     def _match_layer(self, name: str, linears: Mapping[str, tuple[int, ...]]) -> set[str]:
         """Enter a layer; return the names of its tensors."""
@@ -271,12 +287,13 @@ class FolderSubject:
             return there
         if self._said.is_excluded(name):
             self._findings.add("config", f"{name} is quantized, but the configuration excludes it")
-        layout = self._asked(partial(self._said.layout_of, name))
+        stored = {key.removeprefix(f"{name}."): self._tensors[key] for key in there}
+        layout = self._asked(partial(self._said.layout_of, name, stored))
         if layout is None:
             return there
         N, K = linears[linear]
         parts, problems = self._match_parts(name, layout, N, K, there)
-        problems += self._shape_problems(name, parts, N, K)
+        problems += self._shape_problems(name, layout, parts, N, K)
         self._findings.add("tensors", *problems)
         if self.model.get_submodule(linear).bias is None:
             there |= self._match_bias(name, N)
@@ -326,22 +343,27 @@ class FolderSubject:
         return {bias.name}
 
     @staticmethod
-    def _shape_problems(name: str, parts: Mapping[str, StoredTensor], N: int, K: int) -> list[str]:
-        if "weight_shape" not in parts:
-            return []
-        said = parts["weight_shape"].array().tolist()
-        return [] if said == [N, K] else [f"{name}.weight_shape says {said}: the model has {[N, K]}"]
+    def _shape_problems(
+        name: str, layout: LayerLayout, parts: Mapping[str, StoredTensor], N: int, K: int
+    ) -> list[str]:
+        said = {} if layout.shape is None else {"quant_state": list(layout.shape)}
+        if "weight_shape" in parts:
+            said["weight_shape"] = parts["weight_shape"].array().tolist()
+        return [
+            f"{name}: its {part} says {shape}: the model has {[N, K]}"
+            for part, shape in said.items()
+            if shape != [N, K]
+        ]
 
-    def _match_plain(self, used: set[str]) -> None:
+    def _match_plain(self, used: set[str], quantized: set[str]) -> None:
         stored = self._tensors.keys() - used
         known = stored_places(self.model, stored)
         names, missing = bind_names(self.model, known)
         places = {name: known[own] for name, own in names.items()}
         state = self.model.state_dict()
-        owners = {f"{self._own[name.rpartition('.')[0]]}.weight" for name in used}
         ignored = (*COMPUTED, *(self.model._keys_to_ignore_on_load_unexpected or ()))
         spelled = partial(stored_name, self.model.config.model_type)
-        problems = [f"{spelled(name)} is missing" for name in missing if name not in owners]
+        problems = [f"{spelled(name)} is missing" for name in missing if name not in quantized]
         left_over = stored - {_key(place) for place in places.values()}
         problems += [
             f"{name} is left over: the model has no place for it"
@@ -405,7 +427,8 @@ class FolderSubject:
         unpacked = layer.unpacked()
         in_order = np.array_equal(unpacked.groups, layer.layout.group_of_columns(layer.K))
         order = None if in_order else torch.from_numpy(np.argsort(unpacked.groups, kind="stable"))
-        scheme = self._as_stored(layer).scheme.weight_only()
+        # Scales that are rounded too change little.
+        scheme = replace(self._as_stored(layer).scheme.weight_only(), double_quant=False)
         return Matrix(
             values=torch.from_numpy(unpacked.weights()),
             round=partial(_rounded, scheme=scheme),
@@ -432,6 +455,13 @@ class FolderSubject:
             symmetric = bool((layer.unpacked().zeros == layout.midpoint).all())
             return replace(layer, layout=replace(layout, symmetric=symmetric))
         return layer
+
+
+def _stems(name: str) -> Iterator[str]:
+    """Yield what comes before each dot of a name, the longest first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -504,7 +534,8 @@ def _value_problems(layer: _Layer, unpacked: UnpackedLayer) -> Iterator[str]:
     if not layout.act_order and not np.array_equal(groups, layout.group_of_columns(layer.K)):
         yield f"{name}: the group index is out of order, but readers ignore it: desc_act is false"
     lost = (scales == 0)[:, groups] & (unpacked.codes != zeros[:, groups])
-    if lost.any():
+    # A block of zeros has any codes of a table in some files.
+    if unpacked.levels is None and lost.any():
         yield f"{name}: {int(lost.any(1).sum())} rows have scales of 0 for codes that are not zero"
     if layout.format == "gptq" and bool((zeros == 0).any()):
         yield f"{name}: zero points of 0, which half of the readers of GPTQ v1 take for {2 * layout.midpoint}"
@@ -512,6 +543,12 @@ def _value_problems(layer: _Layer, unpacked: UnpackedLayer) -> Iterator[str]:
         values = layer.parts["weight"].array()
         if values.min(initial=0) < -layout.midpoint or values.max(initial=0) >= layout.midpoint:
             yield f"{name}: weight has values that {layout.bits} bits do not hold"
+    if unpacked.levels is not None:
+        table = layer.parts["weight.quant_map"].floats()
+        if not np.allclose(table, unpacked.levels, rtol=0, atol=_TABLE_ERROR):
+            yield f"{name}: weight.quant_map is not {layout.codebook}, with which readers compute"
+    if "weight_format" in layer.parts and layer.parts["weight_format"].array().any():
+        yield f"{name}: weight_format is not 0: rows are in an order that readers of files do not know"
     if layout.static:
         scale = layer.parts["input_scale"].floats().reshape(-1)
         if not bool((np.isfinite(scale) & (scale > 0)).all()):

@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and compressed-tensors read in plain numpy, from what the formats say.
+"""GPTQ, AWQ, compressed-tensors and bitsandbytes read in plain numpy, from what the formats say.
 
 Nothing of `qkern.ops` or `qkern.checkpoints` is used here: this is the second opinion on what they write and
 read. Codes are unsigned; a weight is ``(code - zero) * scale``.
@@ -19,6 +19,15 @@ compressed-tensors weight_packed [N, *]    each row a stream of code + 2^(b-1) a
                    weight_shape [2]        N, K
                    weight_zero_point       [*, G]: each column a stream of zero + 2^(b-1) along N
                    input_scale [1] or []   of static activations
+bitsandbytes, int8 weight [N, K]           codes as int8
+                   SCB [N]                 127 times the scale of each row
+                   weight_format []        0: rows are as they are
+bitsandbytes, 4bit weight [N*K/2, 1]       nibbles, the upper one first, of codes of a table
+                   weight.absmax [N*G]     scales; nested: codes of the next two, to which an offset is added
+                   .nested_quant_map [256] values of these codes
+                   .nested_absmax [*]      scales of as many of them as the layer's JSON says
+                   .quant_map [16]         the table
+                   .quant_state.* [any]    JSON: the table's name, block, shape, and how scales are nested
 ================== ======================= ==============================================================
 """
 
@@ -36,11 +45,24 @@ if TYPE_CHECKING:
 
     from qkern.pipelines.verification.safetensors_files import StoredTensor
 
-__all__ = ["LayerLayout", "Part", "UnpackedLayer", "parts_of", "unpack"]
+__all__ = ["CODEBOOKS", "STATE", "LayerLayout", "Part", "UnpackedLayer", "levels_of", "parts_of", "unpack"]
 
 _AWQ_COLUMNS: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 _SCALES: Final = ("F16", "BF16", "F32")
 _INDICES: Final = ("I32", "I64")
+STATE: Final = "weight.quant_state.bitsandbytes__"
+"""Begin of the name of the JSON of a layer of bitsandbytes with 4 bits; what follows names the codebook."""
+_SIXTHS: Final = (0, 1 / 32, 4, 6, 2, 3, 1, 3 / 2)
+CODEBOOKS: Final = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (*(sixths / 6 for sixths in _SIXTHS), *(-sixths / 6 for sixths in _SIXTHS)),
+}
+"""What the codes 0 to 15 stand for: NF4 of QLoRA's paper, FP4 of bitsandbytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +72,7 @@ class LayerLayout:
     Parameters
     ----------
     format : str
-        ``gptq``, ``gptq_v2``, ``awq`` or ``compressed-tensors``.
+        ``gptq``, ``gptq_v2``, ``awq``, ``compressed-tensors`` or ``bitsandbytes``.
     bits : int
         Bits of a code.
     group_size : int or None
@@ -65,6 +87,14 @@ class LayerLayout:
         Activations are int8.
     static : bool
         They have one scale.
+    codebook : str or None
+        ``nf4`` or ``fp4``; None: codes are numbers.
+    nested : tuple of int and float, or None
+        How many scales share a scale of theirs, and what is added to them all.
+    shape : tuple of int or None
+        Rows and columns that the layer's JSON says it has.
+    state_bytes : int
+        Length of that.
     """
 
     format: str
@@ -75,6 +105,10 @@ class LayerLayout:
     int8: bool = False
     activations: bool = False
     static: bool = False
+    codebook: str | None = None
+    nested: tuple[int, float] | None = None
+    shape: tuple[int, int] | None = None
+    state_bytes: int = 0
 
     @property
     def midpoint(self) -> int:
@@ -115,15 +149,20 @@ class UnpackedLayer:
         int16 ``[N, G]``.
     groups : ndarray
         int64 ``[K]``, the group of each column; may be out of range in a damaged file.
+    levels : ndarray or None
+        float32 ``[16]``, what the codes of a codebook stand for, which have no zero points.
     """
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
     zeros: NDArray[np.int16]
     groups: NDArray[np.int64]
+    levels: NDArray[np.float32] | None = None
 
     def weights(self) -> NDArray[np.float32]:
         """Return the weights, float32 ``[N, K]``."""
+        if self.levels is not None:
+            return self.levels[self.codes] * self.scales[:, self.groups]
         steps = self.codes - self.zeros[:, self.groups]
         return steps.astype(np.float32) * self.scales[:, self.groups]
 
@@ -140,6 +179,8 @@ def parts_of(layout: LayerLayout, N: int, K: int) -> dict[str, Part]:
             "qzeros": Part((("I32", (G, N // 8)),)),
             "scales": _either(_SCALES, (G, N)),
         }
+    if layout.format == "bitsandbytes":
+        return _parts_of_bitsandbytes(layout, N, K)
     if layout.format != "compressed-tensors":
         return {
             "qweight": Part((("I32", (K * b // 32, N)),)),
@@ -164,6 +205,29 @@ def parts_of(layout: LayerLayout, N: int, K: int) -> dict[str, Part]:
     return parts
 
 
+def _parts_of_bitsandbytes(layout: LayerLayout, N: int, K: int) -> dict[str, Part]:
+    if layout.codebook is None:
+        return {
+            "weight": Part((("I8", (N, K)),)),
+            "SCB": Part((("F32", (N,)),)),
+            "weight_format": Part((("U8", ()),), is_needed=False),
+        }
+    scales, size = N * layout.groups(K), N * K // 2
+    # Bytes may be called numbers of another width.
+    widths = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
+    parts = {
+        "weight": Part(tuple((dtype, (size // width, 1)) for dtype, width in widths.items())),
+        "weight.absmax": _either(_SCALES, (scales,)),
+        "weight.quant_map": Part((("F32", (16,)),)),
+        f"{STATE}{layout.codebook}": Part((("U8", (layout.state_bytes,)),)),
+    }
+    if layout.nested is not None:
+        parts["weight.absmax"] = Part((("U8", (scales,)),))
+        parts["weight.nested_absmax"] = Part((("F32", (-(-scales // layout.nested[0]),)),))
+        parts["weight.nested_quant_map"] = Part((("F32", (256,)),))
+    return parts
+
+
 def _either(dtypes: tuple[str, ...], *shapes: tuple[int, ...], is_needed: bool = True) -> Part:
     return Part(tuple((dtype, shape) for shape in shapes for dtype in dtypes), is_needed)
 
@@ -175,6 +239,8 @@ def _widths(count: int, bits: int) -> tuple[int, int]:
 
 def unpack(layout: LayerLayout, tensors: Mapping[str, StoredTensor], N: int, K: int) -> UnpackedLayer:
     """Unpack a layer whose `tensors`, by the ends of their names, are as `parts_of` says."""
+    if layout.format == "bitsandbytes":
+        return _unpack_bitsandbytes(layout, tensors, N, K)
     arrays = {part: np.asarray(tensor.array()) for part, tensor in tensors.items() if not tensor.is_float}
     scales = tensors["weight_scale" if layout.format == "compressed-tensors" else "scales"].floats()
     if layout.format == "compressed-tensors":
@@ -229,6 +295,42 @@ def _unpack_compressed(
             else _words(stored.T, N, layout.bits).T
         )
     return codes, zeros
+
+
+def levels_of(codebook: str) -> NDArray[np.float32]:
+    """Values of a codebook, by code."""
+    return np.array(CODEBOOKS[codebook], np.float32)
+
+
+def _unpack_bitsandbytes(
+    layout: LayerLayout, tensors: Mapping[str, StoredTensor], N: int, K: int
+) -> UnpackedLayer:
+    stored, levels = np.ascontiguousarray(tensors["weight"].array()), None
+    if layout.codebook is None:
+        codes = (stored.astype(np.int16) + layout.midpoint).astype(np.uint8)
+        scales = tensors["SCB"].floats() / np.float32(127)
+    else:
+        levels, packed = levels_of(layout.codebook), stored.view(np.uint8)
+        codes = np.stack((packed >> 4, packed & 15), axis=-1)
+        scales = _scales_of_blocks(layout, tensors)
+    shape = N, layout.groups(K)
+    return UnpackedLayer(
+        codes=codes.reshape(N, K),
+        scales=scales.reshape(shape),
+        zeros=np.full(shape, layout.midpoint, np.int16),
+        groups=layout.group_of_columns(K),
+        levels=levels,
+    )
+
+
+def _scales_of_blocks(layout: LayerLayout, tensors: Mapping[str, StoredTensor]) -> NDArray[np.float32]:
+    if layout.nested is None:
+        return tensors["weight.absmax"].floats()
+    block, offset = layout.nested
+    codes = np.asarray(tensors["weight.absmax"].array())
+    tops = tensors["weight.nested_absmax"].floats().repeat(block)[: codes.size]
+    scales: NDArray[np.float32] = tensors["weight.nested_quant_map"].floats()[codes] * tops
+    return scales + np.float32(offset)
 
 
 def _words(words: NDArray[Any], count: int, bits: int) -> NDArray[np.uint8]:
