@@ -181,7 +181,7 @@ class FolderSubject:
     @property
     def choices(self) -> dict[str, str]:
         """Scheme of every complete quantized linear."""
-        return {name: str(self._as_stored(layer).scheme) for name, layer in self._layers.items()}
+        return {name: str(layer.scheme) for name, layer in self._layers.items()}
 
     @property
     def plain(self) -> Mapping[str, Tensor]:
@@ -393,9 +393,9 @@ class FolderSubject:
                 text = f"{tensor.name} has {broken} NaN or Inf values"
                 self._findings.add("values", *([text] if broken else ()))
             self._findings.count("values")
-        midpoints = []
+        midpoints, declared = [], []
         symmetric: dict[int, _Symmetric] = {}
-        for layer in self._layers.values():
+        for linear, layer in self._layers.items():
             unpacked = layer.unpacked()
             if layer.layout.symmetric:
                 symmetric.setdefault(layer.layout.bits, _Symmetric(layer.layout.midpoint)).take(
@@ -404,10 +404,14 @@ class FolderSubject:
             self._findings.add("values", *_value_problems(layer, unpacked))
             self._findings.count("values", len(layer.parts))
             midpoints.append(bool((unpacked.zeros == layer.layout.midpoint).all()))
+            declared.append(not layer.layout.symmetric)
+            if layer.layout.symmetric or self.format == "awq":
+                # What the zero points are counts, which files may have in either case.
+                layout = replace(layer.layout, symmetric=midpoints[-1])
+                self._layers[linear] = replace(layer, layout=layout)
         for found in symmetric.values():
             enter = self._findings.note if found.is_another_grid else self._findings.add
             enter("values", *found.lines())
-        declared = [not layer.layout.symmetric for layer in self._layers.values()]
         if midpoints and all(midpoints) and all(declared) and self.format != "awq":
             self._findings.add(
                 "config",
@@ -428,7 +432,7 @@ class FolderSubject:
         in_order = np.array_equal(unpacked.groups, layer.layout.group_of_columns(layer.K))
         order = None if in_order else torch.from_numpy(np.argsort(unpacked.groups, kind="stable"))
         # Scales that are rounded too change little.
-        scheme = replace(self._as_stored(layer).scheme.weight_only(), double_quant=False)
+        scheme = replace(layer.scheme.weight_only(), double_quant=False)
         return Matrix(
             values=torch.from_numpy(unpacked.weights()),
             round=partial(_rounded, scheme=scheme),
@@ -446,15 +450,6 @@ class FolderSubject:
     def shape(self, linear: str) -> tuple[int, int]:
         """Rows and columns of a quantized linear."""
         return self._layers[linear].N, self._layers[linear].K
-
-    @staticmethod
-    def _as_stored(layer: _Layer) -> _Layer:
-        """Return the layer symmetric or not as its zero points are, which files may have in either case."""
-        layout = layer.layout
-        if layout.format == "awq" or layout.symmetric:
-            symmetric = bool((layer.unpacked().zeros == layout.midpoint).all())
-            return replace(layer, layout=replace(layout, symmetric=symmetric))
-        return layer
 
 
 def _stems(name: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -61,6 +61,8 @@ class StoredTensor:
         Its shape.
     start : int
         First byte of its data in the file.
+    data : ndarray
+        Bytes of the file, mapped.
     """
 
     name: str
@@ -68,6 +70,7 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     start: int
+    data: NDArray[np.uint8] = field(repr=False, compare=False)
 
     @property
     def is_float(self) -> bool:
@@ -82,9 +85,7 @@ class StoredTensor:
     def array(self) -> NDArray[Any]:
         """Return the values as stored; of bf16 and fp8 their bits."""
         dtype = np.dtype(_DTYPES[self.dtype])
-        if 0 in self.shape:
-            return np.empty(self.shape, dtype)
-        return np.memmap(self.file, dtype, mode="r", offset=self.start, shape=self.shape)
+        return self.data[self.start : self.start + self.nbytes].view(dtype).reshape(self.shape)
 
     def floats(self) -> NDArray[np.float32]:
         """Return floating-point values in fp32, which holds fp16 and bf16 exactly."""
@@ -188,6 +189,8 @@ def _read_file(file: Path) -> tuple[list[StoredTensor], list[str]]:
             if size < 8 or length > min(size - 8, _HEADER_LIMIT):
                 return [], [f"{file.name} is truncated: its header has {length} bytes, the file {size}"]
             header = json.loads(stream.read(length))
+        # Mapped once: a file has thousands of tensors.
+        data = np.asarray(np.memmap(file, np.uint8, mode="r"))
         entries = [_entry(name, fields) for name, fields in header.items() if name != "__metadata__"]
     except FileNotFoundError:
         return [], [f"{file.name} is missing"]
@@ -199,7 +202,8 @@ def _read_file(file: Path) -> tuple[list[StoredTensor], list[str]]:
             problems.append(f"{name} in {file.name} has the unknown dtype {dtype!r}")
             end = last
             continue
-        tensor = StoredTensor(name=name, file=file, dtype=dtype, shape=shape, start=8 + length + first)
+        start = 8 + length + first
+        tensor = StoredTensor(name=name, file=file, dtype=dtype, shape=shape, start=start, data=data)
         if first != end or last - first != tensor.nbytes:
             problems.append(
                 f"{name} in {file.name} takes bytes {first} to {last}: expected {tensor.nbytes} from {end} on"
