@@ -7,7 +7,7 @@ them:
 - codes in another order have nothing to do with the original: rows are orthogonal to it;
 - zero points off by one move every weight of a group by a whole step, rounding their mean by a fraction;
 - scales of other rows or groups change the length of weights, which rounding leaves alone up to the square of
-  its own relative error.
+  its own relative error. Clipping, as AWQ does it, shortens them, by less than that error: it would not pay.
 
 AWQ and SmoothQuant move factors from linears into the norms or linears before them. Those of norms are known
 from the norms; those of linears are estimated, column by column, and must fit both.
@@ -39,7 +39,8 @@ GROUP_LIMIT: Final = 4.0
 OFFSET_LIMIT: Final = 0.75
 # Of the cosine that rounding to nearest leaves between a row and the original's.
 ORDER_LIMIT: Final = 0.5
-# Logarithm of length found over length wanted: this much, and twice rounding's relative error squared.
+# Logarithm of length wanted over length found: this much, and twice rounding's relative error squared; above
+# 0, where clipping may have been, that error itself if it is more.
 SCALE_LIMIT: Final = 0.05
 SCALE_FACTOR: Final = 2.0
 # A group that rounding hits by luck is measured by its row, and weights that lie on the grid by how exactly
@@ -162,13 +163,14 @@ def _offset_problems(sums: _Sums) -> list[str]:
 
 def _scale_problems(sums: _Sums) -> list[str]:
     """Name columns and rows whose weights are too long or too short, as with other groups' scales."""
-    slope = (sums.product / sums.found.clamp(min=1e-30)).clamp(min=1e-6).log().abs()
+    slope = (sums.product / sums.found.clamp(min=1e-30)).clamp(min=1e-6).log()
     slope[sums.found == 0] = 0
     problems = []
     for dimension, what in ((0, "groups of columns"), (1, "rows")):
         relative = sums.rounding.sum(dimension) / sums.original.sum(dimension).clamp(min=1e-30)
-        typical = slope.median(dimension).values
-        bad = typical > SCALE_LIMIT + SCALE_FACTOR * relative
+        typical, signed = slope.abs().median(dimension).values, slope.median(dimension).values
+        limit = SCALE_LIMIT + SCALE_FACTOR * relative
+        bad = typical > torch.where(signed > 0, limit.maximum(relative.sqrt()), limit)
         problems += _named(bad, typical.exp(), what=f"{what} have the wrong length, by a factor {{:.2f}}")
     return problems
 

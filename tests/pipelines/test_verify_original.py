@@ -1,0 +1,42 @@
+"""What of a matrix its grid explains: rounding and clipping, and no more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qkern
+from qkern.models.injection import inject
+from qkern.ops import dequantize_groupwise, quantize_groupwise
+from qkern.pipelines.verification.original import Matrix, compare_matrix
+
+IDS = torch.randint(0, 512, (8, 128), generator=torch.Generator().manual_seed(0))
+
+
+def rounded(rows):
+    return dequantize_groupwise(quantize_groupwise(rows, "w4g128"))
+
+
+@pytest.mark.parametrize(
+    ("factor", "is_explained"), [(1.0, True), (1.09, False), (1 / 1.09, True), (1 / 1.13, False)]
+)
+def test_clipped_rows_are_shorter_by_less_than_rounding(factor, is_explained):
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    values = rounded(weight)
+    values[7] *= factor
+    error = float((rounded(weight) - weight).norm() / weight.norm())
+    assert 1.09 < 1 + error < 1.13
+    _, problems = compare_matrix(weight, Matrix(values=values, round=rounded, group_size=128))
+    assert [problem.partition(",")[0] for problem in problems] == (
+        [] if is_explained else ["1 of 64 rows have the wrong length"]
+    )
+
+
+@pytest.mark.parametrize(("scheme", "format"), [("w4g128z", "awq"), ("w3g128z", "compressed-tensors")])
+def test_awq_of_random_outliers_is_explained(tiny, tmp_path, scheme, format):
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 256}
+    inject(tiny("llama", **sizes)).save_pretrained(tmp_path / "original")
+    options = {"scheme": scheme, "format": format, "calibration": IDS, "device": "cpu"}
+    qkern.quantize(tmp_path / "original", method="awq", output=tmp_path / "made", **options)
+    found = qkern.verify(tmp_path / "made", against=tmp_path / "original")
+    assert found.is_sound, found.as_dict()
