@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from qkern.errors import InputError, UnsupportedError
 from qkern.models import (
@@ -167,6 +168,15 @@ def test_injection_is_the_same_for_the_same_seed(tiny):
     same = [torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)]
     assert all(same)
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_injected_experts_are_saved_for_transformers(tiny, tmp_path, model_type):
+    model = inject(tiny(model_type))
+    model.save_pretrained(tmp_path)
+    loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values())
+    assert_same_function(logits(model), logits(loaded))
 
 
 def test_injection_refuses_an_unknown_architecture(tiny):

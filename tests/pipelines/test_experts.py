@@ -11,8 +11,15 @@ from safetensors.torch import load_file, save_file
 import qkern
 from qkern.checkpoints import QuantizedCheckpoint, TensorFolder
 from qkern.errors import FormatError, InputError, UnsupportedError
-from qkern.models import inject, stored_name
-from qkern.nn import compute_mode, expert_parameters, named_linears, quant_linears, unfuse_experts
+from qkern.models import inject
+from qkern.nn import (
+    compute_mode,
+    expert_parameters,
+    named_linears,
+    quant_linears,
+    stored_name,
+    unfuse_experts,
+)
 from qkern.ops import dequantize_groupwise
 from qkern.pipelines.checks import strangers
 from qkern.quantizers import GPTQConfig, HessianAccumulator, quantize_gptq, quantize_rtn

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qkern.errors import UnsupportedError
 from qkern.gguf.changes import PLUS_ONE, ROW_TO_VECTOR, UNCHANGED, Change, Config, rotary
 from qkern.gguf.rope import add_rope, check_rope, head_dim
-from qkern.models import renames
+from qkern.nn import renames
 
 if TYPE_CHECKING:
     from torch import Tensor

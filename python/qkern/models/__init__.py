@@ -10,7 +10,6 @@ from qkern.models.architecture import (
 from qkern.models.folding import column_weight, fold_linear, fold_norm, pair_channels, set_column_weight
 from qkern.models.fusing import fuse_forwards
 from qkern.models.injection import inject
-from qkern.models.naming import own_name, renames, stored_name
 from qkern.models.structure import Structure, describe, is_router
 
 __all__ = [
@@ -27,9 +26,6 @@ __all__ = [
     "inject",
     "is_router",
     "known_architectures",
-    "own_name",
     "pair_channels",
-    "renames",
     "set_column_weight",
-    "stored_name",
 ]

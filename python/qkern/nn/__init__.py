@@ -13,6 +13,7 @@ from qkern.nn.experts import (
 from qkern.nn.fake_quant import FakeQuantLinear
 from qkern.nn.linear import QuantLinear
 from qkern.nn.names import ROUTERS, FirstMatch, FirstPart, lies_in, name_matches, role
+from qkern.nn.naming import own_name, renames, stored_name
 from qkern.nn.outlier import OutlierLinear
 from qkern.nn.replace import compute_mode, named_linears, quant_linears, replace_linears
 from qkern.nn.shared_input import SharedInput
@@ -36,9 +37,12 @@ __all__ = [
     "lies_in",
     "name_matches",
     "named_linears",
+    "own_name",
     "quant_linears",
     "refuse_experts",
+    "renames",
     "replace_linears",
     "role",
+    "stored_name",
     "unfuse_experts",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qkern.errors import FormatError, UnsupportedError
 from qkern.nn.names import lies_in, places
+from qkern.nn.naming import save_as_stored
 from qkern.nn.shared_input import SharedInput
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def unfuse_experts(model: nn.Module, *, skip: Sequence[str] = ()) -> list[str]:
     ----------
     model : nn.Module
         Any model. The weights of the linears are views of the parameters (on the meta device too), so this
-        takes no memory; outputs stay the same up to rounding.
+        takes no memory; outputs stay the same up to rounding, and ``save_pretrained`` writes what it did.
     skip : sequence of str
         Modules to leave as they are, by their name or that of a module around them, as in `name_matches`.
 
@@ -169,6 +170,8 @@ def unfuse_experts(model: nn.Module, *, skip: Sequence[str] = ()) -> list[str]:
         made = _unfused(fused)
         for parent, attribute in where[id(fused)]:
             setattr(parent, attribute, made)
+    if replaced:
+        save_as_stored(model)
     return list(replaced)
 
 
@@ -280,7 +283,7 @@ def _is_plain(module: Any) -> bool:
 
     def random(*shape: int) -> Tensor:
         # Far from zero too: some architectures clamp what goes into the product.
-        return 4 * torch.randn(shape, generator=generator, device="cpu")
+        return 4 * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     probe = copy.copy(module)
     probe._parameters = {

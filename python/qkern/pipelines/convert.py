@@ -23,8 +23,7 @@ from qkern.checkpoints.bitsandbytes import BITSANDBYTES
 from qkern.errors import UnsupportedError
 from qkern.gguf import read_tokenizer
 from qkern.gguf.checkpoint import GGUFCheckpoint
-from qkern.models import stored_name
-from qkern.nn import as_linears, expert_parts, named_linears, unfuse_experts
+from qkern.nn import as_linears, expert_parts, named_linears, stored_name, unfuse_experts
 from qkern.ops import dequantize_groupwise
 from qkern.pipelines.checks import strangers
 from qkern.pipelines.conversion import Form, find_form, nearest_schemes, round_again

@@ -19,7 +19,7 @@ from qkern.checkpoints import QuantizedCheckpoint, model_folder, read_json
 from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.gguf import read_tokenizer
 from qkern.gguf.checkpoint import GGUFCheckpoint
-from qkern.models import column_weight, describe, fuse_forwards, own_name
+from qkern.models import column_weight, describe, fuse_forwards
 from qkern.nn import (
     OutlierLinear,
     QuantEmbedding,
@@ -29,6 +29,7 @@ from qkern.nn import (
     expert_parameters,
     expert_parts,
     named_linears,
+    own_name,
     replace_linears,
     unfuse_experts,
 )

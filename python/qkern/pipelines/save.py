@@ -17,7 +17,6 @@ from qkern.checkpoints import (
     refusals,
 )
 from qkern.errors import InputError, UnsupportedError
-from qkern.models import stored_name
 from qkern.nn import (
     OutlierLinear,
     QuantEmbedding,
@@ -26,6 +25,7 @@ from qkern.nn import (
     expert_parts,
     named_linears,
     quant_linears,
+    stored_name,
 )
 from qkern.pipelines.checks import default_format, refuse_adapters, refuse_training, strangers
 

@@ -14,8 +14,7 @@ import torch
 from qkern.calibration import Weights, bind_names, load_config, load_tokenizer, meta_copy, meta_model
 from qkern.checkpoints import TensorFolder, model_folder, read_json
 from qkern.errors import FormatError, InputError
-from qkern.models import own_name, stored_name
-from qkern.nn import expert_parts, quant_linears, unfuse_experts
+from qkern.nn import expert_parts, own_name, quant_linears, stored_name, unfuse_experts
 from qkern.pipelines.checks import refuse_adapters, refuse_training
 from qkern.pipelines.load import COMPUTED, config_dtype, load_whole
 

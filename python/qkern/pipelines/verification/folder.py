@@ -15,8 +15,8 @@ from torch import Tensor
 from qkern.calibration import bind_names, load_config, meta_model
 from qkern.checkpoints import model_folder
 from qkern.errors import FormatError, QkernError, reason_of
-from qkern.models import column_weight, describe, stored_name
-from qkern.nn import named_linears, unfuse_experts
+from qkern.models import column_weight, describe
+from qkern.nn import named_linears, stored_name, unfuse_experts
 from qkern.ops import dequantize_groupwise, quantize_groupwise
 from qkern.pipelines.load import COMPUTED, model_names
 from qkern.pipelines.source import stored_places

@@ -1,10 +1,13 @@
 """Names of tensors in checkpoints are those that transformers, too, writes."""
 
-import pytest
-from safetensors.torch import load_file
+import copy
 
-from qkern.models import own_name, stored_name
-from qkern.nn import unfuse_experts
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qkern.nn import own_name, stored_name, unfuse_experts
 
 SIZES = {
     "head_dim": 16,
@@ -33,6 +36,21 @@ def test_names_are_those_that_transformers_writes(model_type, tiny, tmp_path):
     assert (stored != own) == (model_type in RENAMED)
     assert [own_name(model_type, name) for name in stored] == own
     assert [own_name(model_type, name) for name in own] == own
+
+
+@pytest.mark.parametrize("skip", [(), ["layers.0"]], ids=["all", "some"])
+@pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
+@pytest.mark.parametrize("model_type", ["mixtral", "phimoe", "qwen3_moe"])
+def test_transformers_writes_linears_of_experts_as_before(model_type, loaded, skip, tiny, tmp_path):
+    model = tiny(model_type, **SIZES)
+    model.save_pretrained(tmp_path / "fused")
+    if loaded:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    assert unfuse_experts(model, skip=skip)
+    copy.deepcopy(model).save_pretrained(tmp_path / "linears")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("fused", "linears"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_modules_have_names_too():

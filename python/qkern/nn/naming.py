@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Final
+from typing import Any, Final
 
-__all__ = ["own_name", "renames", "stored_name"]
+__all__ = ["own_name", "renames", "save_as_stored", "stored_name", "weight_renamings"]
 
 _MIXTRAL: Final = (
     (".mlp.", ".block_sparse_moe."),
@@ -55,6 +55,35 @@ def stored_name(model_type: str, name: str) -> str:
 def own_name(model_type: str, stored: str) -> str:
     """Undo `stored_name`; names that are transformers' already stay."""
     return _renamed(stored, renames(model_type))
+
+
+def weight_renamings(model_type: str) -> list[Any]:
+    """Return `renames` as transformers applies them on loading and undoes them on saving."""
+    pairs = renames(model_type)
+    if not pairs:
+        return []
+    from transformers.core_model_loading import WeightRenaming
+
+    return [WeightRenaming(*pair) for pair in pairs]
+
+
+def save_as_stored(model: Any) -> None:
+    """Let transformers' ``save_pretrained`` write linears of experts under the names that checkpoints have.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Without a config nothing is done: ``save_pretrained`` is of models with one.
+    """
+    own = weight_renamings(str(getattr(getattr(model, "config", None), "model_type", "")))
+    if not own:
+        return
+    theirs = getattr(model, "_weight_conversions", None)
+    if theirs is None:  # the model is of no checkpoint
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        theirs = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [*theirs, *own]
 
 
 def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
