@@ -39,13 +39,14 @@ def enabled() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def originals(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Maker of folders with small 16-bit models, each written once."""
-    made: dict[str, Path] = {}
+    made: dict[Any, Path] = {}
 
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            tiny(kind, dtype=torch.bfloat16).save_pretrained(made[kind])
-        return made[kind]
+    def folder(kind: str, **sizes: int) -> Path:
+        key = kind, *sizes.items()
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(kind)
+            tiny(kind, dtype=torch.bfloat16, **sizes).save_pretrained(made[key])
+        return made[key]
 
     return folder
 

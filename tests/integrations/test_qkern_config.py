@@ -195,16 +195,6 @@ def test_weights_that_cannot_be_quantized(originals: Any, rewrite: Any, tmp_path
         from_pretrained(originals("llama"), quantization_config=QkernConfig("w4g32", skip=["nothing"]))
 
 
-def test_experts_are_refused(originals: Any) -> None:
-    with pytest.raises(UnsupportedError, match="3-D parameters"):
-        from_pretrained(originals("mixtral"), quantization_config=QkernConfig("w4g32"))
-    skipped = QkernConfig("w4g32", skip=["experts"])
-    model = from_pretrained(originals("mixtral"), quantization_config=skipped, experts_implementation="eager")
-    assert torch.equal(
-        logits(model), logits(qkern.quantize(originals("mixtral"), scheme="w4g32", skip=["experts"], **RTN))
-    )
-
-
 def test_qkern_config_in_a_file_is_refused(originals: Any, tmp_path: Path) -> None:
     shutil.copytree(originals("llama"), tmp_path / "model")
     file = tmp_path / "model" / "config.json"

@@ -83,7 +83,8 @@ class QkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config=`` of ``from_pretrained`` that quantizes a 16-bit model while it is loaded.
 
     Rounding to nearest (the default) takes each weight as it is read, so no more than the quantized model
-    and a weight is in memory; other methods run `qkern.quantize` on the loaded model.
+    and a weight is in memory, but for experts that the files have in 3-D parameters: these are rounded when
+    all of the model is read. Other methods run `qkern.quantize` on the loaded model.
 
     Parameters
     ----------

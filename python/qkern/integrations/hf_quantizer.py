@@ -1,22 +1,26 @@
 """transformers' quantizers: from a checkpoint or a 16-bit model to `QuantLinear`, while it is loaded.
 
 The linears stay in their places on the meta device until everything is loaded; then a `QuantLinear` takes the
-place of each. Names, devices, shards and ties are transformers' work, as for any model.
+place of each. Names, devices, shards and ties are transformers' work, as for any model; experts are linears
+here, not stacks of them.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from abc import abstractmethod
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
@@ -24,9 +28,19 @@ from qkern.calibration import load_tokenizer
 from qkern.checkpoints import decode_layer, detect, model_folder, open_safetensors
 from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
 from qkern.integrations.hf_config import STORED, WRITTEN, QkernConfig, StoredConfig
+from qkern.integrations.hf_conversion import WEIGHT, LayerConverter, linear_experts, source_of
 from qkern.models import column_weight, describe, fuse_forwards
-from qkern.nn import QuantLinear, expert_parameters, named_linears, quant_linears, replace_linears
+from qkern.nn import (
+    QuantLinear,
+    expert_parts,
+    named_linears,
+    quant_linears,
+    replace_linears,
+    role,
+    unfuse_experts,
+)
 from qkern.nn.linear import is_conv1d
+from qkern.nn.naming import save_as_stored
 from qkern.pipelines import quantize
 from qkern.pipelines.checks import find_targets, target_names
 from qkern.pipelines.load import COMPUTED, mark_quantized, model_names, refuse_misfits
@@ -35,14 +49,17 @@ from qkern.quantizers import quantize_rtn
 from qkern.schemes import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, MutableSet
+    from collections.abc import Mapping, MutableSet
+
+    from transformers.core_model_loading import WeightConverter
 
     from qkern.pipelines.layerwise import Settings
     from qkern.schemes import QuantizedWeight, Scheme
 
 __all__ = ["CheckpointQuantizer", "LoadTimeQuantizer", "QkernConfig", "QkernQuantizer", "disable", "enable"]
 
-WEIGHT: Final = "weight"
+logger = logging.getLogger(__name__)
+
 # What transformers lets a caller say about a checkpoint that has a description, and what of it qkern can do.
 _LOADING: Final[dict[str, tuple[Any, ...]]] = {
     "backend": (None, "auto"),
@@ -104,14 +121,26 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
             raise UnsupportedError(
                 "a QuantLinear cannot be split over processes: load without tp_plan and distributed_config"
             )
+        tensors = _stored_names(checkpoint_files)
+        own = set(model_names(tensors, model).values())
+        owners = {parameter.rpartition(".")[0] for parameter in expert_parts(model) if parameter in own}
+        fused = {owner: model.get_submodule(owner) for owner in owners}
+        unfuse_experts(model)
         self.linears = named_linears(model)
         self.conv1d = {name for name, linear in self.linears.items() if is_conv1d(linear)}
-        self._prepare(model, checkpoint_files)
+        self._prepare(model, tensors)
+        for owner, experts in fused.items():  # as the files have them; once loaded they are linears again
+            model.set_submodule(owner, experts)
         self._watch(model)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Return how stored tensors become those of the model, whose experts are not stacked on loading."""
+        kept = linear_experts(model, weight_conversions)
+        return cast("list[Any]", super().update_weight_conversions(kept, model))
+
     @abstractmethod
-    def _prepare(self, model: Any, files: list[str] | None) -> None:
-        """Get ready for the tensors of `files`; the model is on the meta device."""
+    def _prepare(self, model: Any, tensors: set[str]) -> None:
+        """Get ready for tensors of these names; the model is on the meta device."""
 
     def _expect(self, layer: str, scheme: Scheme) -> None:
         """Take note of how much memory the linear `layer` will need."""
@@ -142,7 +171,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
             try:
                 if self.failure is not None:
                     raise self.failure
-                refuse_misfits(_source(model), missing=missing, left_over=left_over, mismatched=mismatched)
+                refuse_misfits(source_of(model), missing=missing, left_over=left_over, mismatched=mismatched)
             except QkernError:
                 # Else transformers would report them too, and raise an error of its own.
                 loading_info.missing_keys, loading_info.unexpected_keys = set(), set()
@@ -166,6 +195,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
             made.bias = linear.bias
             model.set_submodule(layer, made)
         self.linears.clear()  # those that were replaced would live on here
+        unfuse_experts(model)
 
     # After loading -----------------------------------------------------------------------------------------
 
@@ -179,6 +209,8 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = [
             entry for entry in model._weight_conversions if not isinstance(entry, LayerConverter)
         ]
+        save_as_stored(model)  # also if the files had transformers' names: the description has the others
+        model.save_pretrained = MethodType(save_pretrained, model)
         model.requires_grad_(False)
         self._finish(model)
         if quant_linears(model):
@@ -253,10 +285,15 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         return {}
 
 
-def _source(model: Any) -> str:
-    """Say where the tensors of a model come from."""
-    # transformers keeps the name as text.
-    return "the state_dict" if model.name_or_path in ("", "None") else str(model.name_or_path)
+def save_pretrained(self: Any, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+    """Write a model as transformers does, but leave no folder behind where `QkernQuantizer` refuses it."""
+    made = not Path(save_directory).exists()
+    try:
+        type(self).save_pretrained(self, save_directory, *arguments, **options)
+    except QkernError:
+        if made:
+            Path(save_directory).rmdir()
+        raise
 
 
 def _dense(layer: QuantLinear, dtype: torch.dtype, *, conv1d: bool) -> nn.Module:
@@ -287,13 +324,12 @@ class CheckpointQuantizer(QkernQuantizer):
                     "qkern.disable() to load with transformers' own"
                 )
 
-    def _prepare(self, model: Any, files: list[str] | None) -> None:
-        tensors = _stored_names(files)
+    def _prepare(self, model: Any, tensors: set[str]) -> None:
         suffix = f".{self.format.marker}"
         layers = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
         if tensors and not layers:
             raise FormatError(
-                f"{_source(model)}: config.json says {self.format.name}, but no tensor name ends in "
+                f"{source_of(model)}: config.json says {self.format.name}, but no tensor name ends in "
                 f"{suffix}; remove quantization_config if the weights are 16-bit"
             )
         self.entry_of = self._reading(model, self.format.entry_of, self.description)
@@ -323,15 +359,15 @@ class CheckpointQuantizer(QkernQuantizer):
         """Decode and keep the layer that is called `stored` in the file and `layer` in the model."""
         linear = self.linears.get(layer)
         if linear is None:
-            refuse_misfits(_source(model), left_over=[f"{stored}.{part}" for part in parts])
+            refuse_misfits(source_of(model), left_over=[f"{stored}.{part}" for part in parts])
         entry = self._reading(model, self.entry_of, stored)
         if WEIGHT in parts and not entry.in_place:
-            raise FormatError(f"{_source(model)}: {stored} is there both quantized and plain")
+            raise FormatError(f"{source_of(model)}: {stored} is there both quantized and plain")
         # Copied: what safetensors returns is a view of the file, which may change later.
         tensors = {f"{stored}.{part}": tensor.to("cpu", copy=True) for part, tensor in parts.items()}
         weight = self._reading(model, decode_layer, self.format, stored, tensors, entry)
         if weight.shape != column_weight(linear).shape:
-            refuse_misfits(_source(model), mismatched=[stored])
+            refuse_misfits(source_of(model), mismatched=[stored])
         device = next(iter(parts.values())).device
         self.take(layer, weight.to(device), missing)
 
@@ -341,7 +377,7 @@ class CheckpointQuantizer(QkernQuantizer):
         try:
             return read(*arguments)
         except FormatError as error:
-            raise FormatError(f"{_source(model)}: {error}") from None
+            raise FormatError(f"{source_of(model)}: {error}") from None
 
     def _finish(self, model: Any) -> None:
         if getattr(self.quantization_config, "dequantize", False):
@@ -368,65 +404,6 @@ def _untie(model: Any, layer: str) -> None:
         model.config.tie_word_embeddings = False
 
 
-class LayerConverter(WeightConverter):  # type: ignore[misc]
-    """Gathers the stored tensors of each weight, plain or quantized.
-
-    Parameters
-    ----------
-    parts : collection of str
-        Last parts of the names of a quantized layer's tensors.
-    """
-
-    dtype: torch.dtype | None = None
-    """Dtype of a plain weight in the model."""
-
-    def __init__(self, parts: Collection[str]) -> None:
-        patterns = [_pattern(part) for part in sorted({*parts, WEIGHT})]
-        super().__init__(patterns, rf"\.{WEIGHT}", operations=[_Nothing()])
-
-    def convert(
-        self,
-        layer_name: str,
-        model: Any = None,
-        config: Any = None,
-        hf_quantizer: Any = None,
-        loading_info: Any = None,
-    ) -> dict[str, Tensor]:
-        """Give a plain weight back by its name, and a quantized one to the quantizer.
-
-        Raises
-        ------
-        FormatError
-            If tensors of a quantized layer are missing, left over or contradict each other.
-        """
-        found = {_part(pattern): tensors for pattern, tensors in self.materialize_tensors().items()}
-        sources = sorted(self.layer_targets[layer_name])
-        if len(sources) != len(found):
-            raise FormatError(f"{_source(model)}: {', '.join(sources)} are the same tensors of {layer_name}")
-        parts = {part: tensors[0] for part, tensors in found.items()}
-        if parts.keys() == {WEIGHT} and parts[WEIGHT].is_floating_point():
-            return {layer_name: parts[WEIGHT].to(self.dtype)}
-        stored = sources[0].rpartition(".")[0]
-        layer = layer_name.removesuffix(f".{WEIGHT}")
-        hf_quantizer.load_layer(model, layer, stored, parts, loading_info.missing_keys)
-        return {}
-
-
-def _pattern(part: str) -> str:
-    return rf"\.{part}$"
-
-
-def _part(pattern: str) -> str:
-    return pattern[2:-1]
-
-
-class _Nothing(ConversionOps):  # type: ignore[misc]
-    """Stands where transformers wants an operation; its errors would become a line of a report."""
-
-    def convert(self, input_dict: dict[str, Any], *arguments: Any, **kwargs: Any) -> dict[str, Any]:
-        return input_dict
-
-
 class LoadTimeQuantizer(QkernQuantizer):
     """Quantizes the linears of a 16-bit model, by `QkernConfig`."""
 
@@ -451,20 +428,13 @@ class LoadTimeQuantizer(QkernQuantizer):
                 f"{', '.join(sorted(map(str, devices)))}; load on one, or use qkern.quantize with output="
             )
 
-    def _prepare(self, model: Any, files: list[str] | None) -> None:
+    def _prepare(self, model: Any, tensors: set[str]) -> None:
         options = self.quantization_config.options
         structure = describe(model)
         # Ties are made after loading.
         tied = f"{structure.head}.{WEIGHT}" in model.all_tied_weights_keys
         named = [options.get(name, ()) for name in ("skip", "include")]
         skip, include = ((names,) if isinstance(names, str) else names for names in named)
-        if experts := expert_parameters(model, skip=skip):
-            raise UnsupportedError(
-                f"transformers holds experts as 3-D parameters, which are not quantized on loading: got "
-                f"{', '.join(experts[:4])}{', ...' if len(experts) > 4 else ''}; quantize the folder with "
-                "qkern.quantize and load the result with qkern.load, or leave them 16-bit with "
-                "skip=['experts']"
-            )
         self.settings, targets = find_targets(
             model, replace(structure, tied=tied), self.settings, options.get("assignment"), skip, include
         )
@@ -474,6 +444,11 @@ class LoadTimeQuantizer(QkernQuantizer):
             scheme = self.settings.scheme_of(layer)
             self.schemes[f"{layer}.{WEIGHT}"] = scheme
             self._expect(layer, scheme)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        left = total - sum(model.get_parameter(name).numel() for name in self.schemes)
+        kept = Counter((role(name), reason) for name, reason in targets.kept.items())
+        named = [f"{count} {name} ({reason})" for (name, reason), count in kept.items()]
+        logger.info("%d of %d parameters stay 16-bit, with those of %s", left, total, ", ".join(named))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a weight is rounded when it is read."""
@@ -488,7 +463,8 @@ class LoadTimeQuantizer(QkernQuantizer):
         if self.settings.reads_text:
             options = {**config.options, "tokenizer": _tokenizer(config.options.get("tokenizer"))}
             _graft(model, quantize(model, method=config.method, scheme=config.scheme, **options))
-        # A weight that transformers cuts out of a larger one may not have been offered.
+        # A weight that is cut out of a larger one, as those of experts that the files have fused, was not
+        # offered, or may not have been.
         rest = {
             name: self.schemes[f"{name}.{WEIGHT}"]
             for name, linear in named_linears(model).items()
