@@ -10,7 +10,7 @@ from qkern.errors import FormatError, InputError, NativeError, OutputError, Qker
 from qkern.schemes import QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
-    from qkern.integrations.hf_quantizer import QkernConfig, disable, enable
+    from qkern.integrations.hf_methods import QkernConfig, disable, enable
     from qkern.models import fuse_forwards
     from qkern.nn import (
         FakeQuantLinear,
@@ -38,14 +38,14 @@ _LAZY = {
     "FakeQuantLinear": "qkern.nn",
     "MixedPrecision": "qkern.search",
     "OutlierLinear": "qkern.nn",
-    "QkernConfig": "qkern.integrations.hf_quantizer",
+    "QkernConfig": "qkern.integrations.hf_methods",
     "QuantEmbedding": "qkern.nn",
     "QuantLinear": "qkern.nn",
     "compare": "qkern.pipelines",
     "convert": "qkern.pipelines",
     "convert_qat": "qkern.pipelines",
-    "disable": "qkern.integrations.hf_quantizer",
-    "enable": "qkern.integrations.hf_quantizer",
+    "disable": "qkern.integrations.hf_methods",
+    "enable": "qkern.integrations.hf_methods",
     "export_gguf": "qkern.pipelines",
     "fuse_forwards": "qkern.models",
     "imatrix": "qkern.pipelines",

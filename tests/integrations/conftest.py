@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qkern
-from qkern.integrations.hf_quantizer import disable, enable
+from qkern.integrations.hf_methods import disable, enable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

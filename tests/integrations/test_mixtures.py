@@ -9,11 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 import qkern
 from qkern.errors import FormatError, UnsupportedError
-from qkern.integrations.hf_quantizer import LoadTimeQuantizer, QkernConfig
-from qkern.nn import Experts, expert_parameters, own_name, quant_linears, stored_name
+from qkern.integrations.hf_methods import QkernConfig
+from qkern.integrations.hf_quantizer import LoadTimeQuantizer
+from qkern.nn import (
+    Experts,
+    OutlierLinear,
+    QuantLinear,
+    expert_parameters,
+    own_name,
+    quant_linears,
+    stored_name,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,6 +111,43 @@ def test_logits_are_those_of_load(
         assert torch.equal(logits(again), logits(expected))
 
 
+@pytest.mark.parametrize(
+    ("kind", "scheme"), [("mixtral", "nf4g32d"), ("qwen2_moe", "fp4g32"), ("qwen3_moe", "w8a8")]
+)
+def test_experts_that_bitsandbytes_does_not_know(
+    mixture: Any, tmp_path: Path, kind: str, scheme: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    if scheme == "w8a8":
+        model = from_pretrained(mixture(kind))
+        qkern.replace_linears(model, scheme, kind=OutlierLinear)
+        for layer in quant_linears(model).values():
+            layer.threshold = 0.125  # of what reaches the experts here, some is larger
+        qkern.save(model, tmp_path / "quantized")
+    else:
+        qkern.quantize(mixture(kind), scheme=scheme, output=tmp_path / "quantized", **RTN)
+    expected, model = qkern.load(tmp_path / "quantized"), from_pretrained(tmp_path / "quantized")
+    assert {type(layer) for layer in quant_linears(model).values()} == {
+        OutlierLinear if scheme == "w8a8" else QuantLinear
+    }
+    assert quant_linears(model).keys() == quant_linears(expected).keys()
+    assert torch.equal(logits(model), logits(expected))
+    model.save_pretrained(tmp_path / "saved")
+    assert same_tensors(tmp_path / "saved", tmp_path / "quantized")
+    assert description(tmp_path / "saved") == description(tmp_path / "quantized")
+    assert torch.equal(logits(from_pretrained(tmp_path / "saved")), logits(expected))
+
+
+def test_16_bit_experts_beside_bitsandbytes_layers_are_left_to_transformers(
+    mixture: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    qkern.quantize(mixture("mixtral"), scheme="nf4g64", skip=["experts"], output=tmp_path / "out", **RTN)
+    model = from_pretrained(tmp_path / "out")
+    assert isinstance(model.hf_quantizer, Bnb4BitHfQuantizer)
+    assert not quant_linears(model)
+
+
 def test_generate(mixtral: Path) -> None:
     options = {
         "max_new_tokens": 6,
@@ -163,10 +210,15 @@ def test_fused_16_bit_experts_beside_quantized_linears(
         from_pretrained(less)
 
 
+@pytest.mark.parametrize("load", [from_pretrained, qkern.load])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_a_decoded_model_is_a_plain_checkpoint_again(mixture: Any, tmp_path: Path, kind: str) -> None:
+def test_a_decoded_model_is_a_plain_checkpoint_again(
+    mixture: Any, tmp_path: Path, kind: str, load: Any
+) -> None:
     qkern.quantize(mixture(kind), scheme="w4g32", output=tmp_path / "model", **RTN)
-    model = from_pretrained(tmp_path / "model", dtype=torch.float32).dequantize()
+    model = load(tmp_path / "model", dtype=torch.float32)
+    for name, layer in quant_linears(model).items():
+        model.set_submodule(name, layer.to_linear(torch.float32))
     model.save_pretrained(tmp_path / "dense")
     assert (
         load_file(tmp_path / "dense" / "model.safetensors").keys()

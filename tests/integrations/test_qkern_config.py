@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 import qkern
 from qkern.demo import CALIBRATION, MODEL
 from qkern.errors import FormatError, InputError, UnsupportedError
-from qkern.integrations.hf_quantizer import LoadTimeQuantizer, QkernConfig, disable
+from qkern.integrations.hf_methods import QkernConfig, disable
+from qkern.integrations.hf_quantizer import LoadTimeQuantizer
 from qkern.nn import quant_linears
 
 if TYPE_CHECKING:

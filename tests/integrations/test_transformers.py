@@ -14,12 +14,13 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 import qkern
 from qkern.demo import MODEL
 from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.integrations.hf_config import STORED
-from qkern.integrations.hf_quantizer import disable, enable
+from qkern.integrations.hf_methods import disable, enable
 from qkern.nn import QuantEmbedding, quant_linears
 
 if TYPE_CHECKING:
@@ -461,6 +462,7 @@ def test_disabling_gives_everything_back() -> None:
     disable()
     assert AUTO_QUANTIZER_MAPPING["gptq"] is transformers.quantizers.quantizer_gptq.GptqHfQuantizer
     assert AUTO_QUANTIZER_MAPPING["awq"] is transformers.quantizers.quantizer_awq.AwqQuantizer
+    assert AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is Bnb4BitHfQuantizer
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] is CompressedTensorsConfig
     disable()
     qkern.enable()

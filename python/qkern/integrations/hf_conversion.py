@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from qkern.checkpoints import open_safetensors
 from qkern.errors import FormatError
 from qkern.nn import expert_parts
 from qkern.nn.naming import weight_renamings
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["WEIGHT", "LayerConverter", "linear_experts", "source_of"]
+__all__ = ["WEIGHT", "LayerConverter", "linear_experts", "source_of", "stored_names"]
 
 WEIGHT: Final = "weight"
 
@@ -25,6 +27,16 @@ def source_of(model: Any) -> str:
     """Say where the tensors of a model come from."""
     # transformers keeps the name as text.
     return "the state_dict" if model.name_or_path in ("", "None") else str(model.name_or_path)
+
+
+def stored_names(files: list[str] | None) -> set[str]:
+    """Names in safetensors files; of others none, which are rare and need none of what is done by them."""
+    return {
+        name
+        for file in files or ()
+        if file.endswith(".safetensors")
+        for name in open_safetensors(Path(file)).keys()  # noqa: SIM118 - the handle is no mapping
+    }
 
 
 def linear_experts(model: Any, conversions: list[Any]) -> list[Any]:

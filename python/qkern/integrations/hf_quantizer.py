@@ -7,7 +7,6 @@ here, not stacks of them.
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from abc import abstractmethod
@@ -21,16 +20,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from qkern.calibration import load_tokenizer
-from qkern.checkpoints import decode_layer, detect, model_folder, open_safetensors
+from qkern.checkpoints import decode_layer, detect, model_folder
 from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
-from qkern.integrations.hf_config import STORED, WRITTEN, QkernConfig, StoredConfig
-from qkern.integrations.hf_conversion import WEIGHT, LayerConverter, linear_experts, source_of
+from qkern.integrations.hf_config import WRITTEN, QkernConfig, StoredConfig
+from qkern.integrations.hf_conversion import WEIGHT, LayerConverter, linear_experts, source_of, stored_names
 from qkern.models import column_weight, describe, fuse_forwards
 from qkern.nn import (
+    OutlierLinear,
     QuantLinear,
     expert_parts,
     named_linears,
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
     from qkern.pipelines.layerwise import Settings
     from qkern.schemes import QuantizedWeight, Scheme
 
-__all__ = ["CheckpointQuantizer", "LoadTimeQuantizer", "QkernConfig", "QkernQuantizer", "disable", "enable"]
+__all__ = ["CheckpointQuantizer", "LoadTimeQuantizer", "QkernQuantizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +86,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         self.conv1d: set[str] = set()
         self.element_sizes: dict[str, float] = {}
         self.weights: dict[str, QuantizedWeight] = {}
+        self.thresholds: dict[str, float | None] = {}
         self.failure: QkernError | None = None
         self.watched = False
 
@@ -121,7 +121,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
             raise UnsupportedError(
                 "a QuantLinear cannot be split over processes: load without tp_plan and distributed_config"
             )
-        tensors = _stored_names(checkpoint_files)
+        tensors = stored_names(checkpoint_files)
         own = set(model_names(tensors, model).values())
         owners = {parameter.rpartition(".")[0] for parameter in expert_parts(model) if parameter in own}
         fused = {owner: model.get_submodule(owner) for owner in owners}
@@ -191,7 +191,12 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         """Put a `QuantLinear` in the place of every linear whose weight was taken."""
         for layer in list(self.weights):
             linear = self.linears[layer]
-            made = QuantLinear.from_quantized(self.weights.pop(layer))
+            weight, threshold = self.weights.pop(layer), self.thresholds.get(layer)
+            made = (
+                QuantLinear.from_quantized(weight)
+                if threshold is None
+                else OutlierLinear.from_quantized(weight, threshold=threshold)
+            )
             made.bias = linear.bias
             model.set_submodule(layer, made)
         self.linears.clear()  # those that were replaced would live on here
@@ -368,6 +373,7 @@ class CheckpointQuantizer(QkernQuantizer):
         weight = self._reading(model, decode_layer, self.format, stored, tensors, entry)
         if weight.shape != column_weight(linear).shape:
             refuse_misfits(source_of(model), mismatched=[stored])
+        self.thresholds[layer] = entry.threshold
         device = next(iter(parts.values())).device
         self.take(layer, weight.to(device), missing)
 
@@ -386,16 +392,6 @@ class CheckpointQuantizer(QkernQuantizer):
     def _details(self) -> dict[str, Any]:
         # dynamic names layers, and is written anew.
         return {name: value for name, value in self.description.items() if name != "dynamic"}
-
-
-def _stored_names(files: list[str] | None) -> set[str]:
-    """Names in safetensors files; of others none, which are rare and need none of what is done by them."""
-    return {
-        name
-        for file in files or ()
-        if file.endswith(".safetensors")
-        for name in open_safetensors(Path(file)).keys()  # noqa: SIM118 - the handle is no mapping
-    }
 
 
 def _untie(model: Any, layer: str) -> None:
@@ -523,52 +519,3 @@ def _graft(model: Any, quantized: Any) -> None:
     for name, parameter in model.named_parameters():
         parameter.data = values[name].data.to(parameter.device)
     model.qkern_report = quantized.qkern_report
-
-
-# Taking methods over from transformers ----------------------------------------------------------------------
-
-
-def _choose(method: str, config: Any, **kwargs: Any) -> HfQuantizer:
-    """Return our quantizer, or transformers' own for a checkpoint that qkern does not read."""
-    if isinstance(config, StoredConfig):
-        return CheckpointQuantizer(config, **kwargs)
-    if kwargs.get("pre_quantized", True):
-        return _theirs[method][0](config, **kwargs)
-    return LoadTimeQuantizer(QkernConfig.of(config), **kwargs)
-
-
-_ours: Final = {method: (functools.partial(_choose, method), config) for method, config in STORED.items()}
-_theirs: Final[dict[str, tuple[Any, Any]]] = {}
-
-# A name of our own, which takes nothing over.
-AUTO_QUANTIZER_MAPPING["qkern"] = LoadTimeQuantizer
-AUTO_QUANTIZATION_CONFIG_MAPPING["qkern"] = QkernConfig
-
-
-def enable() -> None:
-    """Let transformers load AWQ, GPTQ and compressed-tensors checkpoints on qkern's kernels, from now on.
-
-    What qkern does not read (other layouts of AWQ, fp8) is left to transformers. A second call changes
-    nothing.
-
-    Raises
-    ------
-    UnsupportedError
-        If transformers is older than 5.21.
-    """
-    if not hasattr(HfQuantizer, "get_new_dtype"):
-        raise UnsupportedError(
-            f"loading through transformers needs version 5.21 or newer: got {transformers.__version__}; "
-            "update it, or use qkern.load"
-        )
-    for method, (quantizer, config) in _ours.items():
-        if AUTO_QUANTIZER_MAPPING[method] is not quantizer:
-            _theirs[method] = AUTO_QUANTIZER_MAPPING[method], AUTO_QUANTIZATION_CONFIG_MAPPING[method]
-            AUTO_QUANTIZER_MAPPING[method], AUTO_QUANTIZATION_CONFIG_MAPPING[method] = quantizer, config
-
-
-def disable() -> None:
-    """Give transformers its own classes back; models that are loaded already stay as they are."""
-    for method, theirs in _theirs.items():
-        AUTO_QUANTIZER_MAPPING[method], AUTO_QUANTIZATION_CONFIG_MAPPING[method] = theirs
-    _theirs.clear()

@@ -3,7 +3,7 @@
 ``from_pretrained`` and ``pipeline`` need nothing else; `disable` gives transformers its own classes back.
 """
 
-from qkern.integrations.hf_quantizer import QkernConfig, disable, enable
+from qkern.integrations.hf_methods import QkernConfig, disable, enable
 
 __all__ = ["QkernConfig", "disable", "enable"]
 
