@@ -7,7 +7,7 @@ from dataclasses import replace
 import bitsandbytes
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkern import (
     InputError,
@@ -265,19 +265,40 @@ def test_a_model_from_a_16_bit_folder(tmp_path, shipped):
     assert not (tmp_path / "no").exists()
 
 
-def test_stacks_of_experts_are_refused(tmp_path):
-    config = MixtralConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        num_local_experts=2,
-    )
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
-    with pytest.raises(UnsupportedError, match=r"stacks of experts have no OutlierLinear: .*experts"):
-        load(tmp_path / "mixtral", int8=True)
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_of_a_16_bit_folder(tiny, tmp_path, caplog, kind):
+    dense = tiny(kind, dtype=torch.bfloat16)
+    dense.save_pretrained(tmp_path / "dense")
+    caplog.set_level("INFO", "qkern")
+    model = load(tmp_path / "dense", int8=True)
+    layers = quant_linears(model)
+    assert {type(layer) for layer in layers.values()} == {OutlierLinear}
+    assert len(layers) == 2 * (4 + 4 * 3)  # attention, and four experts, of two layers
+    left = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in dense.parameters())
+    assert f"{left} of {total} parameters stay 16-bit, with those of 1 lm_head (output head)" in caplog.text
+    for layer in layers.values():
+        layer.threshold = 0.125  # of what reaches the experts here, some is larger
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        logits = model(ids).logits
+    save(model, tmp_path / "saved")
+    model.save_pretrained(tmp_path / "by_method")
+    for name in ("saved", "by_method"):
+        again = load(tmp_path / name)
+        assert quant_linears(again).keys() == layers.keys()
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, logits)
+    # Of the same weights, by hand.
+    replace_linears(dense, "w8a8", kind=OutlierLinear, threshold=0.125)
+    with torch.no_grad():
+        assert torch.equal(dense.eval()(ids).logits, logits)
+
+
+def test_experts_that_are_not_known_are_refused(tiny, tmp_path):
+    tiny("gpt_oss", num_local_experts=4, head_dim=16).save_pretrained(tmp_path / "dense")
+    with pytest.raises(UnsupportedError, match=r"stacks of experts .*layers\.0\.mlp\.experts\.gate_up_proj"):
+        load(tmp_path / "dense", int8=True)
 
 
 def test_outlier_channels_cost_at_most_half_again_of_plain_w8a8(shipped):

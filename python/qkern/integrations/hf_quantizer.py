@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 from abc import abstractmethod
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -35,13 +34,12 @@ from qkern.nn import (
     named_linears,
     quant_linears,
     replace_linears,
-    role,
     unfuse_experts,
 )
 from qkern.nn.linear import is_conv1d
 from qkern.nn.naming import save_as_stored
 from qkern.pipelines import quantize
-from qkern.pipelines.checks import find_targets, target_names
+from qkern.pipelines.checks import find_targets, log_kept, target_names
 from qkern.pipelines.load import COMPUTED, mark_quantized, model_names, refuse_misfits
 from qkern.pipelines.save import StoredLayers, plain_tensors
 from qkern.quantizers import quantize_rtn
@@ -436,15 +434,12 @@ class LoadTimeQuantizer(QkernQuantizer):
         )
         if self.settings.reads_text:
             return  # the whole model is needed first
-        for layer in target_names(structure, targets):
+        names = target_names(structure, targets)
+        for layer in names:
             scheme = self.settings.scheme_of(layer)
             self.schemes[f"{layer}.{WEIGHT}"] = scheme
             self._expect(layer, scheme)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        left = total - sum(model.get_parameter(name).numel() for name in self.schemes)
-        kept = Counter((role(name), reason) for name, reason in targets.kept.items())
-        named = [f"{count} {name} ({reason})" for (name, reason), count in kept.items()]
-        logger.info("%d of %d parameters stay 16-bit, with those of %s", left, total, ", ".join(named))
+        log_kept(model, names, targets)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a weight is rounded when it is read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +14,7 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.gguf import GGUFArchitecture, architecture_for
 from qkern.gguf.writer import check_new_file
 from qkern.models import Structure, column_weight, is_router
-from qkern.nn import FakeQuantLinear, lies_in, name_matches, named_linears, refuse_experts
+from qkern.nn import FakeQuantLinear, lies_in, name_matches, named_linears, refuse_experts, role
 from qkern.pipelines.layerwise import Settings
 from qkern.quantizers import GPTQConfig, default_search
 from qkern.quantizers.observers import checked_observer
@@ -21,7 +22,7 @@ from qkern.quantizers.smoothquant import check_alpha
 from qkern.schemes import Scheme, as_scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from qkern.search import MixedPrecision
@@ -41,6 +42,7 @@ __all__ = [
     "default_format",
     "find_format",
     "find_targets",
+    "log_kept",
     "refuse_adapters",
     "refuse_training",
     "strangers",
@@ -435,6 +437,15 @@ def target_names(structure: Structure, targets: Targets) -> list[str]:
     if targets.head and structure.head is not None:
         names.append(structure.head)
     return names
+
+
+def log_kept(model: Any, names: Iterable[str], targets: Targets) -> None:
+    """Log what stays 16-bit where linears of these names are about to be quantized."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    left = total - sum(model.get_parameter(f"{name}.weight").numel() for name in names)
+    kept = Counter((role(name), reason) for name, reason in targets.kept.items())
+    named = [f"{count} {name} ({reason})" for (name, reason), count in kept.items()]
+    logger.info("%d of %d parameters stay 16-bit, with those of %s", left, total, ", ".join(named))
 
 
 def check_gguf_request(method: str, calibration: Any, imatrix: Any, draw: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ from qkern.nn import (
     unfuse_experts,
 )
 from qkern.nn.state import QuantModule, form_of, weight_of
-from qkern.pipelines.checks import choose_targets, target_names
+from qkern.pipelines.checks import choose_targets, log_kept, target_names
 from qkern.pipelines.save import save
 from qkern.schemes import FLOAT_DTYPES, QuantizedWeight
 
@@ -90,9 +90,9 @@ def load(
     compute : str or None
         ``"auto"``, ``"float"`` or ``"int8"`` for every `QuantLinear`; None leaves them at ``"auto"``.
     int8 : bool
-        LLM.int8() of a 16-bit folder: the linears of the decoder layers, but for routers, become
-        `OutlierLinear`; the head stays as it is. The whole model is read in 16 bits first, so the peak of
-        memory is that model.
+        LLM.int8() of a 16-bit folder: the linears of the decoder layers, those of experts too but no
+        routers, become `OutlierLinear`; the head stays as it is. The whole model is read in 16 bits first,
+        so the peak of memory is that model.
 
     Returns
     -------
@@ -106,7 +106,8 @@ def load(
     FormatError
         If a file is damaged, a tensor is missing or left over or has NaN or Inf, or the format is not read.
     UnsupportedError
-        If the architecture or a tensor type of a GGUF is not read, or experts stand in the way of `int8`.
+        If the architecture or a tensor type of a GGUF is not read, or `int8` meets experts in 3-D parameters
+        that `qkern.nn.unfuse_experts` does not know.
     """
     if compute not in (None, "auto", "float", "int8"):
         raise InputError(f"unknown compute: got {compute!r}, allowed are 'auto', 'float' and 'int8'")
@@ -151,13 +152,17 @@ def _quantized_already(path: str | Path, what: str) -> InputError:
 
 
 def _replace_by_outlier_linears(model: Any) -> None:
-    experts = expert_parameters(model)
-    if experts:
+    unfuse_experts(model)
+    stacks = expert_parameters(model)
+    if stacks:
         raise UnsupportedError(
-            f"stacks of experts have no OutlierLinear: {', '.join(experts[:4])}; load the model without int8"
+            f"stacks of experts that cannot become linears have no OutlierLinear: {', '.join(stacks[:4])}; "
+            "load the model without int8"
         )
     structure = describe(model)
-    names = target_names(structure, choose_targets(model, structure, (), ()))
+    targets = choose_targets(model, structure, (), ())
+    names = target_names(structure, targets)
+    log_kept(model, names, targets)
     replace_linears(model, dict.fromkeys(names, "w8a8"), kind=OutlierLinear)
     model.requires_grad_(False)
     model.save_pretrained = MethodType(save_pretrained, model)
