@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern.errors import InputError, UnsupportedError
-from qkern.nn import QuantEmbedding, QuantLinear, quant_linears
+from qkern.nn import QuantEmbedding, QuantLinear, quant_linears, stored_name
 from qkern.nn.state import QuantModule
 from qkern.pipelines.load import config_dtype, unmark_quantized
 from qkern.quantizers import requantize
@@ -29,9 +29,12 @@ try:
     from peft.tuners.lora.variants import DoraLinearVariant
     from peft.tuners.tuners_utils import (
         BaseTunerLayer,
+        _ExcludedModule,
         _maybe_include_all_linear_layers,
         check_adapters_to_merge,
     )
+
+    from qkern.integrations.peft_experts import has_linear_experts, refuse_stacks
 except ImportError as error:
     raise ImportError(f"adapters need PEFT 0.21 or later: pip install 'qkern[peft]' ({error})") from error
 
@@ -294,16 +297,31 @@ class _Dora(DoraLinearVariant):  # type: ignore[misc]
 
 
 class QuantLoraModel(LoraModel):  # type: ignore[misc]
-    """PEFT's tuner for LoRA, which knows `QuantLinear` too."""
+    """PEFT's tuner for LoRA, which knows `QuantLinear` too, and experts that are linears."""
+
+    _names_of: str = ""
+    """``model_type`` of a model whose experts are linears."""
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
+        if has_linear_experts(model):
+            refuse_stacks(peft_config.target_parameters, model)
+            self._names_of = getattr(getattr(model, "config", None), "model_type", "")
         _refuse_to_train(peft_config, model)
         peft_config._register_custom_module({QuantLinear: LoraQuantLinear})
         if str(peft_config.target_modules).lower() == "all-linear":
             # PEFT's own search, which knows dense layers, leaves names in the place of the word.
             _maybe_include_all_linear_layers(peft_config, model)
             peft_config.target_modules |= _quantized_targets(model)
+
+    def _check_target_module_exists(self, peft_config: LoraConfig, key: str) -> Any:
+        # Targets may have the names of checkpoints too, such as w1, which those of older adapters have.
+        found = super()._check_target_module_exists(peft_config, key)
+        stored = stored_name(self._names_of, key)
+        if stored == key or isinstance(found, _ExcludedModule):
+            return found
+        other = super()._check_target_module_exists(peft_config, stored)
+        return other if isinstance(other, _ExcludedModule) else found or other
 
     def _check_merge_allowed(self) -> None:
         # PEFT refuses what transformers calls gptq, as the kernels that it knows cannot merge.
