@@ -180,8 +180,10 @@ def main(argv: list[str] | None = None) -> None:
         option = "text" if name == "search" else name
         if getattr(arguments, option) is None:
             setattr(arguments, option, arguments.heldout.with_name(f"{name}.txt"))
-    # On processors without AMX these are oneDNN's fp32 products, on AMD's twice as fast as MKL's.
-    torch.set_float32_matmul_precision("medium")
+    # torch's fp32 products are oneDNN's then, on AMD twice as fast as MKL's; AMX and GPUs would round them.
+    flags = Path("/proc/cpuinfo")
+    if flags.is_file() and "amx_bf16" not in flags.read_text() and not torch.cuda.is_available():
+        torch.set_float32_matmul_precision("medium")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
