@@ -39,6 +39,11 @@ class Case:
     int8: bool = False
 
     @property
+    def bitsandbytes(self) -> bool:
+        """Whether the format is that of bitsandbytes."""
+        return self.name.startswith("bitsandbytes")
+
+    @property
     def folder(self) -> str:
         """Name of the folder, from all of `name`."""
         words = "".join(letter if letter.isalnum() else " " for letter in self.name).split()

@@ -1,6 +1,6 @@
 """Checkpoints between qkern and its peers, in both directions, each side in an environment of its own.
 
-    python tests/interop/run.py [--environments FOLDER] [--output FOLDER] [--only TEXT]
+    python tests/interop/run.py --output FOLDER [--environments FOLDER] [--only TEXT]
 
 Run it with a Python that has qkern. For each file of `requirements/` it makes a virtual environment. On the
 shipped model, peers make checkpoints that qkern loads, and qkern makes checkpoints that peers load; whoever
@@ -186,7 +186,7 @@ def check(row: Row, folder: Path, ids: Tensor) -> None:
         )
         if not max(ratios) <= FLOAT_LIMIT:
             row.problems.append("logits are off")
-    if "bitsandbytes" not in row.case.name:  # transformers keeps these for the package
+    if not row.case.bitsandbytes:  # transformers keeps these for the package
         hosted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         for layer in quant_linears(hosted).values():
             layer.compute = compute
@@ -199,7 +199,7 @@ def check_weights(row: Row, layers: Mapping[str, QuantizedWeight], weights: Mapp
     row.linears = len(layers)
     if layers.keys() != weights.keys():
         row.problems.append(f"quantized for one only: {sorted(layers.keys() ^ weights.keys())}")
-    limit = INT8_WEIGHT_LIMIT if row.case.name.endswith("LLM.int8()") else 0.0
+    limit = INT8_WEIGHT_LIMIT if row.case.int8 and row.case.bitsandbytes else 0.0
     row.weights = f"within {limit:.1e}" if limit else "equal"
     for name in layers.keys() & weights.keys():
         theirs = weights[name]
