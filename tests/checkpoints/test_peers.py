@@ -36,7 +36,7 @@ def test_we_decode_and_write_the_peers_bytes(layer: str) -> None:
         "zero_point": scheme.zero_point,
         "desc_act": bool(act_order),
     }
-    qw = fmt.decode("m", tensors, fmt.entry(config, "m"))
+    qw = fmt.decode("m", tensors, fmt.entry_of(config)("m"))
     assert qw.scheme == scheme
     assert (qw.group_index is not None) == bool(act_order)
     assert torch.equal(dequantize_groupwise(qw, torch.float16), decoded)
