@@ -16,6 +16,7 @@ from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.nn import OutlierLinear, QuantLinear, quant_linears
 from qkern.ops import dequantize_groupwise, quantize_groupwise, unpack_bits
 from qkern.ops.codebooks import codebook
+from qkern.ops.quantize_groupwise.nested import nest, renest
 from qkern.schemes import Scheme
 
 FORMAT = FORMATS["bitsandbytes"]
@@ -206,8 +207,10 @@ def state_bytes(**change):
         (STATE, state_bytes(shape=[4]), "must be two sizes: got \\[4\\]"),
         (STATE, state_bytes(shape=[2, 96], blocksize=64), "got K=96, blocks of 64"),
         (STATE, state_bytes(shape=[8, 64]), "holds 128 bytes, not the codes of \\[8, 64\\]"),
-        (STATE, state_bytes(nested_offset=float("nan")), "finite nested_offset"),
+        (STATE, state_bytes(nested_offset=float("nan")), "nested_offset that fp32 holds: got 256 and nan"),
+        (STATE, state_bytes(nested_offset=1e300), "nested_offset that fp32 holds"),
         (STATE, state_bytes(nested_blocksize=0), "must have a nested_blocksize"),
+        (STATE, state_bytes(nested_blocksize=10**30), "must have a nested_blocksize"),
         ("m.weight", torch.zeros(128, dtype=torch.uint8), "m.weight must be"),
         ("m.weight.quant_map", torch.zeros(16), "is not the codebook nf4"),
         ("m.weight.quant_map", codebook("nf4").values + 2e-6, "is not the codebook nf4"),
@@ -223,6 +226,18 @@ def test_damaged_layers_are_named(name, tensor, problem):
     changed = {key: value for key, value in {**tensors, name: tensor}.items() if value is not None}
     with pytest.raises(FormatError, match=problem):
         FORMAT.decode("m", changed, entry)
+
+
+def test_a_block_of_scales_longer_than_all_takes_no_memory():
+    qw = quantize_groupwise(random_weight(4, 64), "nf4g64d")
+    long = {
+        **FORMAT.encode("m", qw),
+        STATE: state_bytes(nested_blocksize=2**31 - 1, nested_offset=qw.nested.offset),
+    }
+    read = FORMAT.decode("m", long, FORMAT.entry_of({})("m"))
+    assert torch.equal(read.scales, qw.scales)
+    assert torch.equal(nest(qw.scales, block=2**31 - 1).codes, nest(qw.scales).codes)
+    assert torch.equal(renest(qw.scales * 2, read.nested).codes, renest(qw.scales * 2, qw.nested).codes)
 
 
 @pytest.mark.parametrize(

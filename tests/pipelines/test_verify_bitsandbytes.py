@@ -150,6 +150,8 @@ ALONE = {
     "nested_offset that is no number": ("nf4g64d", state(nested_offset="0"), "config"),
     "nested_offset NaN": ("nf4g64d", state(nested_offset=float("nan")), "config"),
     "another nested_blocksize": ("nf4g64d", state(nested_blocksize=64), "tensors"),
+    "nested_blocksize of 10**13": ("nf4g64d", state(nested_blocksize=10**13), "config"),
+    "nested_offset beyond fp32": ("nf4g64d", state(nested_offset=1e300), "config"),
     "NaN absmax": ("nf4g64", filled("weight.absmax", 3, torch.nan), "values"),
     "Inf nested_absmax": ("fp4g64d", filled("weight.nested_absmax", 0, torch.inf), "values"),
     "NaN SCB": ("int8", filled("SCB", 3, torch.nan), "values"),
@@ -213,6 +215,13 @@ def test_blocks_across_rows_are_not_judged(copied):
     state(blocksize=128)(folder)
     with pytest.raises(UnsupportedError, match="blocks of 128, which do not divide rows of 64"):
         qkern.verify(folder)
+
+
+def test_a_block_of_scales_longer_than_all_takes_no_memory(copied, original):
+    folder = copied("nf4g64d")
+    assert load_file(folder / "model.safetensors")[f"{LAYER}.weight.nested_absmax"].numel() == 1
+    state(nested_blocksize=2**31 - 1)(folder)
+    assert qkern.verify(folder, against=original).is_sound
 
 
 def test_skipped_modules_are_patterns(copied):

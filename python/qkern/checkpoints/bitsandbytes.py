@@ -47,6 +47,9 @@ BLOCKS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 INT8: Final = Scheme(bits=8, act_bits=8)
 THRESHOLD: Final = "llm_int8_threshold"
 _TOP: Final = 127
+# bitsandbytes has sizes in 32 bits.
+_MOST: Final = (1 << 31) - 1
+_LARGEST: Final = torch.finfo(torch.float32).max
 _STATE: Final = "weight.quant_state.bitsandbytes__"
 # Longer than any: every layer takes as many bytes, and a plan knows them.
 _STATE_BYTES: Final = 256
@@ -292,10 +295,15 @@ def _read_scales(
     if not nested:
         return take(tensors, absmax, FLOAT_DTYPES, (count,)).float().reshape(shape), None
     block, offset = state.get("nested_blocksize"), state.get("nested_offset")
-    if type(block) is not int or block < 1 or not isinstance(offset, float) or not math.isfinite(offset):
+    if (
+        type(block) is not int
+        or not 1 <= block <= _MOST
+        or not isinstance(offset, float)
+        or not abs(offset) <= _LARGEST
+    ):
         raise FormatError(
-            f"{name}: its quant_state must have a nested_blocksize and a finite nested_offset: got {block!r} "
-            f"and {offset!r}"
+            f"{name}: its quant_state must have a nested_blocksize of 1 to {_MOST} and a "
+            f"nested_offset that fp32 holds: got {block!r} and {offset!r}"
         )
     blocks = -(-count // block)
     found = NestedScales(

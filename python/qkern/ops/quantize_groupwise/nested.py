@@ -89,10 +89,9 @@ def renest(scales: Tensor, before: NestedScales) -> NestedScales:
     if not torch.equal(before.table, dynamic_table().to(before.table.device)):
         changed = torch.ones_like(changed)  # no code of another table can stay
     fresh = nest(scales, None if changed.all() else before.offset, before.block)
-    of_scales = changed.repeat_interleave(before.block)[: scales.numel()]
     return replace(
         fresh,
-        codes=torch.where(of_scales, fresh.codes, before.codes),
+        codes=torch.where(_of_scales(changed, before), fresh.codes, before.codes),
         absmax=torch.where(changed, fresh.absmax, before.absmax),
     )
 
@@ -100,7 +99,14 @@ def renest(scales: Tensor, before: NestedScales) -> NestedScales:
 def _in_blocks(values: Tensor, block: int) -> Tensor:
     """``[blocks, block]`` of values of any shape, the last block filled up with zeros."""
     flat = values.reshape(-1)
+    block = min(block, max(flat.numel(), 1))
     return pad(flat, (0, -flat.numel() % block)).reshape(-(-flat.numel() // block), block)
+
+
+def _of_scales(of_blocks: Tensor, nested: NestedScales) -> Tensor:
+    """Give each scale what its block has; a file may say that a block is longer than all of them."""
+    count = nested.codes.numel()
+    return of_blocks.repeat_interleave(min(nested.block, count))[:count]
 
 
 def _codes(ratio: Tensor) -> Tensor:
@@ -115,7 +121,7 @@ def _codes(ratio: Tensor) -> Tensor:
 
 def decode(nested: NestedScales, shape: tuple[int, ...]) -> Tensor:
     """fp32 scales of `shape`: ``table[codes] * absmax + offset``, each operation rounded once."""
-    absmax = nested.absmax.repeat_interleave(nested.block)[: nested.codes.numel()]
+    absmax = _of_scales(nested.absmax, nested)
     return (nested.table[nested.codes.long()] * absmax + nested.offset).reshape(shape)
 
 

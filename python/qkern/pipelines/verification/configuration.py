@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
 
 from qkern.errors import FormatError, UnsupportedError
 from qkern.nn import FirstMatch, FirstPart
@@ -28,6 +29,9 @@ MARKERS: Final = {
 """By format the ends of the names of tensors of which every quantized layer has one, and no other has any."""
 _HEAD: Final = "lm_head"
 _REGEX: Final = "re:"
+# bitsandbytes has sizes in 32 bits.
+_MOST: Final = (1 << 31) - 1
+_LARGEST: Final = float(np.finfo(np.float32).max)
 _COMPRESSED: Final = ("pack-quantized", "int-quantized", "mixed-precision")
 _NUMBERS: Final = ("weights", "input_activations", "output_activations")
 
@@ -270,9 +274,9 @@ def _read_state(name: str, tensor: StoredTensor) -> dict[str, Any]:
         kind, block, (N, K) = state["quant_type"], state["blocksize"], state["shape"]
         nested = (state["nested_blocksize"], state["nested_offset"]) if "nested_offset" in state else None
         numbers = (block, N, K, *(nested or ())[:1])
-        is_sound = all(type(number) is int and number > 0 for number in numbers)
+        is_sound = all(type(number) is int and 0 < number <= _MOST for number in numbers)
         is_sound &= name.endswith(STATE + kind) and kind in CODEBOOKS
-        is_sound &= nested is None or (type(nested[1]) is float and math.isfinite(nested[1]))
+        is_sound &= nested is None or (type(nested[1]) is float and abs(nested[1]) <= _LARGEST)
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(
             f"{name} is no JSON of a quantized layer: {type(error).__name__}: {error}"

@@ -328,7 +328,8 @@ def _scales_of_blocks(layout: LayerLayout, tensors: Mapping[str, StoredTensor]) 
         return tensors["weight.absmax"].floats()
     block, offset = layout.nested
     codes = np.asarray(tensors["weight.absmax"].array())
-    tops = tensors["weight.nested_absmax"].floats().repeat(block)[: codes.size]
+    # A block may be longer than all of them.
+    tops = tensors["weight.nested_absmax"].floats().repeat(min(block, codes.size))[: codes.size]
     scales: NDArray[np.float32] = tensors["weight.nested_quant_map"].floats()[codes] * tops
     return scales + np.float32(offset)
 
