@@ -145,7 +145,10 @@ ALONE = {
     "missing quant_state": ("nf4g64", dropped("weight.quant_state.bitsandbytes__nf4"), "config"),
     "another codebook in quant_state": ("nf4g64", state(quant_type="fp4"), "config"),
     "a block of 0": ("nf4g64", state(blocksize=0), "config"),
-    "another block": ("nf4g64", state(blocksize=32), "tensors"),
+    "a block that is none of theirs": ("nf4g64", state(blocksize=63), "config"),
+    "a shorter block": ("nf4g64", state(blocksize=32), "tensors"),
+    "a block that does not divide rows": ("nf4g64", state(blocksize=128), "tensors"),
+    "a shape that the block does not divide": ("nf4g64", state(shape=[64, 100]), "tensors"),
     "transposed shape": ("nf4g64", state(shape=[64, 128]), "tensors"),
     "nested_offset that is no number": ("nf4g64d", state(nested_offset="0"), "config"),
     "nested_offset NaN": ("nf4g64d", state(nested_offset=float("nan")), "config"),
@@ -213,6 +216,7 @@ def test_corruption_shows_beside_the_original(copied, original, what):
 def test_blocks_across_rows_are_not_judged(copied):
     folder = copied("nf4g64")
     state(blocksize=128)(folder)
+    replaced("weight.absmax", lambda absmax: absmax[::2])(folder)
     with pytest.raises(UnsupportedError, match="blocks of 128, which do not divide rows of 64"):
         qkern.verify(folder)
 

@@ -29,6 +29,7 @@ MARKERS: Final = {
 """By format the ends of the names of tensors of which every quantized layer has one, and no other has any."""
 _HEAD: Final = "lm_head"
 _REGEX: Final = "re:"
+_BLOCKS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # bitsandbytes has sizes in 32 bits.
 _MOST: Final = (1 << 31) - 1
 _LARGEST: Final = float(np.finfo(np.float32).max)
@@ -275,7 +276,7 @@ def _read_state(name: str, tensor: StoredTensor) -> dict[str, Any]:
         nested = (state["nested_blocksize"], state["nested_offset"]) if "nested_offset" in state else None
         numbers = (block, N, K, *(nested or ())[:1])
         is_sound = all(type(number) is int and 0 < number <= _MOST for number in numbers)
-        is_sound &= name.endswith(STATE + kind) and kind in CODEBOOKS
+        is_sound &= name.endswith(STATE + kind) and kind in CODEBOOKS and block in _BLOCKS
         is_sound &= nested is None or (type(nested[1]) is float and abs(nested[1]) <= _LARGEST)
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(
@@ -283,11 +284,6 @@ def _read_state(name: str, tensor: StoredTensor) -> dict[str, Any]:
         ) from None
     if not is_sound:
         raise FormatError(f"{name} says what cannot be: {state}")
-    if K % block:
-        raise UnsupportedError(
-            f"{name} has blocks of {block}, which do not divide rows of {K}: verify reads blocks that are "
-            "groups of rows alone; nothing was checked"
-        )
     return {
         "bits": 4,
         "group_size": block,

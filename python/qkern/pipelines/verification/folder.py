@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qkern.calibration import bind_names, load_config, meta_model
 from qkern.checkpoints import model_folder
-from qkern.errors import FormatError, QkernError, reason_of
+from qkern.errors import FormatError, QkernError, UnsupportedError, reason_of
 from qkern.models import column_weight, describe
 from qkern.nn import named_linears, stored_name, unfuse_experts
 from qkern.ops import dequantize_groupwise, quantize_groupwise
@@ -294,6 +294,8 @@ class FolderSubject:
         N, K = linears[linear]
         parts, problems = self._match_parts(name, layout, N, K, there)
         problems += self._shape_problems(name, layout, parts, N, K)
+        if not problems:
+            _refuse_blocks_across_rows(name, layout, K)
         self._findings.add("tensors", *problems)
         if self.model.get_submodule(linear).bias is None:
             there |= self._match_bias(name, N)
@@ -467,6 +469,14 @@ def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in named.items()
         if key in _DECIDING and value not in (None, [], {})
     }
+
+
+def _refuse_blocks_across_rows(name: str, layout: LayerLayout, K: int) -> None:
+    if layout.codebook is not None and layout.group_size is not None and K % layout.group_size:
+        raise UnsupportedError(
+            f"{name} has blocks of {layout.group_size}, which do not divide rows of {K}: verify reads blocks "
+            "that are groups of rows alone; nothing was checked"
+        )
 
 
 def _key(place: str | ExpertPart) -> str:

@@ -212,7 +212,9 @@ def _parts_of_bitsandbytes(layout: LayerLayout, N: int, K: int) -> dict[str, Par
             "SCB": Part((("F32", (N,)),)),
             "weight_format": Part((("U8", ()),), is_needed=False),
         }
-    scales, size = N * layout.groups(K), N * K // 2
+    assert layout.group_size is not None
+    # Blocks run over the flattened weight, which may end within one.
+    scales, size = -(-N * K // layout.group_size), -(-N * K // 2)
     # Bytes may be called numbers of another width.
     widths = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
     parts = {
