@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qkern
-from qkern.nn import quant_linears
+from qkern.nn import named_linears, quant_linears
 from qkern.ops import pack_bits, unpack_bits
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -18,7 +18,12 @@ LAYER = "model.layers.1.mlp.up_proj"
 @pytest.fixture(scope="module")
 def original(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("original") / "llama"
-    tiny("llama", dtype=torch.bfloat16).save_pretrained(folder)
+    model = tiny("llama", dtype=torch.bfloat16)
+    for layer in named_linears(model).values():
+        # Short normal rows have no outliers, and codes of 8 bits spread so far that a step is little.
+        layer.weight.data *= layer.weight.abs() / layer.weight.std()
+        layer.weight.data -= layer.weight.mean()
+    model.save_pretrained(folder)
     return folder
 
 
@@ -81,6 +86,26 @@ def test_codes_that_stay_tell_of_damage(changed, layers, move):
     found = qkern.verify(changed(("qzeros",), move, layers))
     assert [check.name for check in found.checks if check.status == "failed"] == ["values"]
     assert len(check(found, "values").problems) == (14 if layers is None else 1)
+    assert check(found, "values").notes == ()
+
+
+@pytest.mark.parametrize("off", [0.02, 0.024])
+def test_weights_off_to_one_side_are_no_other_zero_point(original, tmp_path, off):
+    """A step of 8 bits is not above what the mean of weights may be off 0: then it is damage."""
+    stored = load_file(original / "model.safetensors")
+    for name, weight in stored.items():
+        if name.endswith("_proj.weight"):
+            stored[name] = weight - off * weight.std()
+    shutil.copytree(original, tmp_path / "original")
+    save_file(stored, tmp_path / "original" / "model.safetensors", metadata={"format": "pt"})
+    folder = tmp_path / "made"
+    options = {"method": "rtn", "scheme": "w8", "format": "gptq", "device": "cpu"}
+    qkern.quantize(tmp_path / "original", output=folder, **options)
+    stored = load_file(folder / "model.safetensors")
+    stored |= {name: words - 0x01010101 for name, words in stored.items() if name.endswith("qzeros")}
+    save_file(stored, folder / "model.safetensors")
+    found = qkern.verify(folder)
+    assert len(check(found, "values").problems) == 14
     assert check(found, "values").notes == ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -45,6 +46,10 @@ _DECIDING: Final = (
 )
 # Between the table of a codebook and one that another device computed.
 _TABLE_ERROR: Final = 1e-6
+# Steps between a zero point and the mean of the codes around it.
+_AROUND: Final = 0.25
+# The mean of a model's weights may be off 0 by this much of their spread: of the shipped one it is 0.0006.
+_OFF_CENTRE: Final = 0.025
 _OLDER: Final = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
@@ -81,22 +86,23 @@ class _Layer:
 class _Symmetric:
     """Zero points of all layers of a file that are called symmetric and have as many bits.
 
-    Some writers took another one than the midpoint: it is one for the file, and the codes, as weights are 0
-    in the mean, lie nearer to it. Where zero points alone changed, or are misread, the codes are still around
-    the midpoint.
+    Some writers took another one than the midpoint: it is one for the file, and the mean of the codes, as
+    weights are 0 in the mean, is it. Where zero points alone changed, or are misread, the codes are still
+    around the midpoint. What does not tell the one from the other is damage.
     """
 
     def __init__(self, midpoint: int) -> None:
         self._midpoint = midpoint
         self._wrong: dict[str, list[int]] = {}
         self._zeros: set[int] = set()
-        self._sum = self._count = 0
+        self._count = self._sum = self._squares = 0
 
     def take(self, layer: _Layer, unpacked: UnpackedLayer) -> None:
         """Look at a layer."""
         found = np.unique(unpacked.zeros).tolist()
         self._zeros |= set(found)
         self._sum += int(unpacked.codes.sum(dtype=np.int64))
+        self._squares += int(np.square(unpacked.codes, dtype=np.int32).sum(dtype=np.int64))
         self._count += unpacked.codes.size
         if found != [self._midpoint]:
             self._wrong[layer.name] = [zero for zero in found if zero != self._midpoint]
@@ -104,10 +110,11 @@ class _Symmetric:
     @property
     def is_another_grid(self) -> bool:
         """Whether the file is symmetric around another zero point."""
-        if len(self._zeros) != 1:
+        if not self._wrong or len(self._zeros) != 1 or not self._count:
             return False
-        (zero,), mean = self._zeros, self._sum / max(self._count, 1)
-        return abs(mean - zero) < abs(mean - self._midpoint)
+        (zero,), mean = self._zeros, self._sum / self._count
+        spread = math.sqrt(self._squares * self._count - self._sum**2) / self._count
+        return abs(mean - zero) < _AROUND and abs(mean - self._midpoint) > _OFF_CENTRE * spread
 
     def lines(self) -> list[str]:
         """Say which layers have other zero points, in one line if that is another grid."""
