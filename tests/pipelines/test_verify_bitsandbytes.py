@@ -168,8 +168,12 @@ ALONE = {
     "codes as words": ("nf4g64", replaced("weight", lambda codes: codes.int()), "tensors"),
     "transposed int8": ("int8", replaced("weight", lambda codes: codes.t()), "tensors"),
     "another order of rows": ("int8", replaced("weight_format", lambda kind: kind + 1), "values"),
-    "8 bits for 4": ("nf4g64", config(load_in_8bit=True), "config"),
-    "4 bits for 8": ("int8", config(load_in_8bit=False), "config"),
+    "8 bits for 4": ("nf4g64", config(load_in_8bit=True, load_in_4bit=False), "config"),
+    "4 bits for 8": ("int8", config(load_in_8bit=False, load_in_4bit=True), "config"),
+    "4 bits and 8": ("nf4g64", config(load_in_8bit=True), "config"),
+    "neither bits": ("nf4g64", config(load_in_4bit=False), "config"),
+    "neither bits, 8": ("int8", config(load_in_8bit=False), "config"),
+    "bits that are no bool": ("nf4g64", config(load_in_4bit=1), "config"),
     "quantized layer that is skipped": ("nf4g64", config(llm_int8_skip_modules=["up_proj"]), "config"),
     "16-bit head that is not skipped": ("int8", config(llm_int8_skip_modules=[]), "config"),
     "left-over tensor": (
@@ -234,6 +238,8 @@ def test_skipped_modules_are_patterns(copied):
         (["lm_head"], True),
         (["lm_head", r"model\.layers\.[0-9]+\.mlp"], False),
         (["lm_head", "model.layers.0"], False),
+        (["lm_head", "model.layers.0."], False),
+        (["lm_head", ""], False),
         (["lm_head", "model.layers.0.mlp.up"], True),
         (None, True),
     ):

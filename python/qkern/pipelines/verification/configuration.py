@@ -237,20 +237,24 @@ class _Bitsandbytes:
     _END: Final = r"(?:(?<=\.)|(?=\.|$))"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._int8 = config.get("load_in_8bit", False)
+        self._loads = {bits: config.get(f"load_in_{bits}bit", False) for bits in (4, 8)}
         skipped = config.get("llm_int8_skip_modules")
         self._skips_head = skipped is None
         skipped = list(map(str, skipped or ()))
         # Of plain names, which are patterns too, the dots are taken for what they are meant as.
-        self._names = {entry for entry in skipped if re.fullmatch(r"[\w.-]+", entry)}
+        self._names = {entry for entry in skipped if re.fullmatch(r"[\w.-]*", entry)}
         self._first = FirstMatch(
             (f"(?:{entry}){self._END}", True) for entry in skipped if entry not in self._names
         )
 
     def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
         int8 = "SCB" in parts
-        if int8 != self._int8:
-            raise FormatError(f"{name} has {8 if int8 else 4} bits, but load_in_8bit is {self._int8!r}")
+        bits = 8 if int8 else 4
+        if any(said is not (which == bits) for which, said in self._loads.items()):
+            four, eight = self._loads.values()
+            raise FormatError(
+                f"{name} has {bits} bits, but load_in_4bit is {four!r} and load_in_8bit is {eight!r}"
+            )
         if int8:
             return {"bits": 8, "group_size": None, "symmetric": True, "activations": True}
         found = [part for part in parts if part.startswith(STATE)]
@@ -259,10 +263,10 @@ class _Bitsandbytes:
         return _read_state(f"{name}.{found[0]}", parts[found[0]])
 
     def is_excluded(self, name: str) -> bool | None:
-        ends = [match.start() for match in re.finditer(r"\.|$", name)]
+        ends = [end for match in re.finditer(r"\.|$", name) for end in match.span()]
         if any(name[:end] in self._names for end in ends) or self._first(name):
             return True
-        if any(name[start:] in self._names for start in range(len(name))):
+        if any(name[start:] in self._names for start in range(len(name) + 1)):
             return True
         # In transformers the experts of a layer are no linears, which alone are quantized.
         return None if ".experts." in name or (name == _HEAD and self._skips_head) else False
