@@ -1,4 +1,4 @@
-"""What both readers of configurations say about thousands of layers."""
+"""What both readers of configurations say: the same, of thousands of layers too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import pytest
 
 from qkern.checkpoints import FORMATS
+from qkern.errors import FormatError
 from qkern.pipelines.verification.configuration import Configuration
 from qkern.schemes import Scheme
 
@@ -28,3 +29,22 @@ def test_thousands_of_named_layers(format):
         assert not said.is_excluded(name)
     assert all(said.is_excluded(name) for name in SKIPPED)
     assert time.monotonic() - started < 20  # looking at each pair takes minutes to hours
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_linear_is_the_class_and_lm_head_a_name(order):
+    schemes = [Scheme.parse(spelling) for spelling in ("w8", "w2g16z", "w4g32")]
+    format = FORMATS["compressed-tensors"]
+    groups = list(format.config(dict(zip("abc", schemes, strict=True)))["config_groups"].values())
+    for group, target in zip(groups, ("lm_head", "Embedding", "Linear"), strict=True):
+        group["targets"] = [target]
+    config = {"config_groups": {str(place): groups[place] for place in order}}
+    entry_of, said = format.entry_of(config), Configuration(config, format.name)
+    for name, scheme in (("lm_head", schemes[0]), (NAMES[0], schemes[2])):
+        assert entry_of(name).scheme == scheme
+        assert said.layout_of(name, {}).bits == scheme.bits
+    config = {"config_groups": {"head": groups[0]}}
+    with pytest.raises(FormatError, match="no group of quantization_config targets"):
+        format.entry_of(config)(NAMES[0])
+    with pytest.raises(FormatError, match="no config group targets"):
+        Configuration(config, format.name).layout_of(NAMES[0], {})

@@ -296,9 +296,11 @@ class CompressedTensorsFormat:
         by_regex = FirstMatch(
             (target.removeprefix(REGEX), label) for target, label in targets if target.startswith(REGEX)
         )
-        # Classes are not known here; the packed tensor itself says that the layer was targeted.
-        classes = (label for target, label in targets if "." not in target and not target.startswith(REGEX))
-        by_class = next(classes, None)
+        # Classes are not known here; the packed tensor itself says that the layer was targeted. Names of
+        # modules that have no dot, as lm_head, begin small.
+        classes = [entry for entry in targets if "." not in entry[0] and entry[0][:1].isupper()]
+        classes.sort(key=lambda entry: entry[0] != "Linear")
+        by_class = classes[0][1] if classes else None
 
         def entry(name: str) -> Entry:
             fitting = (by_name.get(name), by_regex(name), by_class)

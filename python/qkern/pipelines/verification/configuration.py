@@ -29,6 +29,7 @@ MARKERS: Final = {
 """By format the ends of the names of tensors of which every quantized layer has one, and no other has any."""
 _HEAD: Final = "lm_head"
 _REGEX: Final = "re:"
+_LINEAR: Final = "Linear"
 _BLOCKS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # bitsandbytes has sizes in 32 bits.
 _MOST: Final = (1 << 31) - 1
@@ -201,10 +202,12 @@ class _CompressedTensors:
             raise FormatError("quantization_config has config_groups that are no objects")
         self._config = config
         targets = [(str(target), group) for group in groups.values() for target in group.get("targets") or ()]
-        classes = [entry for entry in targets if "." not in entry[0] and not entry[0].startswith(_REGEX)]
+        # A module's name may have no dot, but begins small.
+        classes = [entry for entry in targets if re.fullmatch(r"[A-Z]\w*", entry[0])]
+        classes.sort(key=lambda entry: entry[0] != _LINEAR)
         self._targeted = _Listed(targets)
         self._by_class = classes[0][1] if classes else None
-        self._has_linears = any(target == "Linear" for target, _ in classes)
+        self._has_linears = any(target == _LINEAR for target, _ in classes)
         self._ignored = _Listed((str(entry), {}) for entry in config.get("ignore") or ())
 
     def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
