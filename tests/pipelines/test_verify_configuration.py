@@ -8,7 +8,7 @@ import pytest
 
 from qkern.checkpoints import FORMATS
 from qkern.errors import FormatError
-from qkern.pipelines.verification.configuration import Configuration
+from qkern.pipelines.verification.configuration import configuration_of
 from qkern.schemes import Scheme
 
 NAMES = [f"model.layers.{index // 384}.mlp.experts.{index % 384}.up_proj" for index in range(20_000)]
@@ -21,7 +21,7 @@ def test_thousands_of_named_layers(format):
     schemes = {name: kinds[number % 2] for number, name in enumerate(NAMES)}
     started = time.monotonic()
     config = FORMATS[format].config(schemes, skipped=SKIPPED)
-    entry_of, said = FORMATS[format].entry_of(config), Configuration(config, format)
+    entry_of, said = FORMATS[format].entry_of(config), configuration_of(config, format)
     for name, scheme in schemes.items():
         assert entry_of(name).scheme == scheme
         layout = said.layout_of(name, {})
@@ -39,7 +39,7 @@ def test_linear_is_the_class_and_lm_head_a_name(order):
     for group, target in zip(groups, ("lm_head", "Embedding", "Linear"), strict=True):
         group["targets"] = [target]
     config = {"config_groups": {str(place): groups[place] for place in order}}
-    entry_of, said = format.entry_of(config), Configuration(config, format.name)
+    entry_of, said = format.entry_of(config), configuration_of(config, format.name)
     for name, scheme in (("lm_head", schemes[0]), (NAMES[0], schemes[2])):
         assert entry_of(name).scheme == scheme
         assert said.layout_of(name, {}).bits == scheme.bits
@@ -47,4 +47,4 @@ def test_linear_is_the_class_and_lm_head_a_name(order):
     with pytest.raises(FormatError, match="no group of quantization_config targets"):
         format.entry_of(config)(NAMES[0])
     with pytest.raises(FormatError, match="no config group targets"):
-        Configuration(config, format.name).layout_of(NAMES[0], {})
+        configuration_of(config, format.name).layout_of(NAMES[0], {})

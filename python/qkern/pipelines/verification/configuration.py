@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -13,11 +14,11 @@ from qkern.nn import FirstMatch, FirstPart
 from qkern.pipelines.verification.layouts import CODEBOOKS, STATE, LayerLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from qkern.pipelines.verification.safetensors_files import StoredTensor
 
-__all__ = ["MARKERS", "Configuration", "format_of"]
+__all__ = ["MARKERS", "Configuration", "configuration_of", "format_of"]
 
 MARKERS: Final = {
     "gptq": ("qweight",),
@@ -81,8 +82,8 @@ def _other_forms(config: Mapping[str, Any]) -> list[str]:
     return [found for found in every if found not in ("None", "int", *_COMPRESSED)]
 
 
-class Configuration:
-    """A ``quantization_config``, asked about linears by their names.
+def configuration_of(config: Mapping[str, Any], format: str) -> Configuration:
+    """Understand a ``quantization_config``.
 
     Parameters
     ----------
@@ -96,10 +97,15 @@ class Configuration:
     FormatError
         If it says nothing that can be.
     """
+    return _OF_FORMAT[format](config, format)
+
+
+class Configuration(ABC):
+    """A ``quantization_config``, asked about linears by their names; of a format each subclass."""
 
     def __init__(self, config: Mapping[str, Any], format: str) -> None:
+        self._config = config
         self._format = format
-        self._said = _SAID[format](config)
 
     def layout_of(self, name: str, parts: Mapping[str, StoredTensor]) -> LayerLayout:
         """Read what is said about the quantized layer `name`.
@@ -115,10 +121,8 @@ class Configuration:
         ------
         FormatError
             If it is nothing that can be.
-        UnsupportedError
-            If it is nothing that is read here.
         """
-        fields = self._said.fields(name, parts)
+        fields = self._fields(name, parts)
         size = fields["group_size"]
         fields["group_size"] = size = None if size == -1 else size
         allowed = (4,) if self._format == "awq" else (2, 3, 4, 8)
@@ -131,30 +135,22 @@ class Configuration:
                 raise FormatError(f"{name}: {key} must be true or false: got {fields[key]!r}")
         return LayerLayout(format=self._format, **fields)
 
+    @abstractmethod
     def is_excluded(self, name: str) -> bool | None:
         """Whether readers are told to take the linear for 16-bit; None where nothing is told either way."""
-        return self._said.is_excluded(name)
 
-
-class _Said(Protocol):
-    """The configuration of a format."""
-
-    def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    @abstractmethod
+    def _fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
         """Fields of `LayerLayout`; of bits and groups what is said, unchecked."""
-        ...
-
-    def is_excluded(self, name: str) -> bool | None:
-        """See `Configuration.is_excluded`."""
-        ...
 
 
-class _Gptq:
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = config
+class _Gptq(Configuration):
+    def __init__(self, config: Mapping[str, Any], format: str) -> None:
+        super().__init__(config, format)
         self._dynamic = config.get("dynamic") or {}
         self._first = FirstMatch((re.sub(r"^[+-]:", "", key), key) for key in self._dynamic)
 
-    def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    def _fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
         # The first pattern that matches counts; its sign says what it is for.
         merged = {**self._config, **(self._dynamic.get(self._first(name)) or {})}
         return {
@@ -171,13 +167,13 @@ class _Gptq:
         return not self._config.get("lm_head", False) if name == _HEAD else None
 
 
-class _Awq:
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = config
+class _Awq(Configuration):
+    def __init__(self, config: Mapping[str, Any], format: str) -> None:
+        super().__init__(config, format)
         skipped = config.get("modules_to_not_convert")
         self._part = None if skipped is None else FirstPart(map(str, skipped))
 
-    def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    def _fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
         config = self._config
         return {
             "bits": config.get("bits", config.get("w_bit")),
@@ -193,14 +189,14 @@ class _Awq:
         return self._part(name) is not None or (None if name == _HEAD else False)
 
 
-class _CompressedTensors:
-    def __init__(self, config: Mapping[str, Any]) -> None:
+class _CompressedTensors(Configuration):
+    def __init__(self, config: Mapping[str, Any], format: str) -> None:
+        super().__init__(config, format)
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise FormatError("quantization_config has no config_groups")
         if not all(isinstance(group, dict) for group in groups.values()):
             raise FormatError("quantization_config has config_groups that are no objects")
-        self._config = config
         targets = [(str(target), group) for group in groups.values() for target in group.get("targets") or ()]
         # A module's name may have no dot, but begins small.
         classes = [entry for entry in targets if re.fullmatch(r"[A-Z]\w*", entry[0])]
@@ -210,7 +206,7 @@ class _CompressedTensors:
         self._has_linears = any(target == _LINEAR for target, _ in classes)
         self._ignored = _Listed((str(entry), {}) for entry in config.get("ignore") or ())
 
-    def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    def _fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
         # A name comes before a pattern, and both before a class.
         group = self._targeted(name)
         group = self._by_class if group is None else group
@@ -235,11 +231,12 @@ class _CompressedTensors:
         return self._ignored(name) is not None or not (self._has_linears or self._targeted(name) is not None)
 
 
-class _Bitsandbytes:
+class _Bitsandbytes(Configuration):
     # Where transformers lets the name of a skipped module end.
     _END: Final = r"(?:(?<=\.)|(?=\.|$))"
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], format: str) -> None:
+        super().__init__(config, format)
         self._loads = {bits: config.get(f"load_in_{bits}bit", False) for bits in (4, 8)}
         skipped = config.get("llm_int8_skip_modules")
         self._skips_head = skipped is None
@@ -250,7 +247,7 @@ class _Bitsandbytes:
             (f"(?:{entry}){self._END}", True) for entry in skipped if entry not in self._names
         )
 
-    def fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    def _fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
         int8 = "SCB" in parts
         bits = 8 if int8 else 4
         if any(said is not (which == bits) for which, said in self._loads.items()):
@@ -317,7 +314,7 @@ class _Listed:
         return self._first(name) if found is None else found
 
 
-_SAID: Final[dict[str, Callable[[Mapping[str, Any]], _Said]]] = {
+_OF_FORMAT: Final[dict[str, type[Configuration]]] = {
     "gptq": _Gptq,
     "gptq_v2": _Gptq,
     "awq": _Awq,

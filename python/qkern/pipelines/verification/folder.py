@@ -21,7 +21,7 @@ from qkern.nn import named_linears, stored_name, unfuse_experts
 from qkern.ops import dequantize_groupwise, quantize_groupwise
 from qkern.pipelines.load import COMPUTED, model_names
 from qkern.pipelines.source import stored_places
-from qkern.pipelines.verification.configuration import MARKERS, Configuration, format_of
+from qkern.pipelines.verification.configuration import MARKERS, configuration_of, format_of
 from qkern.pipelines.verification.layouts import LayerLayout, UnpackedLayer, parts_of, unpack
 from qkern.pipelines.verification.original import Matrix
 from qkern.pipelines.verification.safetensors_files import StoredTensor, read_folder, read_json_object
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qkern.nn import ExpertPart
+    from qkern.pipelines.verification.configuration import Configuration
     from qkern.pipelines.verification.report import Findings
 
 __all__ = ["FolderSubject"]
@@ -218,7 +219,7 @@ class FolderSubject:
                 found = found or {"quant_method": method, **legacy}
         if found:
             self.format = self._asked(partial(format_of, found))
-        return None if self.format is None else self._asked(partial(Configuration, found, self.format))
+        return None if self.format is None else self._asked(partial(configuration_of, found, self.format))
 
     @property
     def _markers(self) -> tuple[str, ...]:
