@@ -18,7 +18,7 @@ from qkern.demo import CALIBRATION, HELDOUT, MODEL
 from qkern.errors import InputError, UnsupportedError
 from qkern.nn import quant_linears
 from qkern.ops import pack_bits, unpack_bits
-from qkern.pipelines.verification import layouts
+from qkern.pipelines.verification import configuration, layouts, safetensors_files
 from qkern.pipelines.verification.safetensors_files import read_folder
 from qkern.pipelines.verify import CHECKS
 
@@ -373,11 +373,13 @@ def test_what_load_computes_with_is_compared(results, monkeypatch):
     assert problems(found, "weights").startswith(f"{LAYER}.weight is not what the file says: ")
 
 
-def test_unpackers_share_nothing_with_the_writers():
-    tree = ast.parse(Path(layouts.__file__).read_text())
-    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    ours = {name for name in names if name.startswith("qkern")}
-    assert ours == {"qkern.pipelines.verification.safetensors_files"}
+@pytest.mark.parametrize("reader", [safetensors_files, layouts, configuration])
+def test_readers_share_nothing_with_the_writers(reader):
+    nodes = list(ast.walk(ast.parse(Path(reader.__file__).read_text())))
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    readers = {found.__name__ for found in (safetensors_files, layouts, configuration)}
+    assert {name for name in names if name.startswith("qkern")} <= {"qkern.errors", *readers}
 
 
 def test_hostile_headers_are_named(copied):

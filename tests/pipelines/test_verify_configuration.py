@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qkern.checkpoints import FORMATS
 from qkern.errors import FormatError
@@ -29,6 +32,29 @@ def test_thousands_of_named_layers(format):
         assert not said.is_excluded(name)
     assert all(said.is_excluded(name) for name in SKIPPED)
     assert time.monotonic() - started < 20  # looking at each pair takes minutes to hours
+
+
+PART = st.text("ab.0-_", max_size=4)
+PATTERN = st.one_of(
+    PART,
+    PART.map(lambda part: f"^{re.escape(part)}$"),
+    PART.map(lambda part: f"{re.escape(part)}$"),
+    PART.map(lambda part: f".*{part}"),
+    st.sampled_from([r"a\$", r"^(a|b)", "[ab]", "^^a$", r"a\\$", r"^\w$", r"\.0", "^a-$"]),
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from("+-"), PATTERN), unique_by=lambda entry: entry[1]), PART)
+def test_the_first_pattern_counts(patterns, name):
+    config = {"bits": 4, "dynamic": {f"{sign}:{pattern}": {} for sign, pattern in patterns}}
+    expected = next((sign == "-" for sign, pattern in patterns if re.match(pattern, name)), None)
+    assert configuration_of(config, "gptq").is_excluded(name) is expected
+
+
+@given(st.lists(PART), PART)
+def test_awq_skips_by_parts_of_names(parts, name):
+    said = configuration_of({"bits": 4, "modules_to_not_convert": parts}, "awq")
+    assert said.is_excluded(name) == any(part in name for part in parts)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])

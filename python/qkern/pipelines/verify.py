@@ -56,12 +56,12 @@ def verify(
 ) -> Verification:
     """Check a quantized model as a runtime finds it on the disk.
 
-    Every tensor is read again by readers that share no code with those that wrote it (of a GGUF by the gguf
-    package's own dequantizers). The checks are those of `CHECKS`; a failed one does not stop the others, and
-    what `qkern.load` reads right but others may not is a note. What is damaged consistently, such as nibbles
-    in another order, zero points off by one where the grid is asymmetric, scales of other rows, or bits of a
-    GGUF's codes, only shows beside the original. The loaded model, fp32 where it is not quantized, is in
-    memory, and for the KL the original in fp32 too.
+    Every tensor, and what the configuration says of it, is read again by readers that share no code with
+    those that wrote it (of a GGUF by the gguf package's own dequantizers). The checks are those of `CHECKS`;
+    a failed one does not stop the others, and what `qkern.load` reads right but others may not is a note.
+    What is damaged consistently, such as nibbles in another order, zero points off by one where the grid is
+    asymmetric, scales of other rows, or bits of a GGUF's codes, only shows beside the original. The loaded
+    model, fp32 where it is not quantized, is in memory, and for the KL the original in fp32 too.
 
     Parameters
     ----------

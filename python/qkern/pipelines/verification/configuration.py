@@ -1,8 +1,12 @@
-"""What a ``quantization_config`` says: its format, and by its name about each linear."""
+"""What a ``quantization_config`` says: its format, and by its name about each linear.
+
+Like `layouts` this is a second opinion: it shares nothing with `qkern.checkpoints`, and no look-up of names.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final
@@ -10,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from qkern.errors import FormatError, UnsupportedError
-from qkern.nn import FirstMatch, FirstPart
 from qkern.pipelines.verification.layouts import CODEBOOKS, STATE, LayerLayout
 
 if TYPE_CHECKING:
@@ -148,7 +151,7 @@ class _Gptq(Configuration):
     def __init__(self, config: Mapping[str, Any], format: str) -> None:
         super().__init__(config, format)
         self._dynamic = config.get("dynamic") or {}
-        self._first = FirstMatch((re.sub(r"^[+-]:", "", key), key) for key in self._dynamic)
+        self._first = _Patterns((re.sub(r"^[+-]:", "", key), key) for key in self._dynamic)
 
     def _fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
         # The first pattern that matches counts; its sign says what it is for.
@@ -171,7 +174,8 @@ class _Awq(Configuration):
     def __init__(self, config: Mapping[str, Any], format: str) -> None:
         super().__init__(config, format)
         skipped = config.get("modules_to_not_convert")
-        self._part = None if skipped is None else FirstPart(map(str, skipped))
+        self._skipped = None if skipped is None else set(map(str, skipped))
+        self._lengths = set(map(len, self._skipped or ()))
 
     def _fields(self, name: str, parts: Mapping[str, StoredTensor]) -> dict[str, Any]:
         config = self._config
@@ -183,10 +187,11 @@ class _Awq(Configuration):
         }
 
     def is_excluded(self, name: str) -> bool | None:
-        if self._part is None:
+        if self._skipped is None:
             return None
-        # Readers leave the head out whether it is listed or not.
-        return self._part(name) is not None or (None if name == _HEAD else False)
+        # What is listed is left out wherever it is in a name; the head, whether it is listed or not.
+        parts = (name[start : start + n] for n in self._lengths for start in range(len(name) - n + 1))
+        return any(part in self._skipped for part in parts) or (None if name == _HEAD else False)
 
 
 class _CompressedTensors(Configuration):
@@ -243,7 +248,7 @@ class _Bitsandbytes(Configuration):
         skipped = list(map(str, skipped or ()))
         # Of plain names, which are patterns too, the dots are taken for what they are meant as.
         self._names = {entry for entry in skipped if re.fullmatch(r"[\w.-]*", entry)}
-        self._first = FirstMatch(
+        self._first = _Patterns(
             (f"(?:{entry}){self._END}", True) for entry in skipped if entry not in self._names
         )
 
@@ -299,19 +304,46 @@ def _read_state(name: str, tensor: StoredTensor) -> dict[str, Any]:
     }
 
 
+class _Patterns:
+    """What belongs to the first of many patterns that matches the start of a name.
+
+    Files have one for each of thousands of layers: those that spell a whole name are looked up by it.
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, Any]]) -> None:
+        self._spelled: dict[str, tuple[float, Any]] = {}
+        self._others: list[tuple[int, re.Pattern[str], Any]] = []
+        for place, (pattern, value) in enumerate(entries):
+            name = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^").removesuffix("$"))
+            if pattern.removeprefix("^") == f"{re.escape(name)}$":
+                self._spelled.setdefault(name, (place, value))
+                continue
+            try:
+                self._others.append((place, re.compile(pattern), value))
+            except re.error as error:
+                raise FormatError(
+                    f"quantization_config: {pattern!r} is no regular expression: {error}"
+                ) from None
+
+    def __call__(self, name: str) -> Any:
+        before, found = self._spelled.get(name, (math.inf, None))
+        earlier = (v for place, pattern, v in self._others if place < before and pattern.match(name))
+        return next(earlier, found)
+
+
 class _Listed:
     """What belongs to the targets, or ignored entries, of compressed-tensors: names, then patterns."""
 
     def __init__(self, entries: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
         listed = list(entries)
         self._names = dict(reversed(listed))
-        self._first = FirstMatch(
+        self._first = _Patterns(
             (entry.removeprefix(_REGEX), value) for entry, value in listed if entry.startswith(_REGEX)
         )
 
     def __call__(self, name: str) -> Mapping[str, Any] | None:
-        found = self._names.get(name)
-        return self._first(name) if found is None else found
+        matched: Mapping[str, Any] | None = self._first(name)
+        return self._names.get(name, matched)
 
 
 _OF_FORMAT: Final[dict[str, type[Configuration]]] = {
