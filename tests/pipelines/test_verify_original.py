@@ -32,6 +32,20 @@ def test_clipped_rows_are_shorter_by_less_than_rounding(factor, is_explained):
     )
 
 
+@pytest.mark.parametrize(
+    ("factors", "is_explained"),
+    [((1 / 1.09, 1 / 1.09, 1.0), True), ((1 / 1.09, 1 / 1.09, 1.09), False), ((1.0, 1.0, 1.09), True)],
+)
+def test_clipping_explains_no_row_of_which_much_is_longer(factors, is_explained):
+    weight = torch.randn(64, 384, generator=torch.Generator().manual_seed(0))
+    values = rounded(weight)
+    values[7] *= torch.tensor(factors).repeat_interleave(128)
+    _, problems = compare_matrix(weight, Matrix(values=values, round=rounded, group_size=128))
+    assert [problem.partition(",")[0] for problem in problems] == (
+        [] if is_explained else ["1 of 64 rows have the wrong length"]
+    )
+
+
 @pytest.mark.parametrize(("scheme", "format"), [("w4g128z", "awq"), ("w3g128z", "compressed-tensors")])
 def test_awq_of_random_outliers_is_explained(tiny, tmp_path, scheme, format):
     sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 256}

@@ -40,9 +40,11 @@ OFFSET_LIMIT: Final = 0.75
 # Of the cosine that rounding to nearest leaves between a row and the original's.
 ORDER_LIMIT: Final = 0.5
 # Logarithm of length wanted over length found: this much, and twice rounding's relative error squared; above
-# 0, where clipping may have been, that error itself if it is more.
+# 0, where clipping may have been, that error itself if it is more. Clipping makes nothing longer: where more
+# than a few of the parts are, it was not.
 SCALE_LIMIT: Final = 0.05
 SCALE_FACTOR: Final = 2.0
+LONGER_LIMIT: Final = 0.25
 # A group that rounding hits by luck is measured by its row, and weights that lie on the grid by how exactly
 # fp16 holds their scales.
 LUCKY: Final = 0.5
@@ -170,7 +172,9 @@ def _scale_problems(sums: _Sums) -> list[str]:
         relative = sums.rounding.sum(dimension) / sums.original.sum(dimension).clamp(min=1e-30)
         typical, signed = slope.abs().median(dimension).values, slope.median(dimension).values
         limit = SCALE_LIMIT + SCALE_FACTOR * relative
-        bad = typical > torch.where(signed > 0, limit.maximum(relative.sqrt()), limit)
+        longer = (slope < -limit.unsqueeze(dimension)).double().mean(dimension)
+        may_be_clipped = (signed > 0) & (longer < LONGER_LIMIT)
+        bad = typical > torch.where(may_be_clipped, limit.maximum(relative.sqrt()), limit)
         problems += _named(bad, typical.exp(), what=f"{what} have the wrong length, by a factor {{:.2f}}")
     return problems
 
