@@ -41,6 +41,7 @@ def results(original, tmp_path_factory):
         elif start != "package":
             qkern.quantize(original, method="rtn", scheme=name, format="bitsandbytes", output=folder)
         else:
+            pytest.importorskip("bitsandbytes")
             options = {"bnb_4bit_quant_type": kind[:3], "bnb_4bit_use_double_quant": kind.endswith("d")}
             four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.uint8, **options)
             given = BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else four
