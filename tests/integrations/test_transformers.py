@@ -20,7 +20,7 @@ import qkern
 from qkern.demo import MODEL
 from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.integrations.hf_config import STORED
-from qkern.integrations.hf_methods import disable, enable
+from qkern.integrations.hf_methods import QkernConfig, disable, enable
 from qkern.nn import QuantEmbedding, quant_linears
 
 if TYPE_CHECKING:
@@ -210,6 +210,19 @@ def test_state_dict(llama: Path) -> None:
     del tensors["model.norm.weight"]
     with pytest.raises(FormatError, match=r"the state_dict does not fit .* missing: model\.norm\.weight"):
         transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+
+
+@pytest.mark.parametrize("scheme", ["w4g32z", "w4g32", "w3g32", None])
+def test_a_model_is_pickled(
+    folders: dict[str, Path], originals: Any, tmp_path: Path, scheme: str | None
+) -> None:
+    made = {"quantization_config": QkernConfig("w4g32")} if scheme is None else {}
+    model = from_pretrained(originals("llama") if scheme is None else folders[scheme], **made)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(qkern.load(tmp_path / "saved")), logits(model))
 
 
 def test_shards_on_saving(llama: Path, tmp_path: Path) -> None:

@@ -384,6 +384,7 @@ class CheckpointQuantizer(QkernQuantizer):
             raise FormatError(f"{source_of(model)}: {error}") from None
 
     def _finish(self, model: Any) -> None:
+        del self.entry_of  # the quantizer lives on in the model, and a closure cannot be pickled
         if getattr(self.quantization_config, "dequantize", False):
             self._dequantize(model).requires_grad_(True)
 
