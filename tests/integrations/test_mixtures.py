@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, MixtralForCausalLM
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 import qkern
 from qkern.errors import FormatError, UnsupportedError
+from qkern.integrations import hf_methods
 from qkern.integrations.hf_methods import QkernConfig
 from qkern.integrations.hf_quantizer import LoadTimeQuantizer
 from qkern.nn import (
@@ -146,6 +147,14 @@ def test_16_bit_experts_beside_bitsandbytes_layers_are_left_to_transformers(
     model = from_pretrained(tmp_path / "out")
     assert isinstance(model.hf_quantizer, Bnb4BitHfQuantizer)
     assert not quant_linears(model)
+
+
+def test_16_bit_files_are_left_to_bitsandbytes_unseen(mixture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.delattr(hf_methods, "stored_names")
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    model = from_pretrained(mixture("mixtral"), quantization_config=config)
+    assert isinstance(model.hf_quantizer, Bnb4BitHfQuantizer)
 
 
 def test_generate(mixtral: Path) -> None:

@@ -113,7 +113,7 @@ class Fused(nn.Module):
         self.down_proj = nn.Parameter(down)
         if change == "biased":
             self.gate_up_proj_bias = nn.Parameter(torch.randn(count, 32))
-        self.act_fn = nn.GELU()
+        self.act_fn = (lambda gate, up: gate.tanh() * up) if change == "paired" else nn.GELU()
 
     def forward(self, hidden, chosen, weights):
         out = torch.zeros_like(hidden)
@@ -123,7 +123,8 @@ class Fused(nn.Module):
                 gate, up = (both[::2], both[1::2]) if self.change == "interleaved" else both.chunk(2)
                 if self.change == "clamped":
                     up = up.clamp(-7, 7)
-                out[token] += share * (self.down_proj[number] @ (self.act_fn(gate) * up))
+                inner = self.act_fn(gate, up) if self.change == "paired" else self.act_fn(gate) * up
+                out[token] += share * (self.down_proj[number] @ inner)
         return out
 
 
@@ -149,6 +150,7 @@ REFUSED = {
     "biased": "experts has gate_up_proj, down_proj, gate_up_proj_bias: known are",
     "interleaved": "experts computes something else than the weighted sum of",
     "clamped": "experts computes something else than the weighted sum of",
+    "paired": "experts computes something else than the weighted sum of",
 }
 
 

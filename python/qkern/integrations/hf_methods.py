@@ -35,7 +35,7 @@ class _UnlessExperts(HfQuantizer):  # type: ignore[misc]
     """transformers' own quantizer, until a checkpoint turns out to have experts in 4 or 8 bits."""
 
     def preprocess_model(self, model: Any, **kwargs: Any) -> None:
-        if not _has_quantized_experts(model, kwargs.get("checkpoint_files")):
+        if not (self.pre_quantized and _has_quantized_experts(model, kwargs.get("checkpoint_files"))):
             super().preprocess_model(model, **kwargs)
             return
         # transformers goes on with this object, and a quantizer is not told of the model before.
@@ -47,6 +47,8 @@ class _UnlessExperts(HfQuantizer):  # type: ignore[misc]
 
 def _has_quantized_experts(model: Any, files: list[str] | None) -> bool:
     experts = {name for parts in expert_parts(model).values() for name in parts}
+    if not experts:
+        return False
     markers = tuple(f".{format.marker}" for format in (BITSANDBYTES, LLM_INT8))
     layers = [name.removesuffix(end) for name in stored_names(files) for end in markers if name.endswith(end)]
     return any(f"{layer}.{WEIGHT}" in experts for layer in model_names(layers, model).values())

@@ -295,9 +295,9 @@ def _is_plain(module: Any) -> bool:
     try:
         # Below transformers' choice of implementation, which may lead to a kernel of a GPU.
         found = inspect.unwrap(type(module).forward)(probe, *given)
-    except Exception:  # a forward that is not called so is of something else
+        wanted = _unfused(probe)(*given)
+    except Exception:  # a forward or an activation that is not called so is of something else
         return False
-    wanted = _unfused(probe)(*given)
     return (
         isinstance(found, Tensor)
         and found.shape == wanted.shape
