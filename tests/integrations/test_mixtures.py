@@ -272,7 +272,7 @@ BROKEN = {
     ),
     "the stack too": (
         lambda tensors: tensors | {"model.layers.0.mlp.experts.down_proj": torch.ones(4, 64, 96)},
-        r"left over: model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight",
+        r"left over: model\.layers\.0\.mlp\.experts\.down_proj;",
     ),
     "scales": (
         lambda tensors: tensors | {f"{STORED}.scales": torch.full((2, 96), torch.nan).half()},
@@ -381,6 +381,44 @@ def test_files_that_have_the_experts_fused(
     assert not any(".experts." in name for name in taken)
     assert quant_linears(model).keys() == quant_linears(expected).keys()
     assert torch.equal(logits(model), logits(expected))
+
+
+# Stacks under another name, linears under other names, and beside them convolutions that are stacked.
+OTHERS: dict[str, dict[str, Any]] = {
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "lfm2_moe": {
+        **SIZES,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention", "conv"],
+        "num_dense_layers": 0,
+    },
+    "kimi_linear": {
+        **SIZES,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_key_value_heads": 4,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}
+
+
+@pytest.mark.parametrize("skip", [(), ("experts",)], ids=["all", "no experts"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_architectures_with_other_names(tiny: Any, tmp_path: Path, kind: str, skip: tuple[str, ...]) -> None:
+    original = tiny(kind, dtype=torch.bfloat16, **OTHERS[kind])
+    original.save_pretrained(tmp_path / "16-bit")
+    expected = qkern.quantize(original, method="rtn", scheme="w8", skip=skip)
+    model = from_pretrained(tmp_path / "16-bit", quantization_config=QkernConfig("w8", skip=skip))
+    assert quant_linears(model).keys() == quant_linears(expected).keys()
+    assert any(".experts." in name for name in quant_linears(model)) != bool(skip)
+    assert torch.allclose(logits(model), logits(expected), rtol=1e-2, atol=1e-2)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(from_pretrained(tmp_path / "saved")), logits(model))
 
 
 def test_experts_that_are_not_known_are_refused_by_name(tiny: Any, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 from qkern.errors import UnsupportedError
 from qkern.gguf.changes import PLUS_ONE, ROW_TO_VECTOR, UNCHANGED, Change, Config, rotary
 from qkern.gguf.rope import add_rope, check_rope, head_dim
-from qkern.nn import renames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -457,7 +456,10 @@ _ALL: Final = (
         rope=_LLAMA_ROPE,
         renames=(
             (rf"^(?!model\.|{_HEAD}\.)", "model."),
-            *renames("mixtral"),
+            (r"\.block_sparse_moe\.", ".mlp."),
+            (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
+            (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
+            (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
         ),
     ),
     _decoder(

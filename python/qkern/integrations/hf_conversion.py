@@ -9,8 +9,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from qkern.checkpoints import open_safetensors
 from qkern.errors import FormatError
-from qkern.nn import expert_parts
-from qkern.nn.naming import weight_renamings
+from qkern.nn.naming import linear_renamings, stacks_experts
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -39,16 +38,10 @@ def stored_names(files: list[str] | None) -> set[str]:
     }
 
 
-def linear_experts(model: Any, conversions: list[Any]) -> list[Any]:
+def linear_experts(conversions: list[Any]) -> list[Any]:
     """Return transformers' conversions for a model whose experts are linears: renamed, and not stacked."""
-    fused = expert_parts(model)
-    kept = [
-        entry
-        for entry in conversions
-        if not isinstance(entry, WeightConverter)
-        or not any(target in name for name in fused for target in entry.target_patterns)
-    ]
-    return [*kept, *weight_renamings(model.config.model_type)]
+    kept = [entry for entry in conversions if not stacks_experts(entry)]
+    return [*kept, *linear_renamings(conversions)]
 
 
 class LayerConverter(WeightConverter):  # type: ignore[misc]

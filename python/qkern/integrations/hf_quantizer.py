@@ -120,9 +120,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
                 "a QuantLinear cannot be split over processes: load without tp_plan and distributed_config"
             )
         tensors = stored_names(checkpoint_files)
-        own = set(model_names(tensors, model).values())
-        owners = {parameter.rpartition(".")[0] for parameter in expert_parts(model) if parameter in own}
-        fused = {owner: model.get_submodule(owner) for owner in owners}
+        fused = _fused_in(tensors, model)
         unfuse_experts(model)
         self.linears = named_linears(model)
         self.conv1d = {name for name, linear in self.linears.items() if is_conv1d(linear)}
@@ -133,7 +131,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Return how stored tensors become those of the model, whose experts are not stacked on loading."""
-        kept = linear_experts(model, weight_conversions)
+        kept = linear_experts(weight_conversions)
         return cast("list[Any]", super().update_weight_conversions(kept, model))
 
     @abstractmethod
@@ -286,6 +284,19 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
     def _details(self) -> dict[str, Any]:
         """Fields of the description that formats do not write themselves, such as ``damp_percent``."""
         return {}
+
+
+def _fused_in(tensors: set[str], model: Any) -> dict[str, Any]:
+    """Modules with experts of which files with these tensors have no linears, by their names."""
+    if not tensors:
+        return {}  # nothing is known of them
+    modules = {name.rsplit(".", 2)[0] for name in model_names(tensors, model).values()}
+    owners = {
+        parameter.rpartition(".")[0]
+        for parameter, parts in expert_parts(model).items()
+        if modules.isdisjoint(part.rsplit(".", 2)[0] for part in parts)
+    }
+    return {owner: model.get_submodule(owner) for owner in owners}
 
 
 def save_pretrained(self: Any, save_directory: str | Path, *arguments: Any, **options: Any) -> None:

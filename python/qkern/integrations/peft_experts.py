@@ -68,7 +68,7 @@ def _of_tensors(theirs: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     @functools.wraps(theirs)
     def conversions(model: nn.Module, *arguments: Any, **options: Any) -> list[Any]:
         found = theirs(model, *arguments, **options)
-        return linear_experts(model, found) if has_linear_experts(model) else found
+        return linear_experts(found) if has_linear_experts(model) else found
 
     return conversions
 

@@ -13,7 +13,7 @@ from qkern.nn.experts import (
 from qkern.nn.fake_quant import FakeQuantLinear
 from qkern.nn.linear import QuantLinear
 from qkern.nn.names import ROUTERS, FirstMatch, FirstPart, lies_in, name_matches, role
-from qkern.nn.naming import own_name, renames, stored_name
+from qkern.nn.naming import own_name, stored_name
 from qkern.nn.outlier import OutlierLinear
 from qkern.nn.replace import compute_mode, named_linears, quant_linears, replace_linears
 from qkern.nn.shared_input import SharedInput
@@ -40,7 +40,6 @@ __all__ = [
     "own_name",
     "quant_linears",
     "refuse_experts",
-    "renames",
     "replace_linears",
     "role",
     "stored_name",

@@ -171,7 +171,9 @@ def unfuse_experts(model: nn.Module, *, skip: Sequence[str] = ()) -> list[str]:
         for parent, attribute in where[id(fused)]:
             setattr(parent, attribute, made)
     if replaced:
-        save_as_stored(model)
+        save_as_stored(
+            model, [f"{name}.{leaf}" for name in replaced for leaf in ("gate_up_proj", "down_proj")]
+        )
     return list(replaced)
 
 

@@ -1,93 +1,133 @@
-"""Names of tensors in checkpoints, for the architectures whose modules have other names in transformers."""
+"""Names of tensors in checkpoints, for the architectures whose modules have other names in transformers.
+
+What transformers knows of them is asked for where it is needed: `import qkern` does not import it.
+"""
 
 from __future__ import annotations
 
 import functools
 import re
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-__all__ = ["own_name", "renames", "save_as_stored", "stored_name", "weight_renamings"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
-_MIXTRAL: Final = (
-    (".mlp.", ".block_sparse_moe."),
-    (".experts.#.gate_proj.", ".experts.#.w1."),
-    (".experts.#.down_proj.", ".experts.#.w2."),
-    (".experts.#.up_proj.", ".experts.#.w3."),
-)
-# Parts of names in transformers, experts being linears, and what checkpoints have there; # is a number.
-_STORED: Final[dict[str, tuple[tuple[str, str], ...]]] = {
-    "ernie4_5_moe": ((".mlp.gate.moe_statics.", ".mlp.moe_statics."),),
-    "exaone_moe": ((".mlp.gate.e_score_correction_bias.", ".mlp.e_score_correction_bias."),),
-    "minimax": _MIXTRAL,
-    "minimax_m2": _MIXTRAL,
-    "mixtral": _MIXTRAL,
-    "phimoe": ((".mlp.router.", ".mlp.gate."), *_MIXTRAL),
-}
+__all__ = ["linear_renamings", "own_name", "save_as_stored", "stacks_experts", "stored_name"]
 
-
-@functools.cache
-def renames(model_type: str, *, to_stored: bool = False) -> tuple[tuple[str, str], ...]:
-    """Regular expressions and replacements that make a name of transformers' of one in a checkpoint.
-
-    Parameters
-    ----------
-    model_type : str
-        ``config.model_type``; of most architectures both have the same names.
-    to_stored : bool
-        The other way round.
-
-    Returns
-    -------
-    tuple of (str, str)
-        To be applied in this order, to a name with a dot behind it.
-    """
-    pairs = _STORED.get(model_type, ())
-    if not to_stored:
-        pairs = tuple((stored, own) for own, stored in reversed(pairs))
-    return tuple((re.escape(old).replace(r"\#", r"(\d+)"), new.replace("#", r"\1")) for old, new in pairs)
+# Last part of the name of a fused parameter, and the linears that it is made of.
+_FUSED: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def stored_name(model_type: str, name: str) -> str:
     """Name in a checkpoint of what transformers calls `name`, a module, parameter or buffer."""
-    return _renamed(name, renames(model_type, to_stored=True))
+    return _renamed(name, _renamings(model_type, to_stored=True))
 
 
 def own_name(model_type: str, stored: str) -> str:
     """Undo `stored_name`; names that are transformers' already stay."""
-    return _renamed(stored, renames(model_type))
+    return _renamed(stored, _renamings(model_type))
 
 
-def weight_renamings(model_type: str) -> list[Any]:
-    """Return `renames` as transformers applies them on loading and undoes them on saving."""
-    pairs = renames(model_type)
-    if not pairs:
-        return []
+def stacks_experts(conversion: Any) -> bool:
+    """Whether one of transformers' conversions makes fused parameters of tensors for each expert."""
+    targets, sources = conversion.target_patterns, conversion.source_patterns
+    parts = _FUSED.get(targets[0].rpartition(".")[2], ())
+    return len(targets) == 1 and len(sources) == len(parts) and all(".*." in source for source in sources)
+
+
+def linear_renamings(conversions: Iterable[Any]) -> list[Any]:
+    """Return what renames stored tensors of experts to linears, where `conversions` would stack them."""
     from transformers.core_model_loading import WeightRenaming
 
-    return [WeightRenaming(*pair) for pair in pairs]
+    renamings = []
+    for entry in conversions:
+        if not stacks_experts(entry):
+            continue
+        owner, _, leaf = entry.target_patterns[0].rpartition(".")
+        for source, linear in zip(entry.source_patterns, _FUSED[leaf], strict=True):
+            stored = source.replace("\\.", ".").removesuffix("weight")
+            own = f"{owner}.*.{linear}."
+            if stored != own:
+                pattern = re.escape(stored).replace(r"\*", r"(\d+)")
+                made = WeightRenaming(pattern, own.replace("*", r"\1"))
+                made.scope_prefix, made.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
+                renamings.append(made)
+    return renamings
 
 
-def save_as_stored(model: Any) -> None:
-    """Let transformers' ``save_pretrained`` write linears of experts under the names that checkpoints have.
+def save_as_stored(model: Any, fused: Sequence[str] = ()) -> None:
+    """Let transformers' ``save_pretrained`` write linears of experts as the model's checkpoints have them.
 
     Parameters
     ----------
     model : nn.Module
         Without a config nothing is done: ``save_pretrained`` is of models with one.
+    fused : sequence of str
+        Parameters that are linears now; those that transformers does not stack on loading are stored as they
+        were, and made up of the linears again.
     """
-    own = weight_renamings(str(getattr(getattr(model, "config", None), "model_type", "")))
+    if getattr(model, "config", None) is None:
+        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    own = [*linear_renamings(mapping), *_stackings(mapping, fused)]
     if not own:
         return
-    theirs = getattr(model, "_weight_conversions", None)
-    if theirs is None:  # the model is of no checkpoint
-        from transformers.conversion_mapping import get_model_conversion_mapping
+    # Of a loaded model those that its files needed. A prefix of files is known by nothing else.
+    conversions = list(getattr(model, "_weight_conversions", None) or ())
+    known = {_patterns(entry) for entry in conversions}
+    more = [entry for entry in (*mapping, *own) if not isinstance(entry, PrefixChange)]
+    model._weight_conversions = [*conversions, *(entry for entry in more if _patterns(entry) not in known)]
 
-        theirs = get_model_conversion_mapping(model, add_legacy=False)
-    model._weight_conversions = [*theirs, *own]
+
+def _stackings(mapping: Sequence[Any], fused: Iterable[str]) -> list[Any]:
+    """Conversions that, undone on saving, make stacks of linears where `mapping` has none to name them."""
+    from transformers.core_model_loading import Chunk, SplitModulelist, WeightConverter
+
+    stacked = [entry.target_patterns[0] for entry in mapping if stacks_experts(entry)]
+    ends = {
+        ".".join(name.split(".")[-2:])
+        for name in fused
+        if not any(target in f".{name}" for target in stacked)
+    }
+    return [
+        WeightConverter(
+            f".{end}",
+            [f".{owner}.*.{linear}.weight" for linear in _FUSED[leaf]],
+            [Chunk(dim=1), SplitModulelist(dim=0)] if len(_FUSED[leaf]) > 1 else [SplitModulelist(dim=0)],
+        )
+        for end in sorted(ends)
+        for owner, leaf in [end.split(".")]
+    ]
 
 
-def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    name += "."
-    for pattern, replacement in pairs:
-        name = re.sub(pattern, replacement, name)
-    return name.removesuffix(".")
+@functools.cache
+def _renamings(model_type: str, *, to_stored: bool = False) -> tuple[Any, ...]:
+    """Return what transformers renames in a mixture, its experts being linears, in this order."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
+
+    mapping = get_checkpoint_conversion_mapping(model_type) or []
+    if not any(map(stacks_experts, mapping)):
+        return ()
+    theirs = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    entries = [*theirs, *linear_renamings(mapping)]
+    if not to_stored:
+        return tuple(entries)
+    return tuple(
+        entry.reverse_transform() for entry in reversed(entries) if not isinstance(entry, PrefixChange)
+    )
+
+
+def _patterns(entry: Any) -> tuple[Any, ...]:
+    return type(entry), *entry.source_patterns, *entry.target_patterns, entry.scope_prefix
+
+
+def _renamed(name: str, renamings: Sequence[Any]) -> str:
+    # Some patterns are of weights: with one at its end the name of a module fits them too.
+    name += ".weight"
+    for entry in renamings:
+        name, _ = entry.rename_source_key(name)
+    return name.removesuffix(".weight")
