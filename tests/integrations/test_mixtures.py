@@ -198,6 +198,14 @@ def test_names_of_transformers_become_those_of_checkpoints(
     assert same_tensors(tmp_path / "saved", rewrite(mixtral, tmp_path / "whole", dict))
 
 
+def test_names_that_nothing_reads_are_not_written(mixtral: Path, folders: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="save_original_format=False writes names of experts"):
+        from_pretrained(mixtral).save_pretrained(tmp_path / "saved", save_original_format=False)
+    assert not (tmp_path / "saved").exists()
+    from_pretrained(folders["w4g32"]).save_pretrained(tmp_path / "dense", save_original_format=False)
+    assert same_tensors(tmp_path / "dense", folders["w4g32"])
+
+
 def test_fused_16_bit_experts_beside_quantized_linears(
     mixture: Any, tiny: Any, rewrite: Any, tmp_path: Path
 ) -> None:

@@ -339,7 +339,7 @@ def test_what_save_refuses_is_refused_by_save_pretrained(llama: Path, tmp_path: 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
     for model, reason in ((trained, "layers in training"), (embedded, "quantized embeddings")):
-        for folder in ("saved", "mine"):
+        for folder in ("saved", "saved/deeper/still", "mine", "mine/deeper"):
             with pytest.raises(UnsupportedError, match=f"no checkpoint format holds {reason}"):
                 model.save_pretrained(tmp_path / folder)
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes"]

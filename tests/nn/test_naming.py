@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qkern.nn import expert_parts, own_name, stored_name, unfuse_experts
+from qkern.errors import UnsupportedError
+from qkern.nn import expert_parameters, expert_parts, own_name, stored_name, unfuse_experts
 
 SIZES = {
     "head_dim": 16,
@@ -133,6 +134,46 @@ def test_so_it_does_of_some_and_after_loading(model_type, loaded, skip, mixture,
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("fused", "linears"))
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_unfusing_by_steps_adds_each_conversion_once(mixture):
+    once, steps = mixture("mixtral"), mixture("mixtral")
+    unfuse_experts(once)
+    for skip in (["layers.0"], [], []):
+        unfuse_experts(steps, skip=skip)
+    assert len(steps._weight_conversions) == len(once._weight_conversions)
+
+
+def test_a_part_of_a_model_is_refused(mixture, tmp_path):
+    for model_type in ("mixtral", "granitemoe"):
+        model = mixture(model_type)
+        with pytest.raises(UnsupportedError, match="Model may be a part of a model"):
+            unfuse_experts(model.model)
+        assert expert_parameters(model)
+    model = mixture("qwen3_moe")
+    assert unfuse_experts(model.model)  # whose names are those of checkpoints
+    mixture("mixtral").model.save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    assert unfuse_experts(base)
+    base.save_pretrained(tmp_path / "saved")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "saved"))
+    assert before.keys() == after.keys()
+
+
+def test_names_that_nothing_reads_are_not_written(mixture, tmp_path):
+    for model_type in ("mixtral", "granitemoe"):
+        model = mixture(model_type)
+        unfuse_experts(model)
+        with pytest.raises(UnsupportedError, match="save_original_format=False writes names of experts"):
+            copy.deepcopy(model).save_pretrained(tmp_path / model_type, save_original_format=False)
+        assert not (tmp_path / model_type).exists()
+    model = mixture("qwen3_moe")
+    unfuse_experts(model)
+    model.save_pretrained(tmp_path / "same", save_original_format=False)
+    assert not expert_parameters(model)
+    again, found = AutoModelForCausalLM.from_pretrained(tmp_path / "same", output_loading_info=True)
+    assert expert_parameters(again)
+    assert not any(found.values())
 
 
 def test_modules_have_names_too():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from abc import abstractmethod
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -37,7 +38,8 @@ from qkern.nn import (
     unfuse_experts,
 )
 from qkern.nn.linear import is_conv1d
-from qkern.nn.naming import save_as_stored
+from qkern.nn.naming import renames_experts, save_as_stored
+from qkern.nn.naming import save_pretrained as save_named
 from qkern.pipelines import quantize
 from qkern.pipelines.checks import find_targets, log_kept, target_names
 from qkern.pipelines.load import COMPUTED, mark_quantized, model_names, refuse_misfits
@@ -121,6 +123,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         tensors = stored_names(checkpoint_files)
         fused = _fused_in(tensors, model)
+        model._weight_conversions = []  # it is whole; transformers sets them when it is loaded
         unfuse_experts(model)
         self.linears = named_linears(model)
         self.conv1d = {name for name, linear in self.linears.items() if is_conv1d(linear)}
@@ -301,12 +304,15 @@ def _fused_in(tensors: set[str], model: Any) -> dict[str, Any]:
 
 def save_pretrained(self: Any, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
     """Write a model as transformers does, but leave no folder behind where `QkernQuantizer` refuses it."""
-    made = not Path(save_directory).exists()
+    folder = Path(save_directory)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    write = save_named if renames_experts(self) else type(self).save_pretrained
     try:
-        type(self).save_pretrained(self, save_directory, *arguments, **options)
+        write(self, save_directory, *arguments, **options)
     except QkernError:
-        if made:
-            Path(save_directory).rmdir()
+        with suppress(OSError):  # of one that is not there or not empty, which is no news beside the refusal
+            for path in made:
+                path.rmdir()
         raise
 
 

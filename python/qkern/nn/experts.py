@@ -154,7 +154,8 @@ def unfuse_experts(model: nn.Module, *, skip: Sequence[str] = ()) -> list[str]:
     ----------
     model : nn.Module
         Any model. The weights of the linears are views of the parameters (on the meta device too), so this
-        takes no memory; outputs stay the same up to rounding, and ``save_pretrained`` writes what it did.
+        takes no memory; outputs stay the same up to rounding. ``save_pretrained`` of a whole model writes
+        what it did; it knows nothing of a decoder layer that was given by itself.
     skip : sequence of str
         Modules to leave as they are, by their name or that of a module around them, as in `name_matches`.
 
@@ -162,18 +163,24 @@ def unfuse_experts(model: nn.Module, *, skip: Sequence[str] = ()) -> list[str]:
     -------
     list of str
         Names of the modules that were replaced.
+
+    Raises
+    ------
+    UnsupportedError
+        If the model has no head and is of no checkpoint, and checkpoints have other names: it may be a part
+        of a model, whose ``save_pretrained`` would not know them.
     """
     where = places(model)
     found = {name: model.get_submodule(name) for name, _ in _fused_modules(model) if not lies_in(name, skip)}
     replaced = {name: fused for name, fused in found.items() if id(fused) in where and not _why_fused(fused)}
-    for fused in replaced.values():
-        made = _unfused(fused)
-        for parent, attribute in where[id(fused)]:
-            setattr(parent, attribute, made)
     if replaced:
         save_as_stored(
             model, [f"{name}.{leaf}" for name in replaced for leaf in ("gate_up_proj", "down_proj")]
         )
+    for fused in replaced.values():
+        made = _unfused(fused)
+        for parent, attribute in where[id(fused)]:
+            setattr(parent, attribute, made)
     return list(replaced)
 
 

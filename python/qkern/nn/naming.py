@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import functools
 import re
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
+
+from qkern.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
-__all__ = ["linear_renamings", "own_name", "save_as_stored", "stacks_experts", "stored_name"]
+__all__ = [
+    "linear_renamings",
+    "own_name",
+    "renames_experts",
+    "save_as_stored",
+    "save_pretrained",
+    "stacks_experts",
+    "stored_name",
+]
 
 # Last part of the name of a fused parameter, and the linears that it is made of.
 _FUSED: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -55,6 +67,11 @@ def linear_renamings(conversions: Iterable[Any]) -> list[Any]:
     return renamings
 
 
+def renames_experts(model: Any) -> bool:
+    """Whether checkpoints of a model call linears of experts otherwise than the model does."""
+    return bool(linear_renamings(_mapping(model)))
+
+
 def save_as_stored(model: Any, fused: Sequence[str] = ()) -> None:
     """Let transformers' ``save_pretrained`` write linears of experts as the model's checkpoints have them.
 
@@ -65,21 +82,58 @@ def save_as_stored(model: Any, fused: Sequence[str] = ()) -> None:
     fused : sequence of str
         Parameters that are linears now; those that transformers does not stack on loading are stored as they
         were, and made up of the linears again.
+
+    Raises
+    ------
+    UnsupportedError
+        If the model may be a part of another, which would not know of it.
     """
     if getattr(model, "config", None) is None:
         return
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
-    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    mapping = _mapping(model)
     own = [*linear_renamings(mapping), *_stackings(mapping, fused)]
     if not own:
         return
     # Of a loaded model those that its files needed. A prefix of files is known by nothing else.
-    conversions = list(getattr(model, "_weight_conversions", None) or ())
-    known = {_patterns(entry) for entry in conversions}
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None and getattr(model, "base_model", None) is model:
+        raise UnsupportedError(
+            f"{type(model).__name__} may be a part of a model, whose save_pretrained would give its experts "
+            "names that no checkpoint has: got no head and no checkpoint; give the whole model, as "
+            "AutoModelForCausalLM makes it"
+        )
+    known = {_patterns(entry) for entry in conversions or ()}
     more = [entry for entry in (*mapping, *own) if not isinstance(entry, PrefixChange)]
-    model._weight_conversions = [*conversions, *(entry for entry in more if _patterns(entry) not in known)]
+    model._weight_conversions = [
+        *(conversions or ()),
+        *(entry for entry in more if _patterns(entry) not in known),
+    ]
+    model.save_pretrained = MethodType(save_pretrained, model)
+
+
+def save_pretrained(self: Any, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+    """Write a model as transformers does, its linears of experts under the names of checkpoints.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is to write other names.
+    """
+    if not options.get("save_original_format", True):
+        raise UnsupportedError(
+            "save_original_format=False writes names of experts that no checkpoint has, since they are "
+            "linears: leave it out"
+        )
+    type(self).save_pretrained(self, save_directory, *arguments, **options)
+
+
+def _mapping(model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    mapping: list[Any] = get_model_conversion_mapping(model, add_legacy=False)
+    return mapping
 
 
 def _stackings(mapping: Sequence[Any], fused: Iterable[str]) -> list[Any]:
