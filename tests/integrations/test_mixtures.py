@@ -391,6 +391,40 @@ def test_files_that_have_the_experts_fused(
     assert torch.equal(logits(model), logits(expected))
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", ["mixtral", "granitemoe"])
+def test_bin_files_that_have_the_experts_fused(tiny: Any, tmp_path: Path, kind: str, zipped: bool) -> None:
+    model = tiny(kind, dtype=torch.bfloat16, **SIZES)
+    expected = qkern.quantize(model, method="rtn", scheme="w4g32")
+    model.config.save_pretrained(tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=zipped)
+    model = from_pretrained(tmp_path, quantization_config=QkernConfig("w4g32"))
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_a_state_dict_that_has_the_experts_fused(tiny: Any, mixture: Any, mixtral: Path) -> None:
+    original = tiny("mixtral", dtype=torch.bfloat16, **SIZES)
+    fused = {name: tensor for name, tensor in original.state_dict().items() if ".experts." in name}
+    with pytest.raises(UnsupportedError, match=r"the state_dict: model\.layers\.0\.mlp\.experts\.\w+, "):
+        MixtralForCausalLM.from_pretrained(
+            None,
+            config=original.config,
+            state_dict=original.state_dict(),
+            quantization_config=QkernConfig("w4g32"),
+        )
+    tensors = {
+        name: tensor
+        for file in mixtral.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+        if ".experts." not in name
+    }
+    with pytest.raises(UnsupportedError, match="stacks of experts, which are read from files only"):
+        MixtralForCausalLM.from_pretrained(
+            None, config=AutoConfig.from_pretrained(mixtral), state_dict=tensors | fused
+        )
+
+
 # Stacks under another name, linears under other names, and beside them convolutions that are stacked.
 OTHERS: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
+from zipfile import is_zipfile
 
+import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from qkern.checkpoints import open_safetensors
@@ -14,7 +16,6 @@ from qkern.nn.naming import linear_renamings, stacks_experts
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    import torch
     from torch import Tensor
 
 __all__ = ["WEIGHT", "LayerConverter", "linear_experts", "source_of", "stored_names"]
@@ -29,13 +30,16 @@ def source_of(model: Any) -> str:
 
 
 def stored_names(files: list[str] | None) -> set[str]:
-    """Names in safetensors files; of others none, which are rare and need none of what is done by them."""
-    return {
-        name
-        for file in files or ()
-        if file.endswith(".safetensors")
-        for name in open_safetensors(Path(file)).keys()  # noqa: SIM118 - the handle is no mapping
-    }
+    """Names of the tensors in the files of a checkpoint; of a state_dict nothing is known."""
+    return {name for file in files or () for name in _names_in(file)}
+
+
+def _names_in(file: str) -> Collection[str]:
+    if file.endswith(".safetensors"):
+        return list(open_safetensors(Path(file)).keys())
+    # Files of old versions of torch cannot be mapped. What cannot be read is refused by transformers.
+    tensors = torch.load(file, map_location="meta", mmap=is_zipfile(file), weights_only=True)
+    return cast("dict[str, Tensor]", tensors).keys()
 
 
 def linear_experts(conversions: list[Any]) -> list[Any]:

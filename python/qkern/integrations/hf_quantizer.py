@@ -48,7 +48,7 @@ from qkern.quantizers import quantize_rtn
 from qkern.schemes import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableSet
+    from collections.abc import Collection, Mapping, MutableSet
 
     from transformers.core_model_loading import WeightConverter
 
@@ -170,6 +170,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
             try:
                 if self.failure is not None:
                     raise self.failure
+                _refuse_stacks(model, missing, left_over)
                 refuse_misfits(source_of(model), missing=missing, left_over=left_over, mismatched=mismatched)
             except QkernError:
                 # Else transformers would report them too, and raise an error of its own.
@@ -300,6 +301,21 @@ def _fused_in(tensors: set[str], model: Any) -> dict[str, Any]:
         if modules.isdisjoint(part.rsplit(".", 2)[0] for part in parts)
     }
     return {owner: model.get_submodule(owner) for owner in owners}
+
+
+def _refuse_stacks(model: Any, missing: Collection[str], left_over: Collection[str]) -> None:
+    """Refuse experts that turn out to be fused; a state_dict says so too late."""
+    stacks = [
+        name
+        for name, parts in expert_parts(model).items()
+        if name in left_over and any(part in missing for part in parts)
+    ]
+    if stacks:
+        raise UnsupportedError(
+            f"{source_of(model)}: {', '.join(stacks[:4])}{', ...' if len(stacks) > 4 else ''} are stacks of "
+            "experts, which are read from files only, each layer's all stacks or all linears: write the "
+            "tensors to a folder and load that, or give a tensor for each expert"
+        )
 
 
 def save_pretrained(self: Any, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
