@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, M
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 import qkern
-from qkern.errors import FormatError, UnsupportedError
+from qkern.errors import FormatError, InputError, UnsupportedError
 from qkern.integrations import hf_methods
 from qkern.integrations.hf_methods import QkernConfig
 from qkern.integrations.hf_quantizer import LoadTimeQuantizer
@@ -137,6 +137,26 @@ def test_experts_that_bitsandbytes_does_not_know(
     assert same_tensors(tmp_path / "saved", tmp_path / "quantized")
     assert description(tmp_path / "saved") == description(tmp_path / "quantized")
     assert torch.equal(logits(from_pretrained(tmp_path / "saved")), logits(expected))
+
+
+def test_what_is_refused_of_experts_that_bitsandbytes_does_not_know(mixture: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    folder = tmp_path / "out"
+    qkern.quantize(mixture("mixtral"), scheme="nf4g32", output=folder, **RTN)
+    with pytest.raises(InputError, match=r"kernels compute in: got torch\.float64"):
+        from_pretrained(folder, dtype=torch.float64)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    stored = config["quantization_config"]
+    offload = {"llm_int8_enable_fp32_cpu_offload": True}
+    file.write_text(json.dumps(config | {"quantization_config": stored | offload}))
+    with pytest.raises(UnsupportedError, match="cannot be offloaded to disk"):
+        from_pretrained(folder, device_map={"model": "cpu", "lm_head": "disk"}, offload_folder=tmp_path)
+    bits = {"load_in_4bit": False, "load_in_8bit": True, "_load_in_4bit": False, "_load_in_8bit": True}
+    file.write_text(json.dumps(config | {"quantization_config": stored | bits}))
+    with pytest.raises(FormatError, match=r"no tensor name ends in \.SCB; .* else correct it"):
+        from_pretrained(folder)
 
 
 def test_16_bit_experts_beside_bitsandbytes_layers_are_left_to_transformers(

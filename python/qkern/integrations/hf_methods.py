@@ -34,15 +34,18 @@ def _choose(method: str, config: Any, **kwargs: Any) -> HfQuantizer:
 class _UnlessExperts(HfQuantizer):  # type: ignore[misc]
     """transformers' own quantizer, until a checkpoint turns out to have experts in 4 or 8 bits."""
 
-    def preprocess_model(self, model: Any, **kwargs: Any) -> None:
+    def preprocess_model(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
         if not (self.pre_quantized and _has_quantized_experts(model, kwargs.get("checkpoint_files"))):
-            super().preprocess_model(model, **kwargs)
+            super().preprocess_model(model, dtype=dtype, **kwargs)
             return
         # transformers goes on with this object, and a quantizer is not told of the model before.
         ours: Any = self
         ours.__class__ = CheckpointQuantizer
         ours.__init__(BitsAndBytesConfig.from_dict(self.quantization_config.to_dict()))
-        ours.preprocess_model(model, **kwargs)
+        # What it was asked before, when it was another's.
+        ours.validate_environment(device_map=kwargs.get("device_map"))
+        ours.update_dtype(dtype)
+        ours.preprocess_model(model, dtype=dtype, **kwargs)
 
 
 def _has_quantized_experts(model: Any, files: list[str] | None) -> bool:

@@ -366,7 +366,7 @@ class CheckpointQuantizer(QkernQuantizer):
         if tensors and not layers:
             raise FormatError(
                 f"{source_of(model)}: config.json says {self.format.name}, but no tensor name ends in "
-                f"{suffix}; remove quantization_config if the weights are 16-bit"
+                f"{suffix}; remove quantization_config if the weights are 16-bit, else correct it"
             )
         self.entry_of = self._reading(model, self.format.entry_of, self.description)
         for stored, layer in model_names(layers, model).items():
