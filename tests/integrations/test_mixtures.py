@@ -24,6 +24,7 @@ from qkern.nn import (
     own_name,
     quant_linears,
     stored_name,
+    unfuse_experts,
 )
 
 if TYPE_CHECKING:
@@ -203,6 +204,32 @@ def test_a_state_dict(mixtral: Path) -> None:
     assert torch.equal(logits(model), logits(qkern.load(mixtral)))
 
 
+def test_experts_that_stay_16_bit_stay_stacks(mixture: Any, rewrite: Any, tmp_path: Path) -> None:
+    skip = ["experts"]
+    qkern.quantize(mixture("mixtral"), scheme="w4g32", skip=skip, output=tmp_path / "out", **RTN)
+    names = rewrite(
+        tmp_path / "out",
+        tmp_path / "names",
+        lambda tensors: {own_name("mixtral", name): tensor for name, tensor in tensors.items()},
+    )
+    config = QkernConfig("w4g32", skip=skip)
+    for implementation in ("eager", "grouped_mm"):
+        options = {"experts_implementation": implementation}
+        expected = qkern.load(tmp_path / "out")
+        for model in (
+            from_pretrained(tmp_path / "out", **options),
+            from_pretrained(mixture("mixtral"), quantization_config=config, **options),
+        ):
+            assert len(expert_parameters(model)) == 4
+            assert model.config._experts_implementation == implementation
+            assert quant_linears(model).keys() == quant_linears(expected).keys()
+            assert torch.allclose(logits(model), logits(expected), rtol=0.05, atol=0.05)
+    # transformers does not stack these, nor those of one layer only.
+    assert not expert_parameters(from_pretrained(names))
+    some = QkernConfig("w4g32", skip=["layers.0.mlp.experts"])
+    assert not expert_parameters(from_pretrained(mixture("mixtral"), quantization_config=some))
+
+
 def test_names_of_transformers_become_those_of_checkpoints(
     mixtral: Path, rewrite: Any, tmp_path: Path
 ) -> None:
@@ -238,8 +265,9 @@ def test_fused_16_bit_experts_beside_quantized_linears(
         lambda tensors: {name: t for name, t in tensors.items() if ".experts." not in name} | experts,
     )
     model = from_pretrained(fused)
-    assert torch.equal(logits(model), logits(qkern.load(fused)))
     model.save_pretrained(tmp_path / "saved")
+    assert unfuse_experts(model)  # whose sums are those of `load`
+    assert torch.equal(logits(model), logits(qkern.load(fused)))
     assert same_tensors(tmp_path / "saved", tmp_path / "out")
     name = "model.layers.0.mlp.experts.down_proj"
     less = rewrite(fused, tmp_path / "less", lambda tensors: tensors | {name: tensors[name][:3].contiguous()})

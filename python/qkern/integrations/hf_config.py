@@ -343,7 +343,7 @@ class CompressedTensorsConfig(StoredConfig, transformers.CompressedTensorsConfig
 
 
 class BitsAndBytesConfig(StoredConfig, transformers.BitsAndBytesConfig):  # type: ignore[misc]
-    """Of a bitsandbytes checkpoint, which is written here and loaded by transformers' own quantizer."""
+    """Of a bitsandbytes checkpoint; qkern writes all, and loads those with experts in 4 or 8 bits."""
 
 
 STORED: Final[dict[str, type[StoredConfig]]] = {

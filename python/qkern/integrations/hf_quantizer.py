@@ -2,7 +2,7 @@
 
 The linears stay in their places on the meta device until everything is loaded; then a `QuantLinear` takes the
 place of each. Names, devices, shards and ties are transformers' work, as for any model; experts are linears
-here, not stacks of them.
+here, not stacks of them, unless all of them stay 16-bit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
@@ -35,10 +36,11 @@ from qkern.nn import (
     named_linears,
     quant_linears,
     replace_linears,
+    stored_name,
     unfuse_experts,
 )
 from qkern.nn.linear import is_conv1d
-from qkern.nn.naming import renames_experts, save_as_stored
+from qkern.nn.naming import renames_experts, save_as_stored, stacks_experts
 from qkern.nn.naming import save_pretrained as save_named
 from qkern.pipelines import quantize
 from qkern.pipelines.checks import find_targets, log_kept, target_names
@@ -89,6 +91,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         self.thresholds: dict[str, float | None] = {}
         self.failure: QkernError | None = None
         self.watched = False
+        self.stacks = False
 
     # Before loading ----------------------------------------------------------------------------------------
 
@@ -122,20 +125,27 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
                 "a QuantLinear cannot be split over processes: load without tp_plan and distributed_config"
             )
         tensors = stored_names(checkpoint_files)
+        owners = {parameter.rpartition(".")[0] for parameter in expert_parts(model)}
+        modules = {owner: model.get_submodule(owner) for owner in owners}
         fused = _fused_in(tensors, model)
         model._weight_conversions = []  # it is whole; transformers sets them when it is loaded
         unfuse_experts(model)
         self.linears = named_linears(model)
         self.conv1d = {name for name, linear in self.linears.items() if is_conv1d(linear)}
         self._prepare(model, tensors)
-        for owner, experts in fused.items():  # as the files have them; once loaded they are linears again
-            model.set_submodule(owner, experts)
+        self.stacks = not self._takes_experts(model) and _are_stacked(tensors, model, fused)
+        for owner in modules if self.stacks else fused:  # else linears once all is loaded
+            model.set_submodule(owner, modules[owner])
         self._watch(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Return how stored tensors become those of the model, whose experts are not stacked on loading."""
-        kept = linear_experts(weight_conversions)
+        """Return how stored tensors become those of the model, experts stacked only if none is quantized."""
+        kept = weight_conversions if self.stacks else linear_experts(weight_conversions)
         return cast("list[Any]", super().update_weight_conversions(kept, model))
+
+    def _takes_experts(self, model: Any) -> bool:
+        """Whether a linear of an expert is to be quantized."""
+        return any(part in self.element_sizes for parts in expert_parts(model).values() for part in parts)
 
     @abstractmethod
     def _prepare(self, model: Any, tensors: set[str]) -> None:
@@ -200,7 +210,8 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
             made.bias = linear.bias
             model.set_submodule(layer, made)
         self.linears.clear()  # those that were replaced would live on here
-        unfuse_experts(model)
+        if not self.stacks:
+            unfuse_experts(model)
 
     # After loading -----------------------------------------------------------------------------------------
 
@@ -290,17 +301,32 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         return {}
 
 
-def _fused_in(tensors: set[str], model: Any) -> dict[str, Any]:
-    """Modules with experts of which files with these tensors have no linears, by their names."""
+def _fused_in(tensors: set[str], model: Any) -> set[str]:
+    """Names of modules with experts of which files with these tensors have no linears."""
     if not tensors:
-        return {}  # nothing is known of them
+        return set()  # nothing is known of them
     modules = {name.rsplit(".", 2)[0] for name in model_names(tensors, model).values()}
-    owners = {
+    return {
         parameter.rpartition(".")[0]
         for parameter, parts in expert_parts(model).items()
         if modules.isdisjoint(part.rsplit(".", 2)[0] for part in parts)
     }
-    return {owner: model.get_submodule(owner) for owner in owners}
+
+
+def _are_stacked(tensors: set[str], model: Any, fused: Collection[str]) -> bool:
+    """Whether transformers itself makes stacks of all the experts but those that are `fused` in the files."""
+    linears = {
+        part
+        for parameter, parts in expert_parts(model).items()
+        if parameter.rpartition(".")[0] not in fused
+        for part in parts
+    }
+    known = any(map(stacks_experts, get_model_conversion_mapping(model)))
+    return (
+        bool(tensors)
+        and (known or not linears)
+        and all(stored_name(model.config.model_type, part) in tensors for part in linears)
+    )
 
 
 def _refuse_stacks(model: Any, missing: Collection[str], left_over: Collection[str]) -> None:
@@ -445,6 +471,10 @@ class LoadTimeQuantizer(QkernQuantizer):
         self.format_name = quantization_config.format
         self.settings: Settings = quantization_config.settings()
         self.schemes: dict[str, Scheme] = {}
+
+    def _takes_experts(self, model: Any) -> bool:
+        # What a method that reads text takes comes out later.
+        return self.settings.reads_text or super()._takes_experts(model)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse parts on disk, and where a method runs the whole model, several devices."""

@@ -1,5 +1,6 @@
 """Importing this runs transformers' AWQ, GPTQ and compressed-tensors models on qkern's kernels.
 
+So it does with bitsandbytes' models whose experts are in 4 or 8 bits, which transformers does not load.
 ``from_pretrained`` and ``pipeline`` need nothing else; `disable` gives transformers its own classes back.
 """
 
