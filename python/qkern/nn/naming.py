@@ -6,7 +6,6 @@ What transformers knows of them is asked for where it is needed: `import qkern` 
 from __future__ import annotations
 
 import functools
-import re
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +27,9 @@ __all__ = [
 
 # Last part of the name of a fused parameter, and the linears that it is made of.
 _FUSED: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+# Where in a model a conversion holds, which the first versions of transformers did not say.
+_SCOPE: Final = ("scope_prefix", "base_model_prefix")
 
 
 def stored_name(model_type: str, name: str) -> str:
@@ -60,9 +62,11 @@ def linear_renamings(conversions: Iterable[Any]) -> list[Any]:
             stored = source.replace("\\.", ".").removesuffix("weight")
             own = f"{owner}.*.{linear}."
             if stored != own:
-                pattern = re.escape(stored).replace(r"\*", r"(\d+)")
-                made = WeightRenaming(pattern, own.replace("*", r"\1"))
-                made.scope_prefix, made.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
+                # Unescaped, as those of transformers: its first versions would write the escapes.
+                made = WeightRenaming(stored.replace("*", r"(\d+)"), own.replace("*", r"\1"))
+                for name in _SCOPE:
+                    if hasattr(entry, name):
+                        setattr(made, name, getattr(entry, name))
                 renamings.append(made)
     return renamings
 
@@ -90,8 +94,6 @@ def save_as_stored(model: Any, fused: Sequence[str] = ()) -> None:
     """
     if getattr(model, "config", None) is None:
         return
-    from transformers.core_model_loading import PrefixChange
-
     mapping = _mapping(model)
     own = [*linear_renamings(mapping), *_stackings(mapping, fused)]
     if not own:
@@ -105,7 +107,7 @@ def save_as_stored(model: Any, fused: Sequence[str] = ()) -> None:
             "AutoModelForCausalLM makes it"
         )
     known = {_patterns(entry) for entry in conversions or ()}
-    more = [entry for entry in (*mapping, *own) if not isinstance(entry, PrefixChange)]
+    more = [entry for entry in (*mapping, *own) if not _is_prefix(entry)]
     model._weight_conversions = [
         *(conversions or ()),
         *(entry for entry in more if _patterns(entry) not in known),
@@ -161,7 +163,7 @@ def _stackings(mapping: Sequence[Any], fused: Iterable[str]) -> list[Any]:
 def _renamings(model_type: str, *, to_stored: bool = False) -> tuple[Any, ...]:
     """Return what transformers renames in a mixture, its experts being linears, in this order."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightRenaming
+    from transformers.core_model_loading import WeightRenaming
 
     mapping = get_checkpoint_conversion_mapping(model_type) or []
     if not any(map(stacks_experts, mapping)):
@@ -170,13 +172,16 @@ def _renamings(model_type: str, *, to_stored: bool = False) -> tuple[Any, ...]:
     entries = [*theirs, *linear_renamings(mapping)]
     if not to_stored:
         return tuple(entries)
-    return tuple(
-        entry.reverse_transform() for entry in reversed(entries) if not isinstance(entry, PrefixChange)
-    )
+    return tuple(entry.reverse_transform() for entry in reversed(entries) if not _is_prefix(entry))
+
+
+def _is_prefix(entry: Any) -> bool:
+    # By its name: the first versions of transformers have no such class.
+    return type(entry).__name__ == "PrefixChange"
 
 
 def _patterns(entry: Any) -> tuple[Any, ...]:
-    return type(entry), *entry.source_patterns, *entry.target_patterns, entry.scope_prefix
+    return type(entry), *entry.source_patterns, *entry.target_patterns, getattr(entry, "scope_prefix", None)
 
 
 def _renamed(name: str, renamings: Sequence[Any]) -> str:
