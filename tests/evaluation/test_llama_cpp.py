@@ -76,5 +76,5 @@ def test_missing_package_says_how_to_install_it(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_llama)
-    with pytest.raises(UnsupportedError, match=r'pip install "qkern\[llama\]"'):
+    with pytest.raises(UnsupportedError, match=r"pip install llama-cpp-python"):
         LlamaCpp("model.gguf")

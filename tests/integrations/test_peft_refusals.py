@@ -71,6 +71,13 @@ def test_other_models_are_left_to_peft(tiny: Callable[..., Any]) -> None:
     assert qpeft.merge(model).layers == {}
 
 
+def test_merge_uses_a_model_up(fresh: Callable[..., Any]) -> None:
+    model = get_peft_model(fresh(), config())
+    assert qpeft.merge(model).layers
+    with pytest.raises(InputError, match=r"no adapter layers left: .* load the base and the adapter again"):
+        qpeft.merge(model, dtype=torch.bfloat16)
+
+
 def test_merge_refuses_what_it_cannot_merge(fresh: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match="takes a PeftModel with LoRA adapters: got LlamaForCausalLM"):
         qpeft.merge(fresh())
@@ -106,5 +113,5 @@ def test_verbs_refuse_a_model_with_adapters(fresh: Callable[..., Any], tmp_path:
 def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "qkern.integrations.peft")
-    with pytest.raises(ImportError, match=r"need PEFT 0.21 or later: pip install 'qkern\[peft\]'"):
+    with pytest.raises(ImportError, match=r"need PEFT 0.21 or later: pip install 'peft>=0.21'"):
         importlib.import_module("qkern.integrations.peft")

@@ -308,13 +308,14 @@ AGAINST = {
 
 
 @pytest.mark.parametrize("what", ALONE)
-def test_corruption_shows_by_itself(copied, what):
+def test_corruption_shows_by_itself(copied, original, what):
     name, corrupt, check = ALONE[what]
     folder = copied(name)
     corrupt(folder)
-    found = qkern.verify(folder)
-    assert check in failed(found), found.as_dict()
-    assert not found.is_sound
+    for against in (None, original):
+        found = qkern.verify(folder, against=against)
+        assert check in failed(found), found.as_dict()
+        assert not found.is_sound
 
 
 @pytest.mark.parametrize("what", AGAINST)

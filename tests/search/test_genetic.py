@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from qkern.errors import InputError
+from qkern.errors import InputError, UnsupportedError
 from qkern.search import (
     Gene,
     Space,
+    check_population,
     evolve,
     is_full,
     lagrangian,
@@ -58,6 +59,12 @@ def test_it_beats_the_optimum_of_the_sensitivities_and_random_search():
         assert loss(best) <= loss(lagrangian(space, losses, budget))
         below += loss(best) < loss(lagrangian(space, losses, budget))
     assert below >= 4
+
+
+def test_without_pymoo_it_does_not_begin(monkeypatch):
+    monkeypatch.setattr("qkern.search.genetic.find_spec", {}.get)
+    with pytest.raises(UnsupportedError, match="pip install pymoo"):
+        check_population(20, 12)
 
 
 def test_a_seed_gives_one_search():

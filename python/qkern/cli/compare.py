@@ -100,7 +100,7 @@ def command(
         with new_folder(output) as folder:
             write_report(comparison, folder)
         if not as_json:
-            pictures = "" if has_matplotlib() else " (no pictures: matplotlib is missing, qkern[plot])"
+            pictures = "" if has_matplotlib() else " (no pictures: pip install matplotlib)"
             typer.echo(f"report: {output / 'report.md'}{pictures}")
     if comparison.is_empty:
         raise InputError("no model could be measured beside the original; the reasons are beside their names")

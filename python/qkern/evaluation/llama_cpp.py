@@ -62,7 +62,7 @@ class LlamaCpp:
         except ImportError as error:
             raise UnsupportedError(
                 f"running a GGUF needs llama-cpp-python, which does not import ({error}); "
-                'install it with: pip install "qkern[llama]"'
+                "install it with: pip install llama-cpp-python"
             ) from error
         path = Path(path)
         if not path.is_file():

@@ -36,7 +36,7 @@ try:
 
     from qkern.integrations.peft_experts import has_linear_experts, refuse_stacks
 except ImportError as error:
-    raise ImportError(f"adapters need PEFT 0.21 or later: pip install 'qkern[peft]' ({error})") from error
+    raise ImportError(f"adapters need PEFT 0.21 or later: pip install 'peft>=0.21' ({error})") from error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -411,6 +411,11 @@ def merge(
     if unknown:
         raise InputError(f"no adapters {', '.join(unknown)}: allowed are {', '.join(model.peft_config)}")
     base = model.base_model.model
+    if not any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise InputError(
+            "this model has no adapter layers left: merge takes them out of the model that it is given; load "
+            "the base and the adapter again to merge them otherwise"
+        )
     if dtype not in (None, *FLOAT_DTYPES):
         raise InputError(f"dtype must be fp32, fp16, bf16 or None: got {dtype!r}")
     if dtype is not None and any(isinstance(module, QuantEmbedding) for module in base.modules()):

@@ -197,7 +197,11 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
         markdown(speed_table(comparison)),
         METHOD,
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),
-        *([] if has_matplotlib() else ["No pictures: matplotlib is not installed (`qkern[plot]`)."]),
+        *(
+            []
+            if has_matplotlib()
+            else ["No pictures: matplotlib is not installed (`pip install matplotlib`)."]
+        ),
         f"## Samples: {settings['new_tokens']} tokens, the likeliest each time",
         markdown(sample_table(comparison)),
     ]

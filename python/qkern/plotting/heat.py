@@ -33,9 +33,7 @@ def check_picture(path: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} of the picture does not exist; make it first")
     if not has_matplotlib():
-        raise UnsupportedError(
-            "pictures need matplotlib: pip install 'qkern[plot]', or leave the picture out"
-        )
+        raise UnsupportedError("pictures need matplotlib: pip install matplotlib, or leave the picture out")
 
 
 def plot_heat(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from qkern.errors import InputError
+from qkern.errors import InputError, UnsupportedError
 from qkern.search.budget import check_budget, greedy, lagrangian, random_genome, repair
 
 if TYPE_CHECKING:
@@ -213,13 +214,17 @@ def undominated(space: Space, known: Mapping[Genome, float]) -> list[tuple[Genom
 
 
 def check_population(population: int, generations: int) -> None:
-    """Refuse a search of no size.
+    """Refuse a search of no size, and one that could not start.
 
     Raises
     ------
     InputError
-        If so.
+        If it has no size.
+    UnsupportedError
+        If pymoo is missing.
     """
+    if find_spec("pymoo") is None:
+        raise UnsupportedError("a search needs pymoo, which is not installed: pip install pymoo")
     if population < 2 or generations < 1:
         raise InputError(
             f"a search needs a population of 2 and 1 generation at least: got {population} and {generations}"

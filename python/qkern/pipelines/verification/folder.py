@@ -405,7 +405,7 @@ class FolderSubject:
             self._findings.count("values")
         midpoints, declared = [], []
         symmetric: dict[int, _Symmetric] = {}
-        for linear, layer in self._layers.items():
+        for linear, layer in list(self._layers.items()):
             unpacked = layer.unpacked()
             if layer.layout.symmetric:
                 symmetric.setdefault(layer.layout.bits, _Symmetric(layer.layout.midpoint)).take(
@@ -413,6 +413,9 @@ class FolderSubject:
                 )
             self._findings.add("values", *_value_problems(layer, unpacked))
             self._findings.count("values", len(layer.parts))
+            if not unpacked.has_weights:
+                del self._layers[linear]
+                continue
             midpoints.append(bool((unpacked.zeros == layer.layout.midpoint).all()))
             declared.append(not layer.layout.symmetric)
             if layer.layout.symmetric or self.format == "awq":

@@ -159,6 +159,12 @@ class UnpackedLayer:
     groups: NDArray[np.int64]
     levels: NDArray[np.float32] | None = None
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is a scale for each column, and a number."""
+        groups = (self.groups >= 0) & (self.groups < self.scales.shape[1])
+        return bool(groups.all() and np.isfinite(self.scales).all())
+
     def weights(self) -> NDArray[np.float32]:
         """Return the weights, float32 ``[N, K]``."""
         if self.levels is not None:
