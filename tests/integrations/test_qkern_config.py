@@ -158,6 +158,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"scheme": "w4g128", "format": "marlin"}, "unknown checkpoint format: got 'marlin'"),
     ({"scheme": "w4g128", "method": "hqq"}, "unknown method 'hqq'"),
     ({"scheme": "w4g128", "method": "gptq"}, "calibration is missing: method gptq"),
+    ({"scheme": "w4g128", "calibration": "text.txt"}, "calibration is given, which method rtn does not read"),
     ({"scheme": "w4g128", "method": "gptq", "dataset": "c4"}, "data set 'c4' would be fetched"),
 ]
 

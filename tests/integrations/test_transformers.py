@@ -209,6 +209,9 @@ def test_state_dict(llama: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(llama)
     model = transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
     assert torch.equal(logits(model), logits(qkern.load(llama)))
+    spoilt = tensors | {"model.norm.weight": torch.full_like(tensors["model.norm.weight"], torch.nan)}
+    with pytest.raises(FormatError, match=r"the state_dict: model\.norm\.weight has NaN or Inf values"):
+        transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=spoilt)
     del tensors["model.norm.weight"]
     with pytest.raises(FormatError, match=r"the state_dict does not fit .* missing: model\.norm\.weight"):
         transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)

@@ -219,9 +219,10 @@ def test_requantize(quantized, act_order, tmp_path):
     assert report.is_exact
     # Only the mark is left out: weights and codes are the same.
     source = quantized("w8a8", "compressed-tensors")
-    report = qkern.convert(source, tmp_path / "unmarked", "gptq", requantize="nearest")
-    assert {(la.before, la.after, la.is_exact) for la in report.layers.values()} == {("w8a8", "w8", True)}
-    assert torch.equal(logits(tmp_path / "unmarked"), logits(source))
+    for asked in ("nearest", "w8"):
+        report = qkern.convert(source, tmp_path / asked, "gptq", requantize=asked)
+        assert {(la.before, la.after, la.is_exact) for la in report.layers.values()} == {("w8a8", "w8", True)}
+        assert torch.equal(logits(tmp_path / asked), logits(source))
     with pytest.raises(UnsupportedError, match="cannot be rounded to what awq holds: AWQ has 4 bits only"):
         qkern.convert(act_order, tmp_path / "none", "awq", requantize="w8")
 

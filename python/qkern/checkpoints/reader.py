@@ -186,6 +186,7 @@ def read_quantized(path: str | Path) -> QuantizedCheckpoint:
     if checkpoint.format is None:
         checkpoint.close()
         raise UnsupportedError(
-            f"{checkpoint.folder} is not quantized: config.json has no quantization_config"
+            f"{checkpoint.folder} is not quantized: config.json has no quantization_config; "
+            "quantize it with qkern.quantize (qkern quantize)"
         )
     return checkpoint

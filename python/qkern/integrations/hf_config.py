@@ -139,6 +139,11 @@ class QkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
         settings = self.settings()
         if settings.scheme is not None:
             self.scheme = settings.spelling
+        if not settings.reads_text and options.get("calibration") is not None:
+            raise InputError(
+                f"calibration is given, which method {method} does not read: say method='gptq' (or awq, "
+                "smoothquant), or leave calibration out"
+            )
         if settings.reads_text and options.get("calibration") is None:
             raise InputError(
                 f"calibration is missing: method {method} measures activations on text; give calibration= a "

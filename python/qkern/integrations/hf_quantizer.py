@@ -44,7 +44,7 @@ from qkern.nn.naming import renames_experts, save_as_stored, stacks_experts
 from qkern.nn.naming import save_pretrained as save_named
 from qkern.pipelines import quantize
 from qkern.pipelines.checks import find_targets, log_kept, target_names
-from qkern.pipelines.load import COMPUTED, mark_quantized, model_names, refuse_misfits
+from qkern.pipelines.load import COMPUTED, mark_quantized, model_names, refuse_misfits, refuse_nonfinite
 from qkern.pipelines.save import StoredLayers, plain_tensors
 from qkern.quantizers import quantize_rtn
 from qkern.schemes import FLOAT_DTYPES
@@ -229,6 +229,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
         model.save_pretrained = MethodType(save_pretrained, model)
         model.requires_grad_(False)
         self._finish(model)
+        refuse_nonfinite(source_of(model), model)
         if quant_linears(model):
             mark_quantized(model)
         fuse_forwards(model)

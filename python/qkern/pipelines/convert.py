@@ -313,7 +313,8 @@ def _forms(
         found: Form | str = f"{name}: {source.coded.get(f'{name}.weight')} is no grid of {fmt.name}"
         if qw is not None:
             found = find_form(fmt, name, qw, group_size=group_size, is_unmarked=source.has_outliers)
-            if isinstance(found, str) and rounding == (None,):
+            # Without its mark of int8 activations a layer has the same weights, which is as near as can be.
+            if isinstance(found, str) and rounding in ((None,), (qw.scheme.weight_only(),)):
                 found = find_form(fmt, name, qw, group_size=group_size, is_unmarked=True)
         if isinstance(found, Form):
             assert qw is not None

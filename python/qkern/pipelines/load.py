@@ -137,7 +137,7 @@ def load(
                 raise _quantized_already(path, checkpoint.format.name)
             else:
                 model = _load_quantized(checkpoint, config, dtype)
-    _refuse_nonfinite(checkpoint.folder, model)
+    refuse_nonfinite(checkpoint.folder, model)
     for module in model.modules():
         if isinstance(module, QuantLinear | QuantEmbedding):
             module.compute = compute or "auto"
@@ -298,12 +298,19 @@ def refuse_misfits(
         )
 
 
-def _refuse_nonfinite(folder: Path, model: Any) -> None:
+def refuse_nonfinite(source: object, model: Any) -> None:
+    """Refuse a model with NaN or Inf in what is not quantized, which reading does not look at.
+
+    Raises
+    ------
+    FormatError
+        Naming the first such parameter and `source`.
+    """
     for name, parameter in model.named_parameters():
         # The sum of finite values may overflow, but it is quick, and only then is each looked at.
         if not parameter.detach().sum(dtype=torch.float32).isfinite() and not parameter.isfinite().all():
             raise FormatError(
-                f"{folder}: {name} has NaN or Inf values, with which every output would be NaN; "
+                f"{source}: {name} has NaN or Inf values, with which every output would be NaN; "
                 "fetch the checkpoint again"
             )
 
