@@ -124,6 +124,16 @@ def config(**fields):
     return corrupt
 
 
+def model_config(**fields):
+    """Corruption of what the configuration says of the model."""
+
+    def corrupt(folder):
+        whole = read_json(folder / "config.json") | fields
+        (folder / "config.json").write_text(json.dumps(whole))
+
+    return corrupt
+
+
 def groups_config(**fields):
     """The same of the weights of compressed-tensors' only group."""
 
@@ -295,6 +305,11 @@ AGAINST = {
     "a norm's channel of 0": (
         "awq",
         filled("model.layers.0.input_layernorm.weight", 3, 0.0),
+        "original",
+    ),
+    "another rotary base": (
+        "gptq",
+        model_config(rope_parameters={"rope_theta": 100.0, "rope_type": "default"}),
         "original",
     ),
     "a norm of zeros": (

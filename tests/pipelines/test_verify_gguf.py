@@ -8,7 +8,7 @@ import torch
 
 import gguf
 import qkern
-from qkern.demo import MODEL
+from qkern.demo import CALIBRATION, MODEL
 from qkern.errors import UnsupportedError
 
 
@@ -32,6 +32,40 @@ def test_sound_gguf(file):
     assert found.is_sound, found.as_dict()
     assert (found.format, found.runtime, len(found.errors)) == ("gguf", "gguf", 29)
     assert failed(qkern.verify(file, runtime="vllm")) == {"runtime"}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method", "types"),
+    [
+        ("w4g128", "gptq", ("q4_0", "q8_0", "q4_k_m")),
+        ("w3g128", "gptq", ("q4_0",)),
+        ("w4g128z", "rtn", ("q5_0", "q4_1")),
+        ("w8", "rtn", ("q8_0",)),
+        ("nf4g64", "rtn", ("q8_0",)),
+    ],
+)
+def test_exports_of_quantized_models_are_measured_on_the_grid_they_had(tmp_path, scheme, method, types):
+    given = {} if method == "rtn" else {"calibration": CALIBRATION, "samples": 16, "length": 256}
+    qkern.quantize(MODEL, method=method, scheme=scheme, output=tmp_path / "made", device="cpu", **given)
+    for kind in types:
+        path = tmp_path / f"{kind}.gguf"
+        qkern.export_gguf(tmp_path / "made", path, kind)
+        found = qkern.verify(path, against=MODEL)
+        assert found.is_sound, (kind, found.as_dict())
+    # What it says of itself loosens no more than that.
+    content = bytearray(path.read_bytes())
+    start, stored = blocks(path, "blk.0.ffn_up.weight")
+    content[start : start + stored.numel()] = stored.flip(0).numpy().tobytes()
+    path.write_bytes(content)
+    assert failed(qkern.verify(path, against=MODEL)) == {"error"}
+
+
+def test_what_a_gguf_says_of_its_source_may_be_damaged(tmp_path):
+    qkern.quantize(MODEL, method="rtn", scheme="w4g128", output=tmp_path / "made")
+    path = tmp_path / "made.gguf"
+    qkern.export_gguf(tmp_path / "made", path, "q4_0")
+    path.write_bytes(path.read_bytes().replace(b'"w4g128"', b'"w5g128"', 1))
+    assert "qkern.source_schemes is damaged: unsupported bits" in problems(qkern.verify(path), "config")
 
 
 def blocks(file, name):

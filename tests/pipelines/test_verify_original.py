@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qkern
+from qkern.demo import CALIBRATION, MODEL
 from qkern.models.injection import inject
 from qkern.ops import dequantize_groupwise, quantize_groupwise
 from qkern.pipelines.verification.original import Matrix, compare_matrix
@@ -44,6 +45,20 @@ def test_clipping_explains_no_row_of_which_much_is_longer(factors, is_explained)
     assert [problem.partition(",")[0] for problem in problems] == (
         [] if is_explained else ["1 of 64 rows have the wrong length"]
     )
+
+
+def test_a_converted_folder_is_measured_on_the_grid_it_had(tmp_path):
+    given = {"calibration": CALIBRATION, "samples": 16, "length": 256, "device": "cpu"}
+    qkern.quantize(MODEL, method="gptq", scheme="w3g128", output=tmp_path / "made", **given)
+    assert qkern.convert(tmp_path / "made", tmp_path / "awq", "awq").is_exact
+    assert qkern.verify(tmp_path / "awq", against=MODEL).is_sound
+    qkern.export_gguf(MODEL, tmp_path / "model.gguf", "q4_k_m")
+    qkern.convert(tmp_path / "model.gguf", tmp_path / "gptq", "gptq", requantize="nearest")
+    assert qkern.verify(tmp_path / "gptq", against=MODEL).is_sound
+    recipe = tmp_path / "awq" / "qkern.json"
+    recipe.write_text(recipe.read_text().replace('"before": "w3g128"', '"before": 3', 1))
+    damaged = qkern.verify(tmp_path / "awq")
+    assert "layers of qkern.json are damaged: not a scheme" in damaged.checks[1].problems[0]
 
 
 @pytest.mark.parametrize(("scheme", "format"), [("w4g128z", "awq"), ("w3g128z", "compressed-tensors")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections import Counter
@@ -35,7 +36,7 @@ from qkern.schemes import QuantizedWeight
 from qkern.search import MixedPrecision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -47,6 +48,8 @@ __all__ = ["GGUFReport", "TensorReport", "export_gguf", "planned_export"]
 
 logger = logging.getLogger(__name__)
 
+SOURCE_SCHEMES: Final = "qkern.source_schemes"
+"""Key of a file of a quantized model: JSON object of the schemes that its tensors had by their names."""
 _HEAD: Final = "lm_head"
 _EMBEDDING: Final = "model.embed_tokens"
 
@@ -245,7 +248,7 @@ def export_gguf(
             run = ImatrixRun(model, calibration, **drawn)
             # What the file says of it is known before it is collected, and takes the same space.
             matrix = Imatrix(entries={}, datasets=(run.dataset,), chunk_count=0, chunk_size=length)
-        add_model = _metadata(checkpoint, architecture, config, mixture, model, pre_tokenizer)
+        add_model = _metadata(checkpoint, architecture, config, mixture, model, plan, pre_tokenizer)
 
         def add_metadata(writer: Any) -> None:
             add_model(writer)
@@ -290,7 +293,7 @@ def planned_export(
         overrides = partial(_overrides, {}, None, None)
         options: dict[str, Any] = {"pure": False, "importance": importance}
         plan = _plan(checkpoint, architecture, config, mixture, overrides, assignment, **options)
-        add_metadata = _metadata(checkpoint, architecture, config, mixture, model, None)
+        add_metadata = _metadata(checkpoint, architecture, config, mixture, model, plan, None)
         return plan.tensors, gguf_bytes(architecture.name, plan.tensors, add_metadata)
 
 
@@ -317,6 +320,7 @@ def _metadata(
     config: dict[str, Any],
     mixture: Mixture,
     model: str | Path,
+    plan: _Plan,
     pre_tokenizer: str | None,
 ) -> Callable[[Any], None]:
     """Make what a file says of the model, once; return what puts it into a writer."""
@@ -329,6 +333,8 @@ def _metadata(
     made.add_file_type(mixture.file_type)
     made.add_quantization_version(2)
     made.add_quantized_by(f"qkern {__version__}")
+    if plan.quantized:
+        made.add_string(SOURCE_SCHEMES, json.dumps(plan.quantized))
     architecture.add_metadata(made, config)
     add_tokenizer(made, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
     tokenizer = made.kv_data[0]["tokenizer.ggml.model"].value
@@ -366,10 +372,10 @@ def _overrides(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """The tensors of a file in its order, and the names of those that come quantized and that keep codes."""
+    """The tensors of a file in its order, the schemes of those that come quantized, and what keeps codes."""
 
     tensors: list[PlannedTensor]
-    quantized: list[str]
+    quantized: dict[str, str]
     kept: set[str]
 
 
@@ -425,7 +431,11 @@ def _plan(
         tensors.append(PlannedTensor(name=names[name], source=name, type=kind, shape=shape, read=read))
     return _Plan(
         tensors=tensors,
-        quantized=[names[name] for name, source in sources.items() if source.is_quantized(checkpoint)],
+        quantized={
+            names[name]: str(source.coarsest(checkpoint))
+            for name, source in sources.items()
+            if source.is_quantized(checkpoint)
+        },
         kept={name for name in kept if types[name].name == mixture.base},
     )
 
@@ -490,7 +500,9 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _hint(checkpoint: QuantizedCheckpoint, mixture: Mixture, quantized: list[str], written: Written) -> None:
+def _hint(
+    checkpoint: QuantizedCheckpoint, mixture: Mixture, quantized: Collection[str], written: Written
+) -> None:
     """Name the type that would have kept the codes of a quantized checkpoint."""
     rounded = sum(not written.exact[name] for name in quantized)
     kind = exact_type(entry.scheme for entry in checkpoint.entries.values() if not entry.act_order)

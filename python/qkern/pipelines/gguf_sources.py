@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from qkern.checkpoints import QuantizedCheckpoint
     from qkern.gguf import GGUFArchitecture
+    from qkern.schemes import Scheme
 
 __all__ = ["Source", "find_sources", "stored_names"]
 
@@ -42,6 +44,11 @@ class Source:
     def is_quantized(self, checkpoint: QuantizedCheckpoint) -> bool:
         """Whether all of it is quantized in the checkpoint."""
         return all(name in checkpoint.entries for name in self.stored)
+
+    def coarsest(self, checkpoint: QuantizedCheckpoint) -> Scheme:
+        """Return the scheme of what is quantized; of experts in several the one that rounds most."""
+        schemes = (checkpoint.entries[name].scheme.weight_only() for name in self.stored)
+        return min(schemes, key=lambda scheme: (scheme.bits, -(scheme.group_size or math.inf)))
 
     def check_shape(self, checkpoint: QuantizedCheckpoint, shape: tuple[int, ...]) -> None:
         """Refuse tensors that do not make one of this shape, by the headers of their files.

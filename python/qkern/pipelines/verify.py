@@ -42,6 +42,11 @@ _NEW_TOKENS: Final = 8
 _LEAST: Final = 2
 _OF_MODEL: Final = ("weights", "generation", "kl")
 _OF_ORIGINAL: Final = ("original", "error", "kl")
+# Of a configuration what is of the files and not of the model; a quantized head has a weight of its own.
+_OF_FILES: Final = {
+    *("quantization_config", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"),
+    "tie_word_embeddings",
+}
 
 
 def verify(
@@ -233,6 +238,8 @@ def _compare_folder(folder: Path, subject: FolderSubject, findings: Findings) ->
     _compare_names(
         {name for name in source.weights.names if name in state}, set(source.stored_once()), known, findings
     )
+    if subject.model is not None:
+        _compare_configs(subject.model.config.to_dict(), source.model.config.to_dict(), findings)
 
     def original(name: str) -> Tensor:
         module = source.model.get_submodule(name.rpartition(".")[0])
@@ -249,6 +256,18 @@ def _compare_folder(folder: Path, subject: FolderSubject, findings: Findings) ->
     }
     _compare_plain(comparison, list(first.values()), findings)
     return errors
+
+
+def _compare_configs(found: Mapping[str, Any], original: Mapping[str, Any], findings: Findings) -> None:
+    """Compare what two configurations say of the model that is computed, such as the base of its rotations."""
+    findings.add(
+        "original",
+        *(
+            f"config.json says {key} {found.get(key)!r:.80}: the original's {original.get(key)!r:.80}"
+            for key in sorted(found.keys() | original.keys())
+            if key not in _OF_FILES and found.get(key) != original.get(key)
+        ),
+    )
 
 
 def _compare_gguf(folder: Path, subject: GGUFSubject, findings: Findings) -> dict[str, float]:

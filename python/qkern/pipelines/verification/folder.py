@@ -14,24 +14,25 @@ import torch
 from torch import Tensor
 
 from qkern.calibration import bind_names, load_config, meta_model
-from qkern.checkpoints import model_folder
-from qkern.errors import FormatError, QkernError, UnsupportedError, reason_of
+from qkern.checkpoints import RECIPE_NAME, model_folder
+from qkern.errors import FormatError, InputError, QkernError, UnsupportedError, reason_of
 from qkern.models import column_weight, describe
 from qkern.nn import named_linears, stored_name, unfuse_experts
-from qkern.ops import dequantize_groupwise, quantize_groupwise
 from qkern.pipelines.load import COMPUTED, model_names
 from qkern.pipelines.source import stored_places
 from qkern.pipelines.verification.configuration import MARKERS, configuration_of, format_of
 from qkern.pipelines.verification.layouts import LayerLayout, UnpackedLayer, parts_of, unpack
-from qkern.pipelines.verification.original import Matrix
+from qkern.pipelines.verification.original import Matrix, rounded
 from qkern.pipelines.verification.safetensors_files import StoredTensor, read_folder, read_json_object
 from qkern.schemes import Scheme
+from qkern.search import parse_choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from qkern.nn import ExpertPart
+    from qkern.ops.gguf_types import GGUFType
     from qkern.pipelines.verification.configuration import Configuration
     from qkern.pipelines.verification.report import Findings
 
@@ -179,6 +180,7 @@ class FolderSubject:
         self._plain: dict[str, StoredTensor] = {}
         self._own: dict[str, str] = {}
         self._of_layer: dict[str, list[str]] = {}
+        self._before = self._read_recipe()
         self._said = self._read_config()
         self.model = self._build_model()
         if self.model is not None:
@@ -198,6 +200,17 @@ class FolderSubject:
 
     # Configuration and model -----------------------------------------------------------------------------
 
+    def _read_recipe(self) -> dict[str, Scheme | GGUFType | None]:
+        """Read on which grids the layers of a converted folder were before, by their names in the files."""
+        recipe, problem = read_json_object(self.folder / RECIPE_NAME)
+        if problem is not None or "converted_from" not in recipe:
+            return {}  # a recipe need not be there
+        try:
+            return {name: parse_choice(layer["before"]) for name, layer in recipe["layers"].items()}
+        except (InputError, AttributeError, KeyError, TypeError) as error:
+            self._findings.add("config", f"layers of {RECIPE_NAME} are damaged: {reason_of(error)}")
+            return {}
+
     def _read_config(self) -> Configuration | None:
         """Return what the ``quantization_config`` says; None if there is none that can be understood."""
         config, problem = read_json_object(self.folder / "config.json")
@@ -216,6 +229,12 @@ class FolderSubject:
                     self._findings.add("config", problem)
                 elif differing:
                     self._findings.add("config", f"{file} and config.json differ in {', '.join(differing)}")
+                if not found:
+                    self._findings.note(
+                        "config",
+                        f"the quantization is said in {file} alone: transformers, which reads "
+                        "config.json, would load random weights",
+                    )
                 found = found or {"quant_method": method, **legacy}
         if found:
             self.format = self._asked(partial(format_of, found))
@@ -446,10 +465,13 @@ class FolderSubject:
         order = None if in_order else torch.from_numpy(np.argsort(unpacked.groups, kind="stable"))
         # Scales that are rounded too change little.
         scheme = replace(layer.scheme.weight_only(), double_quant=False)
+        before = self._before.get(layer.name)
+        grids = (scheme,) if before is None else (before, scheme)
+        coarse = before if isinstance(before, Scheme) else scheme
         return Matrix(
             values=torch.from_numpy(unpacked.weights()),
-            round=partial(_rounded, scheme=scheme),
-            group_size=scheme.group_length(layer.K),
+            round=partial(rounded, grids=grids),
+            group_size=coarse.group_length(layer.K),
             order=order,
         )
 
@@ -528,10 +550,6 @@ class _Plain(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._stored)
-
-
-def _rounded(rows: Tensor, scheme: Scheme) -> Tensor:
-    return dequantize_groupwise(quantize_groupwise(rows, scheme))
 
 
 def _value_problems(layer: _Layer, unpacked: UnpackedLayer) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,10 +15,10 @@ from qkern.errors import FormatError, QkernError, UnsupportedError, reason_of
 from qkern.gguf import GGUFFile
 from qkern.gguf.checkpoint import GGUFCheckpoint
 from qkern.gguf.reader import gguf_parts
-from qkern.ops import gguf_decode, gguf_encode
-from qkern.ops.gguf_types import GGUF_TYPES
-from qkern.pipelines.export_gguf import planned_export
-from qkern.pipelines.verification.original import Matrix
+from qkern.ops.gguf_types import GGUF_TYPES, gguf_type
+from qkern.pipelines.export_gguf import SOURCE_SCHEMES, planned_export
+from qkern.pipelines.verification.original import Matrix, rounded
+from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -68,6 +70,7 @@ class GGUFSubject:
     def __init__(self, path: Path, findings: Findings) -> None:
         self._findings = findings
         self._tensors: dict[str, Any] = {}
+        self._sources: dict[str, Scheme] = {}
         self.config: dict[str, Any] = {}
         self.names: dict[str, str] = {}
         self.why_not_loaded: str | None = None
@@ -92,6 +95,14 @@ class GGUFSubject:
             self._findings.add("files", f"{part.name} is not read by the gguf package: {reason_of(error)}")
             return
         self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
+        if SOURCE_SCHEMES in reader.fields:
+            try:
+                said = json.loads(reader.fields[SOURCE_SCHEMES].contents())
+                self._sources = {
+                    name: replace(Scheme.parse(spelled), double_quant=False) for name, spelled in said.items()
+                }
+            except (ValueError, AttributeError, QkernError) as error:
+                self._findings.add("config", f"{SOURCE_SCHEMES} is damaged: {reason_of(error)}")
         self._findings.count("files")
 
     def _refuse_types(self) -> None:
@@ -166,7 +177,12 @@ class GGUFSubject:
         values = self._decoded(name)
         assert values is not None
         rows = values.flatten(0, -2)  # experts one below the other
-        return Matrix(values=rows, round=partial(_rounded, kind=self._kind(name)), group_size=_BLOCK)
+        kind = gguf_type(self._kind(name))
+        source = self._sources.get(name)
+        if source is None:
+            return Matrix(values=rows, round=partial(rounded, grids=(kind,)), group_size=_BLOCK)
+        grids, group_size = (source, kind), source.group_length(rows.shape[1])
+        return Matrix(values=rows, round=partial(rounded, grids=grids), group_size=group_size)
 
     def in_model(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor that `qkern.load` reads, by transformers' name, rows in the model's order."""
@@ -185,10 +201,6 @@ class GGUFSubject:
             for name, value in found.items()
             if value is not None
         }
-
-
-def _rounded(rows: Tensor, kind: str) -> Tensor:
-    return gguf_decode(gguf_encode(rows, kind), kind)
 
 
 def original_tensors(against: str | Path) -> dict[str, PlannedTensor]:

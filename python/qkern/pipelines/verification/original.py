@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 
 from qkern.models import describe, pair_channels
+from qkern.ops import dequantize_groupwise, gguf_decode, gguf_encode, quantize_groupwise
+from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from qkern.models import Architecture, LinearPair, NormLinears
+    from qkern.ops.gguf_types import GGUFType
 
-__all__ = ["Comparison", "Matrix", "compare_matrix"]
+__all__ = ["Comparison", "Matrix", "compare_matrix", "rounded"]
 
 # Times the error of rounding to nearest, root mean square. On the shipped model and others, at 2 to 8 bits,
 # GPTQ stays below 1.3 of a matrix, 1.5 of a row, 3 of a block of 32.
@@ -74,6 +77,16 @@ class Matrix:
     round: Callable[[Tensor], Tensor]
     group_size: int
     order: Tensor | None = None
+
+
+def rounded(rows: Tensor, *, grids: Sequence[Scheme | GGUFType]) -> Tensor:
+    """Round rows to nearest on one grid after the other: of what was quantized before too."""
+    for grid in grids:
+        if isinstance(grid, Scheme):
+            rows = dequantize_groupwise(quantize_groupwise(rows, grid))
+        else:
+            rows = gguf_decode(gguf_encode(rows, grid.name), grid.name)
+    return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
