@@ -259,7 +259,7 @@ def _compare_folder(folder: Path, subject: FolderSubject, findings: Findings) ->
 
 
 def _compare_configs(found: Mapping[str, Any], original: Mapping[str, Any], findings: Findings) -> None:
-    """Compare what two configurations say of the model that is computed, such as the base of its rotations."""
+    """Compare what two configurations say of the model, such as the base of its rotations."""
     findings.add(
         "original",
         *(
