@@ -54,7 +54,11 @@ def test_a_converted_folder_is_measured_on_the_grid_it_had(tmp_path):
     assert qkern.verify(tmp_path / "awq", against=MODEL).is_sound
     qkern.export_gguf(MODEL, tmp_path / "model.gguf", "q4_k_m")
     qkern.convert(tmp_path / "model.gguf", tmp_path / "gptq", "gptq", requantize="nearest")
-    assert qkern.verify(tmp_path / "gptq", against=MODEL).is_sound
+    found = qkern.verify(tmp_path / "gptq", against=MODEL)
+    failed = [check for check in found.checks if check.status == "failed"]
+    # The embedding was 6 bits in the GGUF, and is not quantized any more.
+    assert [(check.name, len(check.problems)) for check in failed] == [("original", 1)]
+    assert "model.embed_tokens.weight is not quantized and differs" in failed[0].problems[0]
     recipe = tmp_path / "awq" / "qkern.json"
     recipe.write_text(recipe.read_text().replace('"before": "w3g128"', '"before": 3', 1))
     damaged = qkern.verify(tmp_path / "awq")

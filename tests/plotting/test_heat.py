@@ -35,5 +35,5 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
         check_picture(tmp_path / "none" / "a.png")
     check_picture(tmp_path / "a.png")
     monkeypatch.setattr(heat, "has_matplotlib", lambda: False)
-    with pytest.raises(UnsupportedError, match=r"pip install 'qkern\[plot\]'"):
+    with pytest.raises(UnsupportedError, match=r"pip install matplotlib"):
         check_picture(tmp_path / "a.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -265,9 +266,18 @@ def _compare_configs(found: Mapping[str, Any], original: Mapping[str, Any], find
         *(
             f"config.json says {key} {found.get(key)!r:.80}: the original's {original.get(key)!r:.80}"
             for key in sorted(found.keys() | original.keys())
-            if key not in _OF_FILES and found.get(key) != original.get(key)
+            if key not in _OF_FILES and not _agree(found.get(key), original.get(key))
         ),
     )
+
+
+def _agree(found: Any, original: Any) -> bool:
+    """Whether two values of a configuration are one: a GGUF has fp32 numbers, and says what is left out."""
+    if isinstance(found, dict) and isinstance(original, dict):
+        return all(_agree(found.get(key), original.get(key)) for key in found.keys() | original.keys())
+    if isinstance(found, float) and isinstance(original, float):
+        return math.isclose(found, original, rel_tol=1e-6)
+    return original is None or found == original
 
 
 def _compare_gguf(folder: Path, subject: GGUFSubject, findings: Findings) -> dict[str, float]:
