@@ -288,10 +288,15 @@ def gguf(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(("kind", "to", "scheme"), [("q4_0", "awq", "w4g32"), ("q8_0", "gptq", "w8g32")])
-def test_gguf_with_a_grid(gguf, tmp_path, kind, to, scheme):
+@pytest.mark.parametrize(
+    ("kind", "to", "scheme", "embedding"),
+    [("q4_0", "awq", "w4g32", "q6_k"), ("q8_0", "gptq", "w8g32", "w8g32")],
+)
+def test_gguf_with_a_grid(gguf, tmp_path, kind, to, scheme, embedding):
     report = qkern.convert(gguf(kind), tmp_path / "out", to)
-    assert report.decoded == ("model.embed_tokens.weight",)
+    assert report.decoded == {"model.embed_tokens.weight": embedding}
+    found = qkern.verify(tmp_path / "out", against=MODEL)
+    assert found.is_sound, found.as_dict()
     assert {(la.before, la.after, la.is_exact) for la in report.layers.values()} == {(scheme, scheme, True)}
     assert len(report.layers) == 28
     models = [qkern.load(path, dtype=torch.float32) for path in (gguf(kind), tmp_path / "out")]
@@ -317,7 +322,10 @@ def test_gguf_without_a_grid(gguf, tmp_path):
         qkern.convert(gguf("q4_1"), tmp_path / "out", "gptq_v2")
     report = qkern.convert(gguf("q4_k_m"), tmp_path / "out", "compressed-tensors", requantize="nearest")
     assert {(la.before, la.after) for la in report.layers.values()} == {("q4_k", "w4g32z"), ("q6_k", "w8g16")}
-    assert qkern.verify(tmp_path / "out").is_sound
+    found = qkern.verify(tmp_path / "out", against=MODEL)
+    assert found.is_sound, found.as_dict()
+    assert report.decoded == {"model.embed_tokens.weight": "q6_k"}
+    assert 0 < found.errors["model.embed_tokens"] < 0.05
 
 
 # The outside

@@ -550,5 +550,7 @@ def test_arguments(results):
         qkern.verify(results("gptq"), runtime="mlx")
     with pytest.raises(InputError, match="16-bit folder"):
         qkern.verify(results("gptq"), against="original.gguf")
+    with pytest.raises(InputError, match=r"awq is quantized; give what the model was quantized from"):
+        qkern.verify(results("gptq"), against=results("awq"))
     with pytest.raises(InputError, match="max_kl"):
         qkern.verify(results("gptq"), max_kl=0)

@@ -12,7 +12,7 @@ from qkern.calibration.skeleton import (
 )
 from qkern.calibration.streaming import LayerStream, stages_by_role
 from qkern.calibration.texts import load_texts
-from qkern.calibration.tokenizer import load_tokenizer
+from qkern.calibration.tokenizer import has_tokenizer, load_tokenizer
 
 __all__ = [
     "LayerStream",
@@ -22,6 +22,7 @@ __all__ = [
     "calibration_hash",
     "fill",
     "filled",
+    "has_tokenizer",
     "load_config",
     "load_texts",
     "load_tokenizer",

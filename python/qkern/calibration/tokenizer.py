@@ -9,9 +9,14 @@ from qkern.errors import FormatError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["load_tokenizer"]
+__all__ = ["has_tokenizer", "load_tokenizer"]
 
 _FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether files of a tokenizer lie in a folder, to be read or damaged."""
+    return any((folder / file).is_file() for file in _FILES)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -25,7 +30,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     # transformers makes an empty tokenizer of a folder that has none.
-    if not any((folder / file).is_file() for file in _FILES):
+    if not has_tokenizer(folder):
         raise FormatError(f"{folder} has no tokenizer: one of {', '.join(_FILES)} is needed; copy it there")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

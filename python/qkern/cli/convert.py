@@ -55,6 +55,6 @@ def _print(report: ConversionReport) -> None:
     for (before, after, is_exact), errors in changes.items():
         how = "exact" if is_exact else f"rounded again, error up to {max(errors):.2e}"
         typer.echo(f"{len(errors):4} layers {before} to {after}: {how}")
-    for name in report.decoded:
-        typer.echo(f"decoded     {name}")
+    for name, before in report.decoded.items():
+        typer.echo(f"decoded     {name} from {before}")
     typer.echo(f"{report.before} to {report.after} in {report.seconds:.1f} s, written to {report.output}")

@@ -94,8 +94,9 @@ class ConversionReport:
         The formats.
     layers : mapping of str to ConvertedLayer
         Every quantized layer.
-    decoded : tuple of str
-        Of a GGUF embedding and head, if their types are no grid of a checkpoint: written in fp32.
+    decoded : mapping of str to str
+        Embedding and head of a GGUF, which checkpoints keep 16-bit, with the scheme or type that they had:
+        written in fp32.
     seconds : float
         Time of the run.
     """
@@ -105,7 +106,7 @@ class ConversionReport:
     before: str
     after: str
     layers: dict[str, ConvertedLayer] = field(repr=False)
-    decoded: tuple[str, ...]
+    decoded: dict[str, str]
     seconds: float
 
     @property
@@ -137,7 +138,7 @@ class _Source:
     coded: dict[str, str]
     plain: tuple[str, ...]
     tensor: Callable[[str], Tensor]
-    decoded: tuple[str, ...] = ()
+    decoded: dict[str, str] = field(default_factory=dict)
     companions: Any = None
     recipe: dict[str, Any] = field(default_factory=dict)
     has_outliers: bool = False
@@ -259,7 +260,7 @@ def _finish(
         "arguments": {"to": report.after, "requantize": None if requantize is None else str(requantize)},
         "converted_from": report.before,
         "layers": {name: asdict(layer) for name, layer in report.layers.items()},
-        "decoded": list(report.decoded),
+        "decoded": report.decoded,
         "source_recipe": source.recipe,
     }
     writer.finish(
@@ -415,9 +416,11 @@ def _open_gguf(path: str | Path) -> Iterator[_Source]:
 
         # Embeddings and heads are what checkpoints keep 16-bit: they are decoded.
         coded = {name: kind for name, kind in types.items() if kind in _NEAREST_OF_TYPES}
-        decoded = [name for name in coded if name not in linears - {f"{_HEAD}.weight"}]
+        decoded = {name: kind for name, kind in coded.items() if name not in linears - {f"{_HEAD}.weight"}}
         stems = [name.removesuffix(".weight") for name in coded]
-        stays = () if embedding is None else (f"{embedding}.weight",)
+        stays = {}
+        if embedding is not None:
+            stays[f"{embedding}.weight"] = str(checkpoint.weight(embedding).scheme)
         yield _Source(
             name=str(path),
             format="gguf",
@@ -429,6 +432,6 @@ def _open_gguf(path: str | Path) -> Iterator[_Source]:
             coded={name: kind for name, kind in coded.items() if name not in decoded},
             plain=(*stays, *checkpoint.plain),
             tensor=tensor,
-            decoded=(*stays, *decoded),
+            decoded={**stays, **decoded},
             companions=read_tokenizer(path),
         )

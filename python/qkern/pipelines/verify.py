@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern.calibration import bounded_length, load_config, load_tokenizer, meta_model
-from qkern.checkpoints import model_folder
+from qkern.checkpoints import model_folder, read_json
 from qkern.errors import InputError, QkernError, reason_of
 from qkern.evaluation import bos_if_added, kl_divergence, read_text, token_ids, window_logits
 from qkern.evaluation.decoding import TransformersDecoder
@@ -21,6 +21,7 @@ from qkern.nn.state import QuantModule
 from qkern.pipelines.load import is_gguf, load
 from qkern.pipelines.outcomes import runtime_refusals, split_groups
 from qkern.pipelines.source import open_source
+from qkern.pipelines.verification.companions import compare_tokenizers
 from qkern.pipelines.verification.folder import FolderSubject
 from qkern.pipelines.verification.gguf_file import GGUFSubject, original_tensors
 from qkern.pipelines.verification.original import Comparison
@@ -94,8 +95,10 @@ def verify(
     Raises
     ------
     InputError
-        On an argument that cannot be, or if there is nothing at the path, or no original or text where they
-        are named.
+        On an argument that cannot be, or if there is nothing at the path, no original or text where they are
+        named, or a quantized original.
+    FormatError
+        If the original has no config.json that is read.
     UnsupportedError
         If the model is in a format that is not read here, such as fp8.
     """
@@ -104,10 +107,8 @@ def verify(
             f"max_kl must be above 0, tokens and window {_LEAST} or more: got {max_kl}, {tokens} and {window}"
         )
     window = min(window, tokens)
-    if against is not None and is_gguf(against):
-        raise InputError(f"the original must be a 16-bit folder or hub id: got the GGUF file {against}")
     content = None if text is None else read_text(text)
-    original = None if against is None else model_folder(against)
+    original = None if against is None else _whole_original(against)
     findings = Findings()
     subject: Subject = GGUFSubject(Path(path), findings) if is_gguf(path) else FolderSubject(path, findings)
     wanted = runtime_named(runtime or subject.runtime)
@@ -123,6 +124,11 @@ def verify(
         findings.skip(_OF_ORIGINAL, "tensors are damaged or missing")
     else:
         errors = _check_original(original, subject, findings)
+        if findings.has("error"):
+            findings.note(
+                "error",
+                "what was trained since (QAT, a merged adapter) is not the original's: leave it out for that",
+            )
         _check_kl(original, model, content, findings, tokens=tokens, window=window, max_kl=max_kl)
     return Verification(
         path=str(path),
@@ -132,6 +138,19 @@ def verify(
         checks=findings.checks(),
         errors=errors,
     )
+
+
+def _whole_original(against: str | Path) -> Path:
+    """Folder of the original, which must be 16-bit."""
+    if is_gguf(against):
+        raise InputError(f"the original must be a 16-bit folder or hub id: got the GGUF file {against}")
+    folder = model_folder(against)
+    if read_json(folder / "config.json").get("quantization_config"):
+        raise InputError(
+            f"the original must be a 16-bit folder or hub id: {against} is quantized; give what the model "
+            "was quantized from, or leave it out"
+        )
+    return folder
 
 
 # The model as it runs ------------------------------------------------------------------------------------
@@ -241,6 +260,7 @@ def _compare_folder(folder: Path, subject: FolderSubject, findings: Findings) ->
     )
     if subject.model is not None:
         _compare_configs(subject.model.config.to_dict(), source.model.config.to_dict(), findings)
+    compare_tokenizers(subject.folder, folder, findings)
 
     def original(name: str) -> Tensor:
         module = source.model.get_submodule(name.rpartition(".")[0])
@@ -251,9 +271,12 @@ def _compare_folder(folder: Path, subject: FolderSubject, findings: Findings) ->
     comparison = Comparison(source.model, original, plain, subject.matrix, norm_offset=offset)
     shared = [linear for linear in matrices if f"{linear}.weight" in source.weights]
     errors = _compare_matrices(comparison, {linear: linear for linear in shared}, original, subject, findings)
-    # Tied tensors are compared once.
+    # Tied tensors are compared once, and not again what was decoded.
+    done = {id(state[f"{linear}.weight"]) for linear in shared}
     first = {
-        id(state[name]): name for name in reversed(list(plain)) if name in source.weights and name in state
+        id(state[name]): name
+        for name in reversed(list(plain))
+        if name in source.weights and name in state and id(state[name]) not in done
     }
     _compare_plain(comparison, list(first.values()), findings)
     return errors

@@ -14,25 +14,24 @@ import torch
 from torch import Tensor
 
 from qkern.calibration import bind_names, load_config, meta_model
-from qkern.checkpoints import RECIPE_NAME, model_folder
-from qkern.errors import FormatError, InputError, QkernError, UnsupportedError, reason_of
+from qkern.checkpoints import model_folder
+from qkern.errors import FormatError, QkernError, UnsupportedError, reason_of
 from qkern.models import column_weight, describe
 from qkern.nn import named_linears, stored_name, unfuse_experts
 from qkern.pipelines.load import COMPUTED, model_names
 from qkern.pipelines.source import stored_places
+from qkern.pipelines.verification.companions import check_strays, check_tokenizer, grids_before
 from qkern.pipelines.verification.configuration import MARKERS, configuration_of, format_of
 from qkern.pipelines.verification.layouts import LayerLayout, UnpackedLayer, parts_of, unpack
-from qkern.pipelines.verification.original import Matrix, rounded
+from qkern.pipelines.verification.original import Matrix
 from qkern.pipelines.verification.safetensors_files import StoredTensor, read_folder, read_json_object
 from qkern.schemes import Scheme
-from qkern.search import parse_choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from qkern.nn import ExpertPart
-    from qkern.ops.gguf_types import GGUFType
     from qkern.pipelines.verification.configuration import Configuration
     from qkern.pipelines.verification.report import Findings
 
@@ -180,13 +179,15 @@ class FolderSubject:
         self._plain: dict[str, StoredTensor] = {}
         self._own: dict[str, str] = {}
         self._of_layer: dict[str, list[str]] = {}
-        self._before = self._read_recipe()
+        self._before = grids_before(self.folder, findings)
+        check_strays(self.folder, (tensor.file for tensor in self._tensors.values()), findings)
         self._said = self._read_config()
         self.model = self._build_model()
         if self.model is not None:
             self._match_tensors()
             self._check_config()
             self._check_values()
+            check_tokenizer(self.folder, self.model.get_input_embeddings().num_embeddings, findings)
 
     @property
     def choices(self) -> dict[str, str]:
@@ -199,17 +200,6 @@ class FolderSubject:
         return _Plain(self._plain)
 
     # Configuration and model -----------------------------------------------------------------------------
-
-    def _read_recipe(self) -> dict[str, Scheme | GGUFType | None]:
-        """Read on which grids the layers of a converted folder were before, by their names in the files."""
-        recipe, problem = read_json_object(self.folder / RECIPE_NAME)
-        if problem is not None or "converted_from" not in recipe:
-            return {}  # a recipe need not be there
-        try:
-            return {name: parse_choice(layer["before"]) for name, layer in recipe["layers"].items()}
-        except (InputError, AttributeError, KeyError, TypeError) as error:
-            self._findings.add("config", f"layers of {RECIPE_NAME} are damaged: {reason_of(error)}")
-            return {}
 
     def _read_config(self) -> Configuration | None:
         """Return what the ``quantization_config`` says; None if there is none that can be understood."""
@@ -454,26 +444,27 @@ class FolderSubject:
 
     @property
     def matrices(self) -> Iterator[str]:
-        """Names in the model of the quantized linears that can be read."""
-        return iter(self._layers)
+        """Names in the model of the quantized linears that can be read, and of matrices that were decoded."""
+        yield from self._layers
+        decoded = {
+            tensor.name: name
+            for name, tensor in reversed(self._plain.items())  # of tied ones the first
+            if tensor.name in self._before
+        }
+        yield from (name.removesuffix(".weight") for name in decoded.values())
 
     def matrix(self, linear: str) -> Matrix:
-        """Unpack a linear."""
-        layer = self._layers[linear]
+        """Unpack a linear; what was decoded, from the grid that it was on, lies there as it is."""
+        layer = self._layers.get(linear)
+        if layer is None:
+            stored = self._plain[f"{linear}.weight"]
+            return Matrix.on(torch.from_numpy(stored.floats()), (self._before[stored.name],))
         unpacked = layer.unpacked()
         in_order = np.array_equal(unpacked.groups, layer.layout.group_of_columns(layer.K))
         order = None if in_order else torch.from_numpy(np.argsort(unpacked.groups, kind="stable"))
         # Scales that are rounded too change little.
         scheme = replace(layer.scheme.weight_only(), double_quant=False)
-        before = self._before.get(layer.name)
-        grids = (scheme,) if before is None else (before, scheme)
-        coarse = before if isinstance(before, Scheme) else scheme
-        return Matrix(
-            values=torch.from_numpy(unpacked.weights()),
-            round=partial(rounded, grids=grids),
-            group_size=coarse.group_length(layer.K),
-            order=order,
-        )
+        return Matrix.on(torch.from_numpy(unpacked.weights()), (self._before.get(layer.name), scheme), order)
 
     def in_model(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor as the model has it, by its name there, in fp32."""
@@ -483,8 +474,10 @@ class FolderSubject:
             yield name, tensor.float()
 
     def shape(self, linear: str) -> tuple[int, int]:
-        """Rows and columns of a quantized linear."""
-        return self._layers[linear].N, self._layers[linear].K
+        """Rows and columns of one of `matrices`."""
+        layer = self._layers.get(linear)
+        N, K = self._plain[f"{linear}.weight"].shape if layer is None else (layer.N, layer.K)
+        return N, K
 
 
 def _stems(name: str) -> Iterator[str]:

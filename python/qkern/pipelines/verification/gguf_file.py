@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -17,7 +16,7 @@ from qkern.gguf.checkpoint import GGUFCheckpoint
 from qkern.gguf.reader import gguf_parts
 from qkern.ops.gguf_types import GGUF_TYPES, gguf_type
 from qkern.pipelines.export_gguf import SOURCE_SCHEMES, planned_export
-from qkern.pipelines.verification.original import Matrix, rounded
+from qkern.pipelines.verification.original import Matrix
 from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ __all__ = ["GGUFSubject", "original_tensors"]
 
 _FLOATS: Final = ("f32", "f16", "bf16", "f64")
 _READ: Final = {*GGUF_TYPES, *_FLOATS}
-# Columns that are looked at together; blocks of super-blocks have a scale each.
-_BLOCK: Final = 32
 
 
 class GGUFSubject:
@@ -177,12 +174,7 @@ class GGUFSubject:
         values = self._decoded(name)
         assert values is not None
         rows = values.flatten(0, -2)  # experts one below the other
-        kind = gguf_type(self._kind(name))
-        source = self._sources.get(name)
-        if source is None:
-            return Matrix(values=rows, round=partial(rounded, grids=(kind,)), group_size=_BLOCK)
-        grids, group_size = (source, kind), source.group_length(rows.shape[1])
-        return Matrix(values=rows, round=partial(rounded, grids=grids), group_size=group_size)
+        return Matrix.on(rows, (self._sources.get(name), gguf_type(self._kind(name))))
 
     def in_model(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor that `qkern.load` reads, by transformers' name, rows in the model's order."""

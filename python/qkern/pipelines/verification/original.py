@@ -16,6 +16,7 @@ from the norms; those of linears are estimated, column by column, and must fit b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from qkern.models import Architecture, LinearPair, NormLinears
     from qkern.ops.gguf_types import GGUFType
 
-__all__ = ["Comparison", "Matrix", "compare_matrix", "rounded"]
+__all__ = ["Comparison", "Matrix", "compare_matrix"]
 
 # Times the error of rounding to nearest, root mean square. On the shipped model and others, at 2 to 8 bits,
 # GPTQ stays below 1.3 of a matrix, 1.5 of a row, 3 of a block of 32.
@@ -55,6 +56,8 @@ STORED_STEP: Final = 2.0**-11
 # Of biases out of which factors went that are estimated from codes; those of norms are known.
 FACTOR_ERROR: Final = 0.25
 CHUNK_BYTES: Final = 64 << 20
+# Columns of a GGUF's matrix that are looked at together; blocks of super-blocks have a scale each.
+BLOCK: Final = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +81,18 @@ class Matrix:
     group_size: int
     order: Tensor | None = None
 
+    @classmethod
+    def on(
+        cls, values: Tensor, grids: Sequence[Scheme | GGUFType | None], order: Tensor | None = None
+    ) -> Matrix:
+        """Matrix that was rounded on these grids, one after the other; None is no grid."""
+        passed = [grid for grid in grids if grid is not None]
+        coarse = next((grid for grid in passed if isinstance(grid, Scheme)), None)
+        group_size = BLOCK if coarse is None else coarse.group_length(values.shape[1])
+        return cls(values=values, round=partial(_rounded, grids=passed), group_size=group_size, order=order)
 
-def rounded(rows: Tensor, *, grids: Sequence[Scheme | GGUFType]) -> Tensor:
-    """Round rows to nearest on one grid after the other: of what was quantized before too."""
+
+def _rounded(rows: Tensor, *, grids: Sequence[Scheme | GGUFType]) -> Tensor:
     for grid in grids:
         if isinstance(grid, Scheme):
             rows = dequantize_groupwise(quantize_groupwise(rows, grid))
