@@ -94,6 +94,8 @@ class Scheme:
             # Case and separators are slips; what stands before a number may be its sign.
             close = re.sub(r"[^a-z0-9-]|-(?!\d)", "", spelling.lower())
             hint = f"; did you mean {close!r}?" if _SPELLING.fullmatch(close) else ""
+            if re.match(r"i?q\d", close):
+                hint = "; types of GGUF are written by export_gguf (qkern export-gguf --type)"
             raise InputError(f"not a scheme: got {spelling!r}, allowed is {_GRAMMAR}{hint}")
         group = match["group"]
         return cls(

@@ -47,6 +47,21 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("convert", "x", "--to", "gguf", "--output", "y"), "qkern export-gguf"),
+        (("convert", "x", "--to", "bitsandbytes", "--output", "y"), "--scheme nf4g64"),
+        (("quantize", "x", "--method", "llm_int8", "--output", "y"), "int8=True"),
+        (("quantize", "x", "--format", "gguf", "--output", "y"), "qkern export-gguf"),
+    ],
+)
+def test_what_another_command_does_is_said(capsys, monkeypatch, arguments, hint):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, _, err = run(capsys, *arguments)
+    assert (code, hint in err) == (2, True)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("nonsense",),

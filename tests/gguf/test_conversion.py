@@ -126,6 +126,12 @@ def test_another_type_is_encoded_anew_and_the_exact_one_is_named(
     assert "a second time" not in caplog.text
 
 
+def test_a_codebook_is_rounded_a_second_time(checkpoint, caplog, tmp_path):
+    export_gguf(checkpoint("nf4g64", "bitsandbytes"), tmp_path / "model.gguf", "q4_0")
+    said = "14 of 14 quantized tensors were rounded a second time; no type of GGUF keeps their codes"
+    assert said in caplog.text
+
+
 def test_act_order_is_encoded_anew(checkpoint, caplog, tmp_path):
     folder = checkpoint("w4g64", "gptq")
     tensors = load_file(folder / "model.safetensors")

@@ -159,7 +159,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"scheme": "w4g128", "method": "hqq"}, "unknown method 'hqq'"),
     ({"scheme": "w4g128", "method": "gptq"}, "calibration is missing: method gptq"),
     ({"scheme": "w4g128", "calibration": "text.txt"}, "calibration is given, which method rtn does not read"),
-    ({"scheme": "w4g128", "method": "gptq", "dataset": "c4"}, "data set 'c4' would be fetched"),
+    ({"scheme": "w4g128", "method": "gptq", "dataset": "c4"}, "'c4' is what GPTQ's tools call"),
 ]
 
 

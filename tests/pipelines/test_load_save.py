@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import qkern
 from qkern import QuantEmbedding, QuantLinear, replace_linears
 from qkern.checkpoints import FORMATS, read_json
 from qkern.errors import FormatError, InputError, UnsupportedError
@@ -201,10 +203,25 @@ def test_dtype_and_device(tmp_path: Path) -> None:
         load(tmp_path / "out", compute="int4")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, "float32"])
+@pytest.mark.parametrize("dtype", [torch.int8, "int8", "float64", 32])
 def test_another_dtype(tmp_path, dtype):
-    with pytest.raises(InputError, match=rf"a torch\.dtype: got {dtype!r}, allowed are torch\.float32, "):
+    with pytest.raises(InputError, match=rf"unknown dtype: got {dtype!r}, allowed are torch\.float32, "):
         load(tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float16", torch.float16), ("auto", torch.bfloat16)])
+def test_names_of_dtypes(tiny, tmp_path, dtype, expected):
+    tiny("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert load(tmp_path, dtype=dtype).dtype is expected
+
+
+def test_what_is_no_model(tmp_path):
+    for call in (load, qkern.verify, partial(qkern.convert, output=tmp_path / "out", to="awq")):
+        with pytest.raises(InputError, match=r"a folder, a hub id or a GGUF file: got NoneType"):
+            call(None)
+    with pytest.raises(InputError, match=r"one of transformers: got Linear"):
+        save(torch.nn.Linear(4, 4), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

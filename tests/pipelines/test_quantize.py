@@ -371,9 +371,13 @@ def test_texts_go_through_the_tokenizer_beside_the_model(tiny, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     one = quantize(tmp_path / "model", calibration=tmp_path / "a.txt", **options)
     two = quantize(model, calibration=tmp_path / "a.txt", tokenizer=tokenizer, **options)
+    from_folder = quantize(
+        model, calibration=tmp_path / "a.txt", tokenizer=str(tmp_path / "model"), **options
+    )
     three = quantize(model, calibration=[[i + 3 for i in letters]], **options)
     assert torch.equal(logits(one), logits(three))
     assert torch.equal(logits(two), logits(three))
+    assert torch.equal(logits(from_folder), logits(three))
     quantize(tmp_path / "model", method="rtn", scheme="w4g32", output=tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").exists()
 

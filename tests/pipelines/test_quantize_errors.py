@@ -114,6 +114,15 @@ def test_weights_that_are_not_finite(folder, method, value):
     fails(folder, InputError, message, method=method, calibration=IDS)
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_weights_that_are_integers(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name].int()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for method in ("rtn", "gptq"):
+        fails(folder, InputError, rf"{name} of .* is torch\.int32", method=method, calibration=IDS)
+
+
 def test_embedding_that_is_not_finite(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][3, 5] = float("nan")
@@ -204,6 +213,8 @@ def test_empty_and_missing_calibration_files(folder, tmp_path_factory):
             UnsupportedError,
             "no work was done: .*has blocks of 32, 64, 128",
         ),
+        ({"scheme": "q4_k_m"}, InputError, "not a scheme: .*qkern export-gguf"),
+        ({"method": "llm_int8"}, InputError, r"LLM\.int8\(\) is qkern\.load with int8=True"),
         ({"scheme": "w4g32", "search": "absmax"}, InputError, "that of w8a8, nf4 and fp4.*: got w4g32"),
         ({"method": "obq"}, InputError, "unknown method 'obq'"),
         ({"format": "gguf"}, InputError, "unknown checkpoint format: got 'gguf'"),

@@ -249,11 +249,15 @@ def config_field(config: Mapping[str, Any], key: str, kind: type, default: Any =
     """
     value = config.get(key, default)
     if value is ...:
-        raise FormatError(f"quantization_config has no {key!r}: {kind.__name__} needed")
+        raise FormatError(
+            f"quantization_config has no {key!r}: {kind.__name__} needed; fetch the checkpoint again"
+        )
     if value is default:
         return value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise FormatError(f"quantization_config: {key!r} must be {kind.__name__}: got {value!r}")
+        raise FormatError(
+            f"quantization_config: {key!r} must be {kind.__name__}: got {value!r}; fetch the checkpoint again"
+        )
     return value
 
 

@@ -163,7 +163,10 @@ class TensorFolder(Mapping[str, "Tensor"]):
         if len(others) == 1:
             return others[0]
         if others:
-            raise FormatError(f"{self.folder} has {len(others)} safetensors files and no {INDEX_NAME}")
+            raise FormatError(
+                f"{self.folder} has {len(others)} safetensors files and no {INDEX_NAME}, which says which of "
+                "them are the model's: fetch it again"
+            )
         hint = "; convert its pytorch_model.bin first" if any(self.folder.glob("*.bin")) else ""
         raise FormatError(
             f"{self.folder} has no safetensors file: {SINGLE_NAME} or {INDEX_NAME} is needed{hint}"

@@ -95,12 +95,26 @@ def _options(
     _set_up_logging(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
 
 
+# What is no choice of an option but done elsewhere, by command.
+_ELSEWHERE: Final = {
+    ("convert", "gguf"): "qkern export-gguf writes GGUF",
+    ("convert", "bitsandbytes"): "qkern quantize --method rtn --scheme nf4g64 makes it of the 16-bit model",
+    ("quantize", "gguf"): "qkern export-gguf writes GGUF, by --method gptq or awq too",
+    ("quantize", "nf4"): "it is a scheme: --method rtn --scheme nf4g64",
+    ("quantize", "fp4"): "it is a scheme: --method rtn --scheme fp4g64",
+    ("quantize", "llm_int8"): "in Python qkern.load(model, int8=True) is LLM.int8(), which qkern.save writes",
+}
+
+
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             error.message = error.message.removeprefix("Value error, ")  # pydantic's, through newer typers
+            for (command, word), hint in _ELSEWHERE.items():
+                if command == ctx.info_name and f"'{word}' is not one of" in error.message:
+                    error.message += f" ({hint})"
             raise
 
 

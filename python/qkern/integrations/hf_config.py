@@ -283,8 +283,8 @@ def _texts_of(given: Any) -> Any:
     # The names of data sets that GPTQConfig takes.
     if isinstance(given, str) and given in ("wikitext2", "c4", "c4-new") and not Path(given).exists():
         raise InputError(
-            f"data set {given!r} would be fetched from the hub, which qkern does not do: give a text file or "
-            "a list of texts"
+            f"{given!r} is what GPTQ's tools call a part of a data set: give a text file, a list of texts, "
+            "or a data set by its name on the hub, such as 'Salesforce/wikitext:wikitext-2-raw-v1'"
         )
     return given
 

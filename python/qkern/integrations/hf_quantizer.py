@@ -23,8 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
-from qkern.calibration import load_tokenizer
-from qkern.checkpoints import decode_layer, detect, model_folder
+from qkern.checkpoints import decode_layer, detect
 from qkern.errors import FormatError, InputError, QkernError, UnsupportedError
 from qkern.integrations.hf_config import WRITTEN, QkernConfig, StoredConfig
 from qkern.integrations.hf_conversion import WEIGHT, LayerConverter, linear_experts, source_of, stored_names
@@ -517,8 +516,7 @@ class LoadTimeQuantizer(QkernQuantizer):
     def _finish(self, model: Any) -> None:
         config = self.quantization_config
         if self.settings.reads_text:
-            options = {**config.options, "tokenizer": _tokenizer(config.options.get("tokenizer"))}
-            _graft(model, quantize(model, method=config.method, scheme=config.scheme, **options))
+            _graft(model, quantize(model, method=config.method, scheme=config.scheme, **config.options))
         # A weight that is cut out of a larger one, as those of experts that the files have fused, was not
         # offered, or may not have been.
         rest = {
@@ -564,11 +562,6 @@ class _Rounding(ConversionOps):  # type: ignore[misc]
         matrix = tensor.t() if layer in self.quantizer.conv1d else tensor
         search: Any = self.quantizer.settings.search
         self.quantizer.take(layer, quantize_rtn(matrix, scheme, search=search), missing)
-
-
-def _tokenizer(given: Any) -> Any:
-    """Tokenizer of a folder or hub id; anything else is one, or None."""
-    return load_tokenizer(model_folder(given)) if isinstance(given, (str, Path)) else given
 
 
 def _graft(model: Any, quantized: Any) -> None:

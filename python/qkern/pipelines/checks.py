@@ -104,7 +104,10 @@ def checked_settings(
         On a scheme that the method does not make.
     """
     if method not in METHODS:
-        raise InputError(f"unknown method {method!r}: allowed are {', '.join(METHODS)}")
+        raise InputError(
+            f"unknown method {method!r}: allowed are {', '.join(METHODS)}; nf4 and fp4 are schemes of rtn, "
+            "LLM.int8() is qkern.load with int8=True"
+        )
     if assignment is not None and scheme is not None:
         raise InputError(
             f"the assignment says the scheme of every linear: got scheme {str(scheme)!r} too; leave one out"

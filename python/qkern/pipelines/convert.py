@@ -219,8 +219,9 @@ def convert(
         )
     parse_size(max_shard_size)
     scheme = None if requantize in (None, NEAREST) else as_scheme(requantize)
+    opened = (_open_gguf if is_gguf(model) else _open_folder)(model)
     folder = check_output(output, source=model if Path(model).is_dir() else None)
-    with (_open_gguf if is_gguf(model) else _open_folder)(model) as source:
+    with opened as source:
         rounding = None if requantize is None else (scheme,)
         plans = _planned(source, fmt, rounding)
         report = ConversionReport(

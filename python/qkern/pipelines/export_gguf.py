@@ -503,15 +503,17 @@ def _same(tensor: Tensor) -> Tensor:
 def _hint(
     checkpoint: QuantizedCheckpoint, mixture: Mixture, quantized: Collection[str], written: Written
 ) -> None:
-    """Name the type that would have kept the codes of a quantized checkpoint."""
+    """Say what was rounded a second time, and which type would have kept the codes."""
     rounded = sum(not written.exact[name] for name in quantized)
     kind = exact_type(entry.scheme for entry in checkpoint.entries.values() if not entry.act_order)
-    if rounded and kind is not None and kind.name != mixture.base:
-        logger.info(
-            "%d of %d quantized tensors were rounded a second time; --type %s keeps their codes",
+    if rounded and (kind is None or kind.name != mixture.base):
+        logger.warning(
+            "%d of %d quantized tensors were rounded a second time; %s",
             rounded,
             len(quantized),
-            kind.name,
+            "no type of GGUF keeps their codes: export the 16-bit original, if there is one"
+            if kind is None
+            else f"--type {kind.name} keeps their codes",
         )
 
 

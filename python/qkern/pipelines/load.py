@@ -68,7 +68,7 @@ COMPUTED: Final = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(
 def load(
     path: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     compute: str | None = None,
     int8: bool = False,
@@ -82,9 +82,9 @@ def load(
     ----------
     path : str or Path
         Folder, or a hub id, or a ``.gguf`` file (of a split one any part).
-    dtype : torch.dtype or None
-        Dtype of everything that is not quantized; None: the one that config.json names, and fp32 for a
-        GGUF, which names none. Scales are never cast.
+    dtype : torch.dtype, str or None
+        Dtype of everything that is not quantized, ``"bfloat16"`` for example; None or ``"auto"``: the one
+        that config.json names, and fp32 for a GGUF, which names none. Scales are never cast.
     device : torch.device or str
         Where the model goes; ``"auto"`` is a GPU where torch has CUDA, else the CPU.
     compute : str or None
@@ -111,11 +111,7 @@ def load(
     """
     if compute not in (None, "auto", "float", "int8"):
         raise InputError(f"unknown compute: got {compute!r}, allowed are 'auto', 'float' and 'int8'")
-    if dtype not in (None, *FLOAT_DTYPES):
-        raise InputError(
-            f"dtype must be a torch.dtype: got {dtype!r}, allowed are {', '.join(map(str, FLOAT_DTYPES))} "
-            "and None for that of config.json"
-        )
+    dtype = _usable_dtype(dtype)
     device = usable_device(device)
     checkpoint: Checkpoint
     if int8 and is_gguf(path):
@@ -179,7 +175,15 @@ def load_with_tokenizer(path: str | Path, **options: Any) -> tuple[Any, Any]:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a model is named that is a GGUF file, there or not."""
+    """Whether a model is named that is a GGUF file, there or not.
+
+    Raises
+    ------
+    InputError
+        If it is no name.
+    """
+    if not isinstance(path, (str, Path)):
+        raise InputError(f"a model is a folder, a hub id or a GGUF file: got {type(path).__name__}")
     return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()
 
 
@@ -201,6 +205,17 @@ def usable_device(device: torch.device | str) -> torch.device:
             f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); allowed are auto, "
             "cpu, and cuda, cuda:N or mps where torch has them: use auto or cpu"
         ) from error
+
+
+def _usable_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    named: dict[Any, Any] = {str(known).removeprefix("torch."): known for known in FLOAT_DTYPES}
+    found: torch.dtype | None = named.get(dtype, None if dtype == "auto" else dtype)
+    if found not in (None, *FLOAT_DTYPES):
+        raise InputError(
+            f"unknown dtype: got {dtype!r}, allowed are {', '.join(map(str, FLOAT_DTYPES))}, their names "
+            "and, for that of config.json, 'auto' or None"
+        )
+    return found
 
 
 def _read_config(checkpoint: QuantizedCheckpoint) -> Any:

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from qkern import __version__, _progress
-from qkern.calibration import LayerStream, bounded_length, calibration_hash, fill, load_texts, make_batches
+from qkern.calibration import (
+    LayerStream,
+    bounded_length,
+    calibration_hash,
+    fill,
+    load_texts,
+    load_tokenizer,
+    make_batches,
+)
 from qkern.calibration.texts import check_source
 from qkern.checkpoints import (
     CheckpointWriter,
@@ -23,6 +31,7 @@ from qkern.checkpoints import (
     bitsandbytes_details,
     check_output,
     format_named,
+    model_folder,
     parse_size,
 )
 from qkern.errors import FormatError, InputError, OutputError, UnsupportedError
@@ -131,8 +140,8 @@ def quantize(
         texts (``w8a8`` alone).
     observer : {"minmax", "percentile", "mse"}, optional
         How static scales are chosen, see `qkern.quantizers.ActivationRange`; default ``"mse"``.
-    tokenizer : optional
-        For calibration texts, when `model` is in memory.
+    tokenizer : tokenizer, str or Path, optional
+        For calibration texts, when `model` is in memory: a tokenizer, or the folder or hub id of one.
     device : str
         Where layers are computed: ``"auto"`` (CUDA if there is one, else CPU) or a torch device.
     max_shard_size : int or str
@@ -193,7 +202,7 @@ def quantize(
     settings, targets = find_targets(source.model, structure, settings, mixed, skip, include)
     if folder is not None and not scale_only:
         format = checked_format(source.model, structure, targets, settings, format)
-    _refuse_nonfinite(source, set(target_names(structure, targets)))
+    _check_weights(source, set(target_names(structure, targets)))
     ids = None
     if not settings.reads_text and calibration is not None:
         logger.warning("method rtn does not use the calibration texts: they are not read")
@@ -273,9 +282,15 @@ def _keeping(partial: Partial) -> Iterator[None]:
         raise
 
 
-def _refuse_nonfinite(source: Source, quantized: set[str]) -> None:
-    """Read what is copied as it is: a NaN in it would come to light only when the output is written."""
+def _check_weights(source: Source, quantized: set[str]) -> None:
+    """Look at dtypes, and read what is copied as it is: its NaN would else come to light at the very end."""
+    state = source.model.state_dict()
     for name in source.stored_once():
+        dtype = source.header(name).dtype
+        if state[name].is_floating_point() and not dtype.is_floating_point:
+            raise InputError(
+                f"{name} of {source.name} is {dtype}: weights must be floats; use the model's 16-bit files"
+            )
         if name.removesuffix(".weight") not in quantized:
             source.weights.get(name)
 
@@ -317,6 +332,8 @@ def calibration_ids(
             "method='rtn' without static scales"
         )
     check_source(calibration)
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(model_folder(tokenizer))
     length = bounded_length(source.model.config, length)
     vocabulary = source.model.get_input_embeddings().num_embeddings
     limits = {"samples": samples, "length": length, "seed": seed, "vocabulary": vocabulary, "what": what}

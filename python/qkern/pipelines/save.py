@@ -79,12 +79,18 @@ def save(
     Raises
     ------
     InputError
-        If the folder is not empty, the model has adapters, or an argument is not understood.
+        If the folder is not empty, the model has adapters or is none of transformers, or an argument is not
+        understood.
     UnsupportedError
         If the format cannot hold a layer; the message says why and nothing is written.
     QkernError
         If the disk is full; nothing is left behind.
     """
+    if not hasattr(model, "config"):
+        raise InputError(
+            f"a model that is written to a folder is one of transformers: got {type(model).__name__}; of "
+            "other modules save the state_dict()"
+        )
     check_output(path, source=getattr(model, "name_or_path", None))
     stored = StoredLayers.of(model, format)
     fmt = stored.format
