@@ -290,7 +290,7 @@ def gguf(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("kind", "to", "scheme", "embedding"),
-    [("q4_0", "awq", "w4g32", "q6_k"), ("q8_0", "gptq", "w8g32", "w8g32")],
+    [("q4_0", "awq", "w4g32", "q6_k"), ("q8_0", "gptq", "w8g32", "q8_0")],
 )
 def test_gguf_with_a_grid(gguf, tmp_path, kind, to, scheme, embedding):
     report = qkern.convert(gguf(kind), tmp_path / "out", to)

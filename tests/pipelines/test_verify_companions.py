@@ -9,6 +9,7 @@ import pytest
 
 import qkern
 from qkern.demo import MODEL
+from qkern.errors import FormatError
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def test_damaged_tokenizer(folder):
     content = (folder / "tokenizer.json").read_bytes()
     (folder / "tokenizer.json").write_bytes(content[: len(content) // 2])
     found = qkern.verify(folder, against=MODEL)
-    assert "has no tokenizer that transformers reads" in check(found, "files").problems[0]
+    assert check(found, "config").problems[0].startswith("tokenizer.json is no JSON")
+    assert check(found, "error").count == 28  # all else is looked at
 
 
 def test_tokenizer_of_another_model(folder):
@@ -52,21 +54,43 @@ def test_tokenizer_of_another_model(folder):
     assert problem.startswith("tokenizer: 2 tokens have other numbers than the original's")
 
 
+def test_one_more_token(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    used = [*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])]
+    token = {**content["added_tokens"][0], "id": max(used) + 1, "content": "<padding>"}
+    content["added_tokens"].append(token)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    found = qkern.verify(folder, against=MODEL)
+    assert found.is_sound
+    assert "1 tokens are in one of the two alone (first: '<padding>')" in check(found, "original").notes[0]
+
+
+def test_tokenizer_that_is_not_read_here(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("sentencepiece is needed")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
+    found = qkern.verify(folder, against=MODEL)
+    assert found.is_sound
+    assert "sentencepiece is needed" in check(found, "config").notes[0]
+    assert check(found, "error").count == 28
+
+
 def test_tokens_without_a_row(folder):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"].append({**content["added_tokens"][0], "id": 70000, "content": "<far>"})
     content["model"]["vocab"]["<far>"] = 70000
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    (note,) = check(qkern.verify(folder), "files").notes
+    (note,) = check(qkern.verify(folder), "config").notes
     assert note.startswith("the tokenizer has tokens up to 70000, and the embedding ")
 
 
 def test_no_tokenizer(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    assert not check(qkern.verify(folder), "files").notes
     found = qkern.verify(folder, against=MODEL)
-    assert check(found, "original").notes == ("the original has a tokenizer, the folder has none",)
+    (note,) = check(found, "original").notes
+    assert note.startswith("the original has a tokenizer")
     assert found.is_sound
 
 
@@ -77,13 +101,13 @@ def test_damaged_recipe(folder, content):
     assert problem.startswith("qkern.json ")
 
 
-@pytest.mark.parametrize("decoded", [["a"], {"a": "w9"}, 3, None])
-def test_damaged_recipe_of_a_converted_folder(folder, decoded):
-    (folder / "qkern.json").write_text(
-        json.dumps({"converted_from": "gguf", "layers": {}, "decoded": decoded})
-    )
+@pytest.mark.parametrize("grids", [["a"], {"a": ["w9"]}, {"a": [16]}, {"a": ["16"]}, {"a": 4}, 3, None])
+def test_damaged_grids(folder, grids):
+    (folder / "qkern.json").write_text(json.dumps({"grids": grids}))
     (problem,) = check(qkern.verify(folder), "config").problems
-    assert problem.startswith("layers of qkern.json are damaged: ")
+    assert problem.startswith("grids of qkern.json is damaged: ")
+    with pytest.raises(FormatError, match=r"qkern\.json is damaged"):
+        qkern.convert(folder, folder.parent / "out", "gptq_v2")
 
 
 def test_files_that_are_not_read(folder):

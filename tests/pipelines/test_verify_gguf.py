@@ -65,7 +65,7 @@ def test_what_a_gguf_says_of_its_source_may_be_damaged(tmp_path):
     path = tmp_path / "made.gguf"
     qkern.export_gguf(tmp_path / "made", path, "q4_0")
     path.write_bytes(path.read_bytes().replace(b'"w4g128"', b'"w5g128"', 1))
-    assert "qkern.source_schemes is damaged: unsupported bits" in problems(qkern.verify(path), "config")
+    assert "qkern.grids is damaged: not a scheme, a GGUF type" in problems(qkern.verify(path), "config")
 
 
 def blocks(file, name):

@@ -66,10 +66,6 @@ def test_a_converted_folder_is_measured_on_the_grid_it_had(tmp_path):
     (problem,) = [line for check in found.checks for line in check.problems if "cosine" in line]
     assert problem.startswith("model.embed_tokens: 2 of ")
     assert "leave it out" in next(check for check in found.checks if check.name == "error").notes[0]
-    recipe = tmp_path / "awq" / "qkern.json"
-    recipe.write_text(recipe.read_text().replace('"before": "w3g128"', '"before": 3', 1))
-    damaged = qkern.verify(tmp_path / "awq")
-    assert "layers of qkern.json are damaged: not a scheme" in damaged.checks[1].problems[0]
 
 
 @pytest.mark.parametrize(("scheme", "format"), [("w4g128z", "awq"), ("w3g128z", "compressed-tensors")])

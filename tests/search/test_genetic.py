@@ -9,7 +9,7 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.search import (
     Gene,
     Space,
-    check_population,
+    check_pymoo,
     evolve,
     is_full,
     lagrangian,
@@ -64,7 +64,7 @@ def test_it_beats_the_optimum_of_the_sensitivities_and_random_search():
 def test_without_pymoo_it_does_not_begin(monkeypatch):
     monkeypatch.setattr("qkern.search.genetic.find_spec", {}.get)
     with pytest.raises(UnsupportedError, match="pip install pymoo"):
-        check_population(20, 12)
+        check_pymoo()
 
 
 def test_a_seed_gives_one_search():

@@ -282,6 +282,10 @@ class GGUFCheckpoint:
         """Type of a tensor in the file, by transformers' name, for example ``"q4_k"``."""
         return self._infos[name].type.name
 
+    def file_name(self, name: str) -> str:
+        """Return llama.cpp's name of a tensor, without ``.weight``, by transformers' name."""
+        return self._infos[name].name.removesuffix(".weight")
+
     def weight(self, name: str) -> QuantizedWeight:
         """Read a layer that stays quantized, its rows in transformers' order.
 

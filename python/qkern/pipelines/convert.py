@@ -27,6 +27,7 @@ from qkern.nn import as_linears, expert_parts, named_linears, stored_name, unfus
 from qkern.ops import dequantize_groupwise
 from qkern.pipelines.checks import strangers
 from qkern.pipelines.conversion import Form, find_form, nearest_schemes, round_again
+from qkern.pipelines.history import GGUF_KEY, KEY, folder_grids, spelled_grids, with_grid
 from qkern.pipelines.load import is_gguf, model_names
 from qkern.schemes import QuantizedWeight, Scheme, as_scheme
 
@@ -141,6 +142,7 @@ class _Source:
     decoded: dict[str, str] = field(default_factory=dict)
     companions: Any = None
     recipe: dict[str, Any] = field(default_factory=dict)
+    grids: dict[str, Any] = field(default_factory=dict)
     has_outliers: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -256,12 +258,20 @@ def _copy(
 def _finish(
     writer: CheckpointWriter, source: _Source, report: ConversionReport, requantize: Scheme | str | None
 ) -> None:
+    grids = {
+        name: with_grid(source.grids.get(name) or [layer.before], layer.after, is_exact=layer.is_exact)
+        for name, layer in report.layers.items()
+    }
+    for tensor, before in report.decoded.items():
+        name = tensor.removesuffix(".weight")
+        grids[name] = source.grids.get(name) or [before]
     recipe = {
         "source": source.name,
         "arguments": {"to": report.after, "requantize": None if requantize is None else str(requantize)},
         "converted_from": report.before,
         "layers": {name: asdict(layer) for name, layer in report.layers.items()},
         "decoded": report.decoded,
+        KEY: {name: passed for name, passed in grids.items() if passed},
         "source_recipe": source.recipe,
     }
     writer.finish(
@@ -380,7 +390,8 @@ def _open_folder(path: str | Path) -> Iterator[_Source]:
         if _HEAD in checkpoint.entries:
             config.tie_word_embeddings = False
         damp = checkpoint.quantization.get("damp_percent")
-        recipe = checkpoint.folder / RECIPE_NAME
+        file = checkpoint.folder / RECIPE_NAME
+        recipe = read_json(file) if file.exists() else {}
         model = meta_model(config)
         unfuse_experts(model)
         yield _Source(
@@ -395,7 +406,8 @@ def _open_folder(path: str | Path) -> Iterator[_Source]:
             plain=tuple(checkpoint.plain),
             tensor=checkpoint.tensors.__getitem__,
             companions=checkpoint.folder,
-            recipe=read_json(recipe) if recipe.exists() else {},
+            recipe=recipe,
+            grids=folder_grids(checkpoint.folder),
             has_outliers=any(entry.threshold is not None for entry in checkpoint.entries.values()),
             details={} if damp is None else {"damp_percent": damp},
         )
@@ -418,10 +430,12 @@ def _open_gguf(path: str | Path) -> Iterator[_Source]:
         # Embeddings and heads are what checkpoints keep 16-bit: they are decoded.
         coded = {name: kind for name, kind in types.items() if kind in _NEAREST_OF_TYPES}
         decoded = {name: kind for name, kind in coded.items() if name not in linears - {f"{_HEAD}.weight"}}
-        stems = [name.removesuffix(".weight") for name in coded]
         stays = {}
         if embedding is not None:
-            stays[f"{embedding}.weight"] = str(checkpoint.weight(embedding).scheme)
+            stays[f"{embedding}.weight"] = checkpoint.type_of(f"{embedding}.weight")
+        stems = [name.removesuffix(".weight") for name in (*stays, *coded)]
+        said = spelled_grids(checkpoint.file.metadata.get(GGUF_KEY, {}), f"{GGUF_KEY} of {path}")
+        files = {stem: checkpoint.file_name(f"{stem}.weight") for stem in (*checkpoint.entries, *stems)}
         yield _Source(
             name=str(path),
             format="gguf",
@@ -435,4 +449,5 @@ def _open_gguf(path: str | Path) -> Iterator[_Source]:
             tensor=tensor,
             decoded={**stays, **decoded},
             companions=read_tokenizer(path),
+            grids={stem: said[file] for stem, file in files.items() if file in said},
         )

@@ -23,7 +23,7 @@ from qkern.gguf.mixture import ModelFacts, choose_types
 from qkern.gguf.modelfile import ollama_modelfile
 from qkern.gguf.overrides import parse_overrides
 from qkern.gguf.pooling import pooling_of
-from qkern.gguf.quantized import exact_type, map_rows, same_grid
+from qkern.gguf.quantized import exact_type, map_rows
 from qkern.gguf.rope import rope_tensors
 from qkern.gguf.tokenizer import name_of_model
 from qkern.gguf.writer import Written, check_new_file, gguf_bytes, gguf_files, write_whole
@@ -31,12 +31,13 @@ from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines.checks import check_calibration, check_gguf_output, check_gguf_request
 from qkern.pipelines.gguf_methods import CalibratedLayers
 from qkern.pipelines.gguf_sources import find_sources, stored_names
+from qkern.pipelines.history import GGUF_KEY, folder_grids
 from qkern.pipelines.imatrix import ImatrixRun, is_weighed, with_importance
 from qkern.schemes import QuantizedWeight
 from qkern.search import MixedPrecision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -48,8 +49,6 @@ __all__ = ["GGUFReport", "TensorReport", "export_gguf", "planned_export"]
 
 logger = logging.getLogger(__name__)
 
-SOURCE_SCHEMES: Final = "qkern.source_schemes"
-"""Key of a file of a quantized model: JSON object of the schemes that its tensors had by their names."""
 _HEAD: Final = "lm_head"
 _EMBEDDING: Final = "model.embed_tokens"
 
@@ -271,7 +270,7 @@ def export_gguf(
         size = sum(file.stat().st_size for file in written.files)
         if text is not None:
             write_whole(path.with_name("Modelfile"), text.encode())
-        _hint(checkpoint, mixture, plan.quantized, written)
+        _hint(checkpoint, mixture, plan)
     return report(written, size, errors=errors)
 
 
@@ -333,8 +332,8 @@ def _metadata(
     made.add_file_type(mixture.file_type)
     made.add_quantization_version(2)
     made.add_quantized_by(f"qkern {__version__}")
-    if plan.quantized:
-        made.add_string(SOURCE_SCHEMES, json.dumps(plan.quantized))
+    if plan.grids:
+        made.add_string(GGUF_KEY, json.dumps(plan.grids))
     architecture.add_metadata(made, config)
     add_tokenizer(made, checkpoint.folder, config["vocab_size"], pre_tokenizer=pre_tokenizer)
     tokenizer = made.kv_data[0]["tokenizer.ggml.model"].value
@@ -372,11 +371,17 @@ def _overrides(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """The tensors of a file in its order, the schemes of those that come quantized, and what keeps codes."""
+    """The tensors of a file in its order, and by their names in it what becomes of quantized ones.
+
+    `kept` keep their codes in the mixture's base type, `recoded` not in the type that they get; `grids` are
+    those of `qkern.pipelines.history`.
+    """
 
     tensors: list[PlannedTensor]
-    quantized: dict[str, str]
+    quantized: set[str]
     kept: set[str]
+    recoded: set[str]
+    grids: dict[str, list[str]]
 
 
 def _plan(
@@ -411,7 +416,8 @@ def _plan(
         )
         for name, factors in rope_tensors(config).items()
     ]
-    kept = {names[name] for name, source in sources.items() if _keeps_codes(checkpoint, source, mixture)}
+    base = gguf_type(mixture.base)
+    kept = {names[name] for name, source in sources.items() if source.keeps_codes(checkpoint, base)}
     assigned: tuple[Override, ...] = ()
     if assignment is not None:
         assigned = _assigned(
@@ -429,14 +435,15 @@ def _plan(
         read = partial(_read, checkpoint, sources[name], name, architecture, config)
         kind = types[names[name]]
         tensors.append(PlannedTensor(name=names[name], source=name, type=kind, shape=shape, read=read))
+    said = folder_grids(checkpoint.folder)
+    passed = {name: source.grids(checkpoint, types[names[name]], said) for name, source in sources.items()}
+    quantized = {names[name]: source for name, source in sources.items() if source.is_quantized(checkpoint)}
     return _Plan(
         tensors=tensors,
-        quantized={
-            names[name]: str(source.coarsest(checkpoint))
-            for name, source in sources.items()
-            if source.is_quantized(checkpoint)
-        },
+        quantized=set(quantized),
+        recoded={name for name, source in quantized.items() if not source.keeps(checkpoint, types[name])},
         kept={name for name in kept if types[name].name == mixture.base},
+        grids={names[name].removesuffix(".weight"): grids for name, grids in passed.items() if grids},
     )
 
 
@@ -472,14 +479,6 @@ def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:
     return tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
 
 
-def _keeps_codes(checkpoint: QuantizedCheckpoint, source: Source, mixture: Mixture) -> bool:
-    """Whether a weight is quantized on the grid of the base type: more bits would not serve it."""
-    base, entries = gguf_type(mixture.base), checkpoint.entries
-    return source.is_quantized(checkpoint) and all(
-        same_grid(base, entries[name].scheme) and not entries[name].act_order for name in source.stored
-    )
-
-
 def _read(
     checkpoint: QuantizedCheckpoint,
     source: Source,
@@ -500,21 +499,20 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _hint(
-    checkpoint: QuantizedCheckpoint, mixture: Mixture, quantized: Collection[str], written: Written
-) -> None:
+def _hint(checkpoint: QuantizedCheckpoint, mixture: Mixture, plan: _Plan) -> None:
     """Say what was rounded a second time, and which type would have kept the codes."""
-    rounded = sum(not written.exact[name] for name in quantized)
+    if not plan.recoded:
+        return
     kind = exact_type(entry.scheme for entry in checkpoint.entries.values() if not entry.act_order)
-    if rounded and (kind is None or kind.name != mixture.base):
-        logger.warning(
-            "%d of %d quantized tensors were rounded a second time; %s",
-            rounded,
-            len(quantized),
-            "no type of GGUF keeps their codes: export the 16-bit original, if there is one"
-            if kind is None
-            else f"--type {kind.name} keeps their codes",
-        )
+    advice = "no type of GGUF keeps their codes: export the 16-bit original, if there is one"
+    if kind is not None and kind.name != mixture.base:
+        advice = f"--type {kind.name} keeps their codes"
+    logger.warning(
+        "%d of %d quantized tensors were rounded a second time; %s",
+        len(plan.recoded),
+        len(plan.quantized),
+        advice,
+    )
 
 
 def _report(

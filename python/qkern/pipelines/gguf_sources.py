@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from qkern.errors import FormatError, InputError
-from qkern.gguf.quantized import stacked
+from qkern.gguf.quantized import same_grid, stacked
 from qkern.ops import dequantize_groupwise
+from qkern.pipelines.history import with_grid
 from qkern.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from qkern.checkpoints import QuantizedCheckpoint
     from qkern.gguf import GGUFArchitecture
-    from qkern.schemes import Scheme
+    from qkern.ops.gguf_types import GGUFType
 
 __all__ = ["Source", "find_sources", "stored_names"]
 
@@ -45,10 +46,31 @@ class Source:
         """Whether all of it is quantized in the checkpoint."""
         return all(name in checkpoint.entries for name in self.stored)
 
-    def coarsest(self, checkpoint: QuantizedCheckpoint) -> Scheme:
-        """Return the scheme of what is quantized; of experts in several the one that rounds most."""
-        schemes = (checkpoint.entries[name].scheme.weight_only() for name in self.stored)
-        return min(schemes, key=lambda scheme: (scheme.bits, -(scheme.group_size or math.inf)))
+    def keeps_codes(self, checkpoint: QuantizedCheckpoint, kind: GGUFType) -> bool:
+        """Whether all of it is quantized on the grid of the type: more bits would not serve it."""
+        entries = checkpoint.entries
+        return self.is_quantized(checkpoint) and all(
+            same_grid(kind, entries[name].scheme) and not entries[name].act_order for name in self.stored
+        )
+
+    def keeps(self, checkpoint: QuantizedCheckpoint, kind: GGUFType) -> bool:
+        """Whether nothing is rounded to codes in this type, scales and offsets aside."""
+        return kind.block == 1 or self.keeps_codes(checkpoint, kind)
+
+    def grids(
+        self, checkpoint: QuantizedCheckpoint, kind: GGUFType, recorded: Mapping[str, list[str]]
+    ) -> list[str]:
+        """`with_grid` of what is stored in this type; of experts in several that of the one rounded most."""
+
+        def fineness(name: str) -> tuple[float, float]:
+            scheme = checkpoint.entries[name].scheme
+            return scheme.bits, -(scheme.group_size or math.inf)
+
+        quantized = self.is_quantized(checkpoint)
+        name = min(self.stored, key=fineness) if quantized else self.stored[0]
+        own = [str(checkpoint.entries[name].scheme)] if quantized else []
+        before = recorded.get(name.removesuffix(".weight"), own)
+        return with_grid(before, kind.name, is_exact=self.keeps(checkpoint, kind)) if before else []
 
     def check_shape(self, checkpoint: QuantizedCheckpoint, shape: tuple[int, ...]) -> None:
         """Refuse tensors that do not make one of this shape, by the headers of their files.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from contextlib import contextmanager
 from itertools import accumulate
@@ -182,7 +183,7 @@ def is_gguf(path: str | Path) -> bool:
     InputError
         If it is no name.
     """
-    if not isinstance(path, (str, Path)):
+    if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"a model is a folder, a hub id or a GGUF file: got {type(path).__name__}")
     return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()
 
@@ -209,7 +210,7 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 def _usable_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     named: dict[Any, Any] = {str(known).removeprefix("torch."): known for known in FLOAT_DTYPES}
-    found: torch.dtype | None = named.get(dtype, None if dtype == "auto" else dtype)
+    found = {"auto": None, **named}.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if found not in (None, *FLOAT_DTYPES):
         raise InputError(
             f"unknown dtype: got {dtype!r}, allowed are {', '.join(map(str, FLOAT_DTYPES))}, their names "

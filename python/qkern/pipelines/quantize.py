@@ -332,8 +332,6 @@ def calibration_ids(
             "method='rtn' without static scales"
         )
     check_source(calibration)
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = load_tokenizer(model_folder(tokenizer))
     length = bounded_length(source.model.config, length)
     vocabulary = source.model.get_input_embeddings().num_embeddings
     limits = {"samples": samples, "length": length, "seed": seed, "vocabulary": vocabulary, "what": what}
@@ -344,6 +342,8 @@ def calibration_ids(
     )
     if not ready and tokenizer is None:
         tokenizer = source.tokenizer()
+    elif not ready and isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(model_folder(tokenizer))
     return make_batches(tokenizer, load_texts(calibration, tokenizer=tokenizer), **limits)
 
 

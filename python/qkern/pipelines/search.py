@@ -43,6 +43,7 @@ from qkern.search import (
     MixedPrecision,
     Space,
     check_population,
+    check_pymoo,
     evolve,
     greedy,
     lagrangian,
@@ -223,6 +224,7 @@ def search_assignment(
     """
     started = time.monotonic()
     check_population(population, generations)
+    check_pymoo()
     target = None
     given = {
         "bpw": target_bpw,

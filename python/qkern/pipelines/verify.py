@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -21,11 +20,12 @@ from qkern.nn.state import QuantModule
 from qkern.pipelines.load import is_gguf, load
 from qkern.pipelines.outcomes import runtime_refusals, split_groups
 from qkern.pipelines.source import open_source
-from qkern.pipelines.verification.companions import compare_tokenizers
-from qkern.pipelines.verification.folder import FolderSubject
+from qkern.pipelines.verification.companions import compare_tokens
+from qkern.pipelines.verification.folder import LEGACY, FolderSubject
 from qkern.pipelines.verification.gguf_file import GGUFSubject, original_tensors
 from qkern.pipelines.verification.original import Comparison
 from qkern.pipelines.verification.report import CHECKS, Check, Findings, Verification
+from qkern.pipelines.verification.same_model import compare_models
 from qkern.search import runtime_named
 
 if TYPE_CHECKING:
@@ -44,11 +44,6 @@ _NEW_TOKENS: Final = 8
 _LEAST: Final = 2
 _OF_MODEL: Final = ("weights", "generation", "kl")
 _OF_ORIGINAL: Final = ("original", "error", "kl")
-# Of a configuration what is of the files and not of the model; a quantized head has a weight of its own.
-_OF_FILES: Final = {
-    *("quantization_config", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"),
-    "tie_word_embeddings",
-}
 
 
 def verify(
@@ -145,7 +140,8 @@ def _whole_original(against: str | Path) -> Path:
     if is_gguf(against):
         raise InputError(f"the original must be a 16-bit folder or hub id: got the GGUF file {against}")
     folder = model_folder(against)
-    if read_json(folder / "config.json").get("quantization_config"):
+    said = read_json(folder / "config.json").get("quantization_config")
+    if said or any((folder / file).exists() for file in LEGACY):
         raise InputError(
             f"the original must be a 16-bit folder or hub id: {against} is quantized; give what the model "
             "was quantized from, or leave it out"
@@ -254,13 +250,13 @@ def _compare_folder(folder: Path, subject: FolderSubject, findings: Findings) ->
     matrices = dict.fromkeys(subject.matrices)
     state = source.model.state_dict(keep_vars=True)
     plain = subject.plain
-    known = {*plain, *(f"{linear}.weight" for linear in matrices)}
+    known = {*plain, *(f"{linear}.weight" for linear in subject.choices)}
     _compare_names(
         {name for name in source.weights.names if name in state}, set(source.stored_once()), known, findings
     )
     if subject.model is not None:
-        _compare_configs(subject.model.config.to_dict(), source.model.config.to_dict(), findings)
-    compare_tokenizers(subject.folder, folder, findings)
+        compare_models(subject.model, source.model, "config.json", findings)
+    compare_tokens(subject.tokens, folder, findings)
 
     def original(name: str) -> Tensor:
         module = source.model.get_submodule(name.rpartition(".")[0])
@@ -282,27 +278,6 @@ def _compare_folder(folder: Path, subject: FolderSubject, findings: Findings) ->
     return errors
 
 
-def _compare_configs(found: Mapping[str, Any], original: Mapping[str, Any], findings: Findings) -> None:
-    """Compare what two configurations say of the model, such as the base of its rotations."""
-    findings.add(
-        "original",
-        *(
-            f"config.json says {key} {found.get(key)!r:.80}: the original's {original.get(key)!r:.80}"
-            for key in sorted(found.keys() | original.keys())
-            if key not in _OF_FILES and not _agree(found.get(key), original.get(key))
-        ),
-    )
-
-
-def _agree(found: Any, original: Any) -> bool:
-    """Whether two values of a configuration are one: a GGUF has fp32 numbers, and says what is left out."""
-    if isinstance(found, dict) and isinstance(original, dict):
-        return all(_agree(found.get(key), original.get(key)) for key in found.keys() | original.keys())
-    if isinstance(found, float) and isinstance(original, float):
-        return math.isclose(found, original, rel_tol=1e-6)
-    return original is None or found == original
-
-
 def _compare_gguf(folder: Path, subject: GGUFSubject, findings: Findings) -> dict[str, float]:
     planned = original_tensors(folder)
     matrices = {
@@ -317,9 +292,13 @@ def _compare_gguf(folder: Path, subject: GGUFSubject, findings: Findings) -> dic
         assert isinstance(values, Tensor)
         return _as_matrix(values)
 
+    model = meta_model(load_config(folder))
+    if subject.model is not None:
+        compare_models(subject.model, model, "the file", findings)
+    compare_tokens(subject.tokens, folder, findings)
     # The norms of a file are what is multiplied by.
     comparison = Comparison(
-        meta_model(load_config(folder)),
+        model,
         original,
         plain,
         lambda linear: subject.matrix(matrices[linear]),

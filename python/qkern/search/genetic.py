@@ -22,6 +22,7 @@ __all__ = [
     "Generation",
     "Losses",
     "check_population",
+    "check_pymoo",
     "evolve",
     "pareto_front",
     "random_search",
@@ -114,6 +115,7 @@ def evolve(
         On a population or number of generations below 2 or 1, or a budget that no genome fits.
     """
     check_population(population, generations)
+    check_pymoo()
     check_budget(space, budget)
     from pymoo.algorithms.soo.nonconvex.ga import GA
 
@@ -185,6 +187,7 @@ def pareto_front(
         Genome and loss, smallest genome first.
     """
     check_population(population, generations)
+    check_pymoo()
     from pymoo.algorithms.moo.nsga2 import NSGA2
 
     seen: set[Genome] = set()
@@ -213,18 +216,26 @@ def undominated(space: Space, known: Mapping[Genome, float]) -> list[tuple[Genom
     return front
 
 
+def check_pymoo() -> None:
+    """Refuse to begin what needs pymoo where it is missing.
+
+    Raises
+    ------
+    UnsupportedError
+        If so.
+    """
+    if find_spec("pymoo") is None:
+        raise UnsupportedError("a search needs pymoo, which is not installed: pip install pymoo")
+
+
 def check_population(population: int, generations: int) -> None:
-    """Refuse a search of no size, and one that could not start.
+    """Refuse a search of no size.
 
     Raises
     ------
     InputError
-        If it has no size.
-    UnsupportedError
-        If pymoo is missing.
+        If so.
     """
-    if find_spec("pymoo") is None:
-        raise UnsupportedError("a search needs pymoo, which is not installed: pip install pymoo")
     if population < 2 or generations < 1:
         raise InputError(
             f"a search needs a population of 2 and 1 generation at least: got {population} and {generations}"

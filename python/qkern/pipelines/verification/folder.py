@@ -20,7 +20,7 @@ from qkern.models import column_weight, describe
 from qkern.nn import named_linears, stored_name, unfuse_experts
 from qkern.pipelines.load import COMPUTED, model_names
 from qkern.pipelines.source import stored_places
-from qkern.pipelines.verification.companions import check_strays, check_tokenizer, grids_before
+from qkern.pipelines.verification.companions import check_strays, grids_of, tokens_of
 from qkern.pipelines.verification.configuration import MARKERS, configuration_of, format_of
 from qkern.pipelines.verification.layouts import LayerLayout, UnpackedLayer, parts_of, unpack
 from qkern.pipelines.verification.original import Matrix
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from qkern.pipelines.verification.configuration import Configuration
     from qkern.pipelines.verification.report import Findings
 
-__all__ = ["FolderSubject"]
+__all__ = ["LEGACY", "FolderSubject"]
 
-_LEGACY: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+LEGACY: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files that older writers described a quantization in, and its method."""
 _HEAD: Final = "lm_head"
 # What decides how tensors are read, and older spellings of it.
 _DECIDING: Final = (
@@ -154,6 +155,8 @@ class FolderSubject:
         Tensors that are not quantized, by their name in the model; read when they are asked for.
     model : PreTrainedModel or None
         The model without weights, experts as linears; None if transformers cannot build it.
+    tokens : dict of str to int or None
+        Numbers of the tokenizer's tokens; None if there is none that is read here.
     why_not_loaded : None
         `qkern.load` reads every folder that can be verified.
 
@@ -175,11 +178,13 @@ class FolderSubject:
         findings.add("files", *problems)
         findings.count("files", len({tensor.file for tensor in self._tensors.values()}))
         self.format: str | None = None
+        self.tokens: dict[str, int] | None = None
         self._layers: dict[str, _Layer] = {}
+        self._broken: set[str] = set()
         self._plain: dict[str, StoredTensor] = {}
         self._own: dict[str, str] = {}
         self._of_layer: dict[str, list[str]] = {}
-        self._before = grids_before(self.folder, findings)
+        self._grids = grids_of(self.folder, findings)
         check_strays(self.folder, (tensor.file for tensor in self._tensors.values()), findings)
         self._said = self._read_config()
         self.model = self._build_model()
@@ -187,11 +192,12 @@ class FolderSubject:
             self._match_tensors()
             self._check_config()
             self._check_values()
-            check_tokenizer(self.folder, self.model.get_input_embeddings().num_embeddings, findings)
+            rows = self.model.get_input_embeddings().num_embeddings
+            self.tokens = tokens_of(self.folder, rows, findings)
 
     @property
     def choices(self) -> dict[str, str]:
-        """Scheme of every complete quantized linear."""
+        """Scheme of every complete quantized linear, weights that cannot be read too."""
         return {name: str(layer.scheme) for name, layer in self._layers.items()}
 
     @property
@@ -210,7 +216,7 @@ class FolderSubject:
         if not isinstance(found, dict):
             self._findings.add("config", f"quantization_config must be an object: got {found!r:.60}")
             return None
-        for file, method in _LEGACY.items():
+        for file, method in LEGACY.items():
             if (self.folder / file).exists():
                 legacy, problem = read_json_object(self.folder / file)
                 first, second = _deciding(legacy), _deciding(found)
@@ -219,7 +225,7 @@ class FolderSubject:
                     self._findings.add("config", problem)
                 elif differing:
                     self._findings.add("config", f"{file} and config.json differ in {', '.join(differing)}")
-                if not found:
+                elif not found:
                     self._findings.note(
                         "config",
                         f"the quantization is said in {file} alone: transformers, which reads "
@@ -423,7 +429,7 @@ class FolderSubject:
             self._findings.add("values", *_value_problems(layer, unpacked))
             self._findings.count("values", len(layer.parts))
             if not unpacked.has_weights:
-                del self._layers[linear]
+                self._broken.add(linear)
                 continue
             midpoints.append(bool((unpacked.zeros == layer.layout.midpoint).all()))
             declared.append(not layer.layout.symmetric)
@@ -445,30 +451,31 @@ class FolderSubject:
     @property
     def matrices(self) -> Iterator[str]:
         """Names in the model of the quantized linears that can be read, and of matrices that were decoded."""
-        yield from self._layers
+        yield from (linear for linear in self._layers if linear not in self._broken)
         decoded = {
-            tensor.name: name
+            tensor.name: name.removesuffix(".weight")
             for name, tensor in reversed(self._plain.items())  # of tied ones the first
-            if tensor.name in self._before
+            if tensor.name.removesuffix(".weight") in self._grids
         }
-        yield from (name.removesuffix(".weight") for name in decoded.values())
+        yield from decoded.values()
 
     def matrix(self, linear: str) -> Matrix:
-        """Unpack a linear; what was decoded, from the grid that it was on, lies there as it is."""
+        """Unpack a linear; what was decoded, from the grids that it was on, lies there as it is."""
         layer = self._layers.get(linear)
         if layer is None:
             stored = self._plain[f"{linear}.weight"]
-            return Matrix.on(torch.from_numpy(stored.floats()), (self._before[stored.name],))
+            passed = self._grids[stored.name.removesuffix(".weight")]
+            return Matrix.on(torch.from_numpy(stored.floats()), passed[-1], passed)
         unpacked = layer.unpacked()
         in_order = np.array_equal(unpacked.groups, layer.layout.group_of_columns(layer.K))
         order = None if in_order else torch.from_numpy(np.argsort(unpacked.groups, kind="stable"))
         # Scales that are rounded too change little.
         scheme = replace(layer.scheme.weight_only(), double_quant=False)
-        return Matrix.on(torch.from_numpy(unpacked.weights()), (self._before.get(layer.name), scheme), order)
+        return Matrix.on(torch.from_numpy(unpacked.weights()), scheme, self._grids.get(layer.name), order)
 
     def in_model(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor as the model has it, by its name there, in fp32."""
-        for linear in self._layers:
+        for linear in self._layers.keys() - self._broken:
             yield f"{linear}.weight", self.matrix(linear).values
         for name, tensor in self.plain.items():
             yield name, tensor.float()

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qkern.calibration import meta_model
 from qkern.errors import FormatError, QkernError, UnsupportedError, reason_of
-from qkern.gguf import GGUFFile
+from qkern.gguf import GGUFFile, read_tokenizer
 from qkern.gguf.checkpoint import GGUFCheckpoint
 from qkern.gguf.reader import gguf_parts
 from qkern.ops.gguf_types import GGUF_TYPES, gguf_type
-from qkern.pipelines.export_gguf import SOURCE_SCHEMES, planned_export
+from qkern.pipelines.export_gguf import planned_export
+from qkern.pipelines.history import GGUF_KEY, parse_grids
 from qkern.pipelines.verification.original import Matrix
-from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from qkern.gguf import PlannedTensor
+    from qkern.pipelines.history import Grid
     from qkern.pipelines.verification.report import Findings
 
 __all__ = ["GGUFSubject", "original_tensors"]
@@ -50,6 +50,10 @@ class GGUFSubject:
         The runtime that it is for where none is named.
     choices : dict of str to str
         Type of every quantized matrix, by llama.cpp's name.
+    model : PreTrainedModel or None
+        The model without weights; None if `qkern.load` does not read it.
+    tokens : dict of str to int or None
+        Numbers of the tokenizer's tokens; None if it is not read here.
     why_not_loaded : str or None
         Why `qkern.load` does not read such a model, if it does not.
 
@@ -67,9 +71,11 @@ class GGUFSubject:
     def __init__(self, path: Path, findings: Findings) -> None:
         self._findings = findings
         self._tensors: dict[str, Any] = {}
-        self._sources: dict[str, Scheme] = {}
+        self._grids: dict[str, tuple[Grid, ...]] = {}
         self.config: dict[str, Any] = {}
         self.names: dict[str, str] = {}
+        self.model: Any = None
+        self.tokens: dict[str, int] | None = None
         self.why_not_loaded: str | None = None
         self._architecture: Any = None
         try:
@@ -82,6 +88,7 @@ class GGUFSubject:
         self._refuse_types()
         self._match_tensors(path)
         self._check_values()
+        self.tokens = self._read_tokens(path)
 
     def _open(self, part: Path) -> None:
         import gguf
@@ -92,14 +99,11 @@ class GGUFSubject:
             self._findings.add("files", f"{part.name} is not read by the gguf package: {reason_of(error)}")
             return
         self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
-        if SOURCE_SCHEMES in reader.fields:
+        if GGUF_KEY in reader.fields:
             try:
-                said = json.loads(reader.fields[SOURCE_SCHEMES].contents())
-                self._sources = {
-                    name: replace(Scheme.parse(spelled), double_quant=False) for name, spelled in said.items()
-                }
-            except (ValueError, AttributeError, QkernError) as error:
-                self._findings.add("config", f"{SOURCE_SCHEMES} is damaged: {reason_of(error)}")
+                self._grids = parse_grids(reader.fields[GGUF_KEY].contents(), GGUF_KEY)
+            except FormatError as error:
+                self._findings.add("config", str(error))
         self._findings.count("files")
 
     def _refuse_types(self) -> None:
@@ -120,10 +124,21 @@ class GGUFSubject:
                 self.config = checkpoint.config
                 self._architecture = checkpoint.file.architecture
                 self.names = self._architecture.names(self.config)
+                self.model = meta_model(checkpoint.transformers_config())
         except UnsupportedError as error:
             self.why_not_loaded = str(error)
         except QkernError as error:
             self._findings.add("tensors", str(error))
+
+    def _read_tokens(self, path: Path) -> dict[str, int] | None:
+        try:
+            tokens: dict[str, int] = read_tokenizer(path).get_vocab()
+            return tokens
+        except UnsupportedError as error:
+            self._findings.note("config", str(error))
+        except FormatError as error:
+            self._findings.add("config", str(error))
+        return None
 
     def _check_values(self) -> None:
         for name in self._tensors:
@@ -166,15 +181,18 @@ class GGUFSubject:
 
     @property
     def matrices(self) -> Iterator[str]:
-        """llama.cpp's names of the quantized matrices."""
-        return iter(self.choices)
+        """llama.cpp's names of the quantized matrices, and of those that were quantized before."""
+        return (name for name in self._tensors if name in self.choices or self._passed(name))
 
     def matrix(self, name: str) -> Matrix:
         """Decode a matrix."""
         values = self._decoded(name)
         assert values is not None
         rows = values.flatten(0, -2)  # experts one below the other
-        return Matrix.on(rows, (self._sources.get(name), gguf_type(self._kind(name))))
+        return Matrix.on(rows, gguf_type(self._kind(name)), self._passed(name))
+
+    def _passed(self, name: str) -> tuple[Grid, ...] | None:
+        return self._grids.get(name.removesuffix(".weight"))
 
     def in_model(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor that `qkern.load` reads, by transformers' name, rows in the model's order."""
@@ -187,7 +205,8 @@ class GGUFSubject:
     def plain(self) -> Mapping[str, Tensor]:
         """Tensors that are not quantized, by llama.cpp's name, in the dtype that they are stored in."""
         dtypes = {"f16": torch.float16, "bf16": torch.bfloat16}
-        found = {name: self._decoded(name) for name in self._tensors if self._kind(name) in _FLOATS}
+        matrices = set(self.matrices)
+        found = {name: self._decoded(name) for name in self._tensors if name not in matrices}
         return {
             name: value.to(dtypes.get(self._kind(name), torch.float32))
             for name, value in found.items()

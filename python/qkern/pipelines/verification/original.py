@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from qkern.models import Architecture, LinearPair, NormLinears
-    from qkern.ops.gguf_types import GGUFType
+    from qkern.pipelines.history import Grid
 
 __all__ = ["Comparison", "Matrix", "compare_matrix"]
 
@@ -83,16 +83,17 @@ class Matrix:
 
     @classmethod
     def on(
-        cls, values: Tensor, grids: Sequence[Scheme | GGUFType | None], order: Tensor | None = None
+        cls, values: Tensor, grid: Grid, passed: Sequence[Grid] | None, order: Tensor | None = None
     ) -> Matrix:
-        """Matrix that was rounded on these grids, one after the other; None is no grid."""
-        passed = [grid for grid in grids if grid is not None]
-        coarse = next((grid for grid in passed if isinstance(grid, Scheme)), None)
-        group_size = BLOCK if coarse is None else coarse.group_length(values.shape[1])
-        return cls(values=values, round=partial(_rounded, grids=passed), group_size=group_size, order=order)
+        """Matrix on a grid that was rounded on those which it passed, None: on this one alone."""
+        passed = passed or (grid,)
+        K = values.shape[1]
+        # The smallest: what has a scale of its own is damaged by itself.
+        lengths = [one.group_length(K) if isinstance(one, Scheme) else BLOCK for one in (grid, *passed)]
+        return cls(values=values, round=partial(_rounded, grids=passed), group_size=min(lengths), order=order)
 
 
-def _rounded(rows: Tensor, *, grids: Sequence[Scheme | GGUFType]) -> Tensor:
+def _rounded(rows: Tensor, *, grids: Sequence[Grid]) -> Tensor:
     for grid in grids:
         if isinstance(grid, Scheme):
             rows = dequantize_groupwise(quantize_groupwise(rows, grid))
