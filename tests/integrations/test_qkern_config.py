@@ -122,10 +122,15 @@ def test_format_and_compute_of_a_config(originals: Any, tmp_path: Path) -> None:
         ),
         (
             lambda: GPTQConfig(
-                bits=8, group_size=32, sym=False, damp_percent=0.05, dataset=LISTED["calibration"]
+                bits=8,
+                group_size=32,
+                sym=False,
+                damp_percent=0.05,
+                dataset=LISTED["calibration"],
+                model_seqlen=8,
             ),
             "w8g32z",
-            LISTED,
+            {**LISTED, "length": 8},
         ),
         (
             lambda: AwqConfig(
@@ -152,7 +157,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bits": 4, "true_sequential": False}, "true_sequential=False has no meaning here"),
     ({"bits": 4, "backend": "marlin"}, "backend='marlin' has no meaning here"),
     ({"bits": 4, "batch_size": 2, "fuse_max_seq_len": 8}, "batch_size, fuse_max_seq_len cannot be given"),
-    ({"bits": 4, "desc_act": True}, "act_order are GPTQ's"),
+    ({"bits": 4, "desc_act": True}, "act_order .*for method 'gptq' alone"),
     ({"scheme": "w4g128", "output": "folder"}, "output cannot be given"),
     ({"scheme": "w4g128", "compute": "int4"}, "unknown compute: got 'int4'"),
     ({"scheme": "w4g128", "format": "marlin"}, "unknown checkpoint format: got 'marlin'"),

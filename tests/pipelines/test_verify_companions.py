@@ -9,7 +9,7 @@ import pytest
 
 import qkern
 from qkern.demo import MODEL
-from qkern.errors import FormatError
+from qkern.errors import FormatError, InputError
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,26 @@ def test_tokenizer_of_another_model(folder):
     found = qkern.verify(folder, against=MODEL)
     (problem,) = check(found, "original").problems
     assert problem.startswith("tokenizer: 2 tokens have other numbers than the original's")
+
+
+def test_tokenizer_that_splits_otherwise(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"].reverse()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    found = qkern.verify(folder, against=MODEL)
+    assert check(found, "original").problems == (
+        "tokenizer: it makes other tokens of a text than the original's",
+    )
+
+
+def test_a_description_that_transformers_does_not_read(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (problem,) = check(qkern.verify(folder), "config").problems
+    assert problem.startswith("the quantization is said in quantize_config.json alone")
+    with pytest.raises(InputError, match="is quantized"):
+        qkern.verify(MODEL, against=folder)
 
 
 def test_one_more_token(folder):

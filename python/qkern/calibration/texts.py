@@ -87,7 +87,9 @@ def _from_name(source: str | Path, tokenizer: Any) -> list[Document]:
             ) from error
         return _from_jsonl(path, text, tokenizer) if path.suffix in (".jsonl", ".json") else [text]
     file_like = path.is_absolute() or path.suffix in _SUFFIXES or str(source).startswith(".")
-    if path.is_dir() or file_like:
+    if path.is_dir():
+        raise InputError(f"calibration {path} is a folder; give {_ALLOWED}")
+    if file_like:
         raise InputError(f"calibration file not found: {path}; give {_ALLOWED}")
     return _from_dataset(str(source), tokenizer)
 

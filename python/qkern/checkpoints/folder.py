@@ -66,9 +66,14 @@ def model_folder(path: str | Path, *, fetch: bool = True) -> Path:
     Raises
     ------
     InputError
-        If there is no such folder and no such hub model.
+        If there is no such folder and no such hub model, or an adapter in it.
     """
     folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is an adapter of PEFT, no model: load the model that it was trained on, and then the "
+            "adapter with peft.PeftModel.from_pretrained(model, folder)"
+        )
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -146,14 +151,16 @@ class TensorFolder(Mapping[str, "Tensor"]):
         self._open: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         index = folder / INDEX_NAME
-        for name in self._files_of_index(index) if index.exists() else [self._single()]:
+        # As transformers: what a folder has beside the one file, such as an older index, does not count.
+        sharded = index.exists() and not (folder / SINGLE_NAME).exists()
+        for name in self._files_of_index(index) if sharded else [self._single()]:
             for tensor in self._handle(name).keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 if tensor in self._file_of:
                     raise FormatError(
                         f"{folder}: tensor {tensor} is in {self._file_of[tensor]} and in {name}"
                     )
                 self._file_of[tensor] = name
-        if index.exists():
+        if sharded:
             self._check_index(index)
 
     def _single(self) -> str:

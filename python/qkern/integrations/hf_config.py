@@ -58,6 +58,7 @@ _RENAMED: Final = {
     "q_group_size": "group_size",
     "damp_percent": "damp",
     "dataset": "calibration",
+    "model_seqlen": "length",
     "modules_to_not_convert": "skip",
     "version": "format",
     "checkpoint_format": "format",
@@ -146,8 +147,9 @@ class QkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         if settings.reads_text and options.get("calibration") is None:
             raise InputError(
-                f"calibration is missing: method {method} measures activations on text; give calibration= a "
-                "text file, a list of texts or token ids, or use method='rtn'"
+                f"calibration is missing: method {method} measures activations on text; give calibration= "
+                "(of GPTQConfig and AwqConfig dataset=) a text file, a list of texts or token ids, or use "
+                "QkernConfig with method='rtn'"
             )
 
     def settings(self) -> Settings:

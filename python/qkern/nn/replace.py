@@ -6,6 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from torch import nn
@@ -16,6 +17,7 @@ from qkern.nn.experts import expert_parameters, refuse_experts, unfuse_experts
 from qkern.nn.fake_quant import FakeQuantLinear
 from qkern.nn.linear import COMPUTE, QuantLinear, is_conv1d
 from qkern.nn.names import ROUTERS, lies_in, places
+from qkern.nn.naming import save_pretrained
 from qkern.schemes import Scheme, as_scheme
 
 if TYPE_CHECKING:
@@ -144,7 +146,23 @@ def replace_linears(
             f"no linear layer to replace in {type(model).__name__}: skip={tuple(skip)!r} leaves none; "
             "pass a model with nn.Linear or Conv1D layers, or skip fewer"
         )
-    return exchange(model, wanted, lambda name, module: kind.from_linear(module, schemes[name], **quantize))
+    replaced = exchange(
+        model, wanted, lambda name, module: kind.from_linear(module, schemes[name], **quantize)
+    )
+    saves = vars(model).get("save_pretrained")
+    if hasattr(type(model), "save_pretrained") and getattr(saves, "__func__", None) in (
+        None,
+        save_pretrained,
+    ):
+        vars(model)["save_pretrained"] = MethodType(_refuse_to_save, model)
+    return replaced
+
+
+def _refuse_to_save(self: Any, *_: Any, **__: Any) -> None:
+    raise UnsupportedError(
+        f"save_pretrained of {type(self).__name__} would write buffers of QuantLinear, which nothing reads: "
+        "write a checkpoint with qkern.save(model, folder)"
+    )
 
 
 def exchange(

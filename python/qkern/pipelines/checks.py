@@ -129,7 +129,10 @@ def checked_settings(
     given = {"damp": damp, "act_order": act_order, "static_groups": static_groups, "block_size": block_size}
     foreign = [name for name, value in given.items() if value != getattr(GPTQConfig(), name)]
     if method != "gptq" and foreign:
-        raise InputError(f"{', '.join(foreign)} are GPTQ's: got method {method!r}; leave them out")
+        raise InputError(
+            f"{', '.join(foreign)} (desc_act is act_order) is for method 'gptq' alone: got method "
+            f"{method!r}; use 'gptq', or leave it out"
+        )
     gptq = GPTQConfig(damp=damp, act_order=act_order, static_groups=static_groups, block_size=block_size)
     if search is not None and method == "gptq":
         gptq = replace(gptq, search=search)  # type: ignore[arg-type]

@@ -213,6 +213,8 @@ def convert(
         If the disk is full; nothing is left behind.
     """
     started = time.monotonic()
+    if to == "gguf":
+        raise UnsupportedError("convert writes folders: qkern.export_gguf (qkern export-gguf) writes GGUF")
     fmt = format_named(to)
     if fmt.name == BITSANDBYTES.name:
         raise UnsupportedError(

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -213,6 +214,11 @@ def export_gguf(
     FormatError
         If the checkpoint or the importance matrix is incomplete or damaged.
     """
+    if not isinstance(model, (str, PathLike)):
+        raise InputError(
+            f"export_gguf reads a folder or hub id: got {model.__class__.__name__}; write the model with "
+            "qkern.save first"
+        )
     mixture = mixture_for(type)
     mixed = None if assignment is None else MixedPrecision.of(assignment)
     drawn: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "device": device}

@@ -73,7 +73,7 @@ class Source:
         return with_grid(before, kind.name, is_exact=self.keeps(checkpoint, kind)) if before else []
 
     def check_shape(self, checkpoint: QuantizedCheckpoint, shape: tuple[int, ...]) -> None:
-        """Refuse tensors that do not make one of this shape, by the headers of their files.
+        """Refuse tensors that do not make one of this shape, or are no floats, by the headers of their files.
 
         What is quantized is left out: its shape is known when it is decoded.
 
@@ -87,6 +87,11 @@ class Source:
             expected = (*expected[:-2], self.parts * expected[-2], expected[-1])
         for name in self.stored:
             if name not in checkpoint.entries:
+                dtype = checkpoint.tensors.header(name).dtype
+                if not dtype.is_floating_point:
+                    raise InputError(
+                        f"{name} is {dtype}: weights must be floats; use the model's 16-bit files"
+                    )
                 found = checkpoint.tensors.shape(name)
                 if _without_ones(found) != _without_ones(expected):
                     raise InputError(

@@ -53,6 +53,7 @@ __all__ = [
     "mark_quantized",
     "model_names",
     "refuse_misfits",
+    "save_as_quantized",
     "unmark_quantized",
     "usable_device",
 ]
@@ -127,6 +128,7 @@ def load(
         with QuantizedCheckpoint(path) as checkpoint:
             config = _read_config(checkpoint)
             if checkpoint.format is None:
+                _refuse_integers(checkpoint)
                 model = load_whole(checkpoint.folder, config, dtype)
                 if int8:
                     _replace_by_outlier_linears(model)
@@ -162,7 +164,7 @@ def _replace_by_outlier_linears(model: Any) -> None:
     log_kept(model, names, targets)
     replace_linears(model, dict.fromkeys(names, "w8a8"), kind=OutlierLinear)
     model.requires_grad_(False)
-    model.save_pretrained = MethodType(save_pretrained, model)
+    save_as_quantized(model)
     mark_quantized(model)
 
 
@@ -183,8 +185,9 @@ def is_gguf(path: str | Path) -> bool:
     InputError
         If it is no name.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise InputError(f"a model is a folder, a hub id or a GGUF file: got {type(path).__name__}")
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        what = "an empty name" if isinstance(path, str) else type(path).__name__
+        raise InputError(f"a model is a folder, a hub id or a GGUF file: got {what}")
     return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()
 
 
@@ -206,6 +209,17 @@ def usable_device(device: torch.device | str) -> torch.device:
             f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); allowed are auto, "
             "cpu, and cuda, cuda:N or mps where torch has them: use auto or cpu"
         ) from error
+
+
+def _refuse_integers(checkpoint: QuantizedCheckpoint) -> None:
+    """Refuse codes without scales, which transformers would take for weights."""
+    tensors = checkpoint.tensors
+    integers = [
+        name
+        for name in tensors
+        if name.endswith(".weight") and not tensors.header(name).dtype.is_floating_point
+    ]
+    refuse_misfits(checkpoint.folder, integers=integers)
 
 
 def _usable_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -344,10 +358,14 @@ def _load_quantized(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | No
     biases = _replace_layers(checkpoint, model, names, dtype)
     _fill(checkpoint, model, [name for name in checkpoint.plain if name not in biases], names, dtype)
     _read_generation_config(checkpoint, model)
-    # transformers' own would write the buffers of QuantLinear, which nothing reads.
-    model.save_pretrained = MethodType(save_pretrained, model)
+    save_as_quantized(model)
     mark_quantized(model)
     return model
+
+
+def save_as_quantized(model: Any) -> None:
+    """Let ``save_pretrained`` be ours: transformers' writes buffers of `QuantLinear`, which nothing reads."""
+    model.save_pretrained = MethodType(save_pretrained, model)
 
 
 def mark_quantized(model: Any) -> None:

@@ -20,6 +20,7 @@ from qkern.nn import (
 from qkern.nn.replace import UNTOUCHED, exchange, naming_weight, report_subclasses
 from qkern.ops.gguf_types import GGUFType
 from qkern.pipelines.checks import refuse_adapters
+from qkern.pipelines.load import save_as_quantized
 from qkern.search import MixedPrecision, parse_choice, spell_choice
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def convert_qat(model: nn.Module) -> MixedPrecision:
     exchange(model, layers, lambda name, _: made.pop(name))
     if is_dense:
         model.float()
+    elif hasattr(model, "save_pretrained") and not hasattr(model, "hf_quantizer"):
+        save_as_quantized(model)
     return assignment
 
 

@@ -45,7 +45,7 @@ from qkern.pipelines.checks import (
     target_names,
 )
 from qkern.pipelines.layerwise import Finished, LayerRecord, Settings, quantize_head, quantize_layer
-from qkern.pipelines.load import mark_quantized, usable_device
+from qkern.pipelines.load import mark_quantized, save_as_quantized, usable_device
 from qkern.pipelines.partial import Partial, partial_folder
 from qkern.pipelines.recipe import QuantizationReport, recipe_layers
 from qkern.pipelines.source import Source, open_source
@@ -202,7 +202,7 @@ def quantize(
     settings, targets = find_targets(source.model, structure, settings, mixed, skip, include)
     if folder is not None and not scale_only:
         format = checked_format(source.model, structure, targets, settings, format)
-    _check_weights(source, set(target_names(structure, targets)))
+    _refuse_nonfinite(source, set(target_names(structure, targets)))
     ids = None
     if not settings.reads_text and calibration is not None:
         logger.warning("method rtn does not use the calibration texts: they are not read")
@@ -282,15 +282,9 @@ def _keeping(partial: Partial) -> Iterator[None]:
         raise
 
 
-def _check_weights(source: Source, quantized: set[str]) -> None:
-    """Look at dtypes, and read what is copied as it is: its NaN would else come to light at the very end."""
-    state = source.model.state_dict()
+def _refuse_nonfinite(source: Source, quantized: set[str]) -> None:
+    """Read what is copied as it is: a NaN in it would come to light only when the output is written."""
     for name in source.stored_once():
-        dtype = source.header(name).dtype
-        if state[name].is_floating_point() and not dtype.is_floating_point:
-            raise InputError(
-                f"{name} of {source.name} is {dtype}: weights must be floats; use the model's 16-bit files"
-            )
         if name.removesuffix(".weight") not in quantized:
             source.weights.get(name)
 
@@ -463,6 +457,7 @@ def _assemble(source: Source, layers: Sequence[Finished]) -> Any:
 
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     if any(finished.weights for finished in layers):
+        save_as_quantized(model)
         mark_quantized(model)
     return model
 

@@ -129,20 +129,34 @@ def open_source(model: Any, *, headers: bool = False) -> Source:
     Raises
     ------
     InputError
-        If there is no such folder, its config names no architectures, or the model is already quantized
-        or has adapters.
+        If there is no such folder, its config names no architectures, or the model is already quantized,
+        has adapters, or integers for weights.
     UnsupportedError
         If layers of it are in training.
     FormatError
         If a file is damaged or a tensor is missing.
     """
     if isinstance(model, (str, Path)):
-        return _open_folder(model_folder(model, fetch=not headers), headers)
+        source = _open_folder(model_folder(model, fetch=not headers), headers)
+        _refuse_integers(source)
+        return source
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise InputError(
             f"a model is a folder, a hub id or a transformers causal LM: got {type(model).__name__}"
         )
-    return _open_memory(model)
+    source = _open_memory(model)
+    _refuse_integers(source)
+    return source
+
+
+def _refuse_integers(source: Source) -> None:
+    state = source.model.state_dict()
+    for name in source.stored_once():
+        dtype = source.header(name).dtype
+        if state[name].is_floating_point() and not dtype.is_floating_point:
+            raise InputError(
+                f"{name} of {source.name} is {dtype}: weights must be floats; use the model's 16-bit files"
+            )
 
 
 def _open_memory(model: Any) -> Source:

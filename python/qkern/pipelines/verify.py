@@ -20,7 +20,7 @@ from qkern.nn.state import QuantModule
 from qkern.pipelines.load import is_gguf, load
 from qkern.pipelines.outcomes import runtime_refusals, split_groups
 from qkern.pipelines.source import open_source
-from qkern.pipelines.verification.companions import compare_tokens
+from qkern.pipelines.verification.companions import compare_tokenizers
 from qkern.pipelines.verification.folder import LEGACY, FolderSubject
 from qkern.pipelines.verification.gguf_file import GGUFSubject, original_tensors
 from qkern.pipelines.verification.original import Comparison
@@ -256,7 +256,7 @@ def _compare_folder(folder: Path, subject: FolderSubject, findings: Findings) ->
     )
     if subject.model is not None:
         compare_models(subject.model, source.model, "config.json", findings)
-    compare_tokens(subject.tokens, folder, findings)
+    compare_tokenizers(subject.tokenizer, folder, findings)
 
     def original(name: str) -> Tensor:
         module = source.model.get_submodule(name.rpartition(".")[0])
@@ -295,7 +295,7 @@ def _compare_gguf(folder: Path, subject: GGUFSubject, findings: Findings) -> dic
     model = meta_model(load_config(folder))
     if subject.model is not None:
         compare_models(subject.model, model, "the file", findings)
-    compare_tokens(subject.tokens, folder, findings)
+    compare_tokenizers(subject.tokenizer, folder, findings)
     # The norms of a file are what is multiplied by.
     comparison = Comparison(
         model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkern.calibration import has_tokenizer, load_tokenizer
 from qkern.checkpoints import RECIPE_NAME
@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from qkern.pipelines.history import Grid
     from qkern.pipelines.verification.report import Findings
 
-__all__ = ["check_strays", "compare_tokens", "grids_of", "tokens_of"]
+__all__ = ["check_strays", "compare_tokenizers", "grids_of", "tokenizer_of"]
 
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json")
 # Rows of an embedding without a token, as converters to GGUF name them.
 _UNUSED: Final = re.compile(r"\[PAD\d+\]")
+# Words, case, numbers, spaces, lines, code, scripts: what tokenizers treat each in their own way.
+_SAMPLE: Final = (
+    "And the King said: It's 1,234.5 km away!  Isn't that far?\n\tdef f(x):\n        return x**2  # ok\n"
+    "Größe, naïve, Привет, 你好世界, 🙂"
+)
 
 
 def grids_of(folder: Path, findings: Findings) -> dict[str, tuple[Grid, ...]]:
@@ -50,8 +55,8 @@ def check_strays(folder: Path, read: Iterable[Path], findings: Findings) -> None
         )
 
 
-def tokens_of(folder: Path, rows: int, findings: Findings) -> dict[str, int] | None:
-    """Return the tokens of a folder and their numbers; None if there are none, or they are not read here."""
+def tokenizer_of(folder: Path, rows: int, findings: Findings) -> Any:
+    """Return the tokenizer of a folder; None if there is none, or it is not read here."""
     for name in _TOKENIZER_FILES:
         _, problem = read_json_object(folder / name) if (folder / name).exists() else ({}, None)
         if problem is not None:
@@ -60,31 +65,32 @@ def tokens_of(folder: Path, rows: int, findings: Findings) -> dict[str, int] | N
     if not has_tokenizer(folder):
         return None
     try:
-        tokens: dict[str, int] = load_tokenizer(folder).get_vocab()
+        tokenizer = load_tokenizer(folder)
     except FormatError as error:  # may lack a package, or code that is not run
         findings.note("config", str(error))
         return None
-    highest = max(tokens.values(), default=-1)
+    highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
         findings.note("config", f"the tokenizer has tokens up to {highest}, and the embedding {rows} rows")
-    return tokens
+    return tokenizer
 
 
-def compare_tokens(found: dict[str, int] | None, original: Path, findings: Findings) -> None:
-    """Compare which tokens have which numbers with the original's."""
+def compare_tokenizers(found: Any, original: Path, findings: Findings) -> None:
+    """Compare which tokens have which numbers, and what a text becomes, with the original's tokenizer."""
     try:
-        wanted: dict[str, int] = load_tokenizer(original).get_vocab() if has_tokenizer(original) else {}
+        theirs = load_tokenizer(original) if has_tokenizer(original) else None
     except FormatError as error:
         findings.note("original", f"tokenizers are not compared: {error}")
         return
-    if wanted and found is None:
+    if theirs is not None and found is None:
         findings.note("original", "the original has a tokenizer, which there is none here to compare with")
-    if not wanted or found is None:
+    if theirs is None or found is None:
         return
+    tokens, wanted = found.get_vocab(), theirs.get_vocab()
     taken = set(wanted.values())
     moved = [
         token
-        for token, number in found.items()
+        for token, number in tokens.items()
         if not _UNUSED.fullmatch(token) and number != wanted.get(token, None if number in taken else number)
     ]
     if moved:
@@ -93,9 +99,16 @@ def compare_tokens(found: dict[str, int] | None, original: Path, findings: Findi
             f"tokenizer: {len(moved)} tokens have other numbers than the original's, or numbers of others "
             f"(first: {min(moved)!r:.60})",
         )
-    alone = {token for token in found.keys() ^ wanted.keys() if not _UNUSED.fullmatch(token)} - set(moved)
+    elif _sample(found) != _sample(theirs):
+        findings.add("original", "tokenizer: it makes other tokens of a text than the original's")
+    alone = {token for token in tokens.keys() ^ wanted.keys() if not _UNUSED.fullmatch(token)} - set(moved)
     if alone:
         findings.note(
             "original",
             f"tokenizer: {len(alone)} tokens are in one of the two alone (first: {min(alone)!r:.60})",
         )
+
+
+def _sample(tokenizer: Any) -> list[int]:
+    numbers: list[int] = tokenizer.encode(_SAMPLE, add_special_tokens=False)
+    return numbers

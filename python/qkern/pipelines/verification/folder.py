@@ -20,7 +20,7 @@ from qkern.models import column_weight, describe
 from qkern.nn import named_linears, stored_name, unfuse_experts
 from qkern.pipelines.load import COMPUTED, model_names
 from qkern.pipelines.source import stored_places
-from qkern.pipelines.verification.companions import check_strays, grids_of, tokens_of
+from qkern.pipelines.verification.companions import check_strays, grids_of, tokenizer_of
 from qkern.pipelines.verification.configuration import MARKERS, configuration_of, format_of
 from qkern.pipelines.verification.layouts import LayerLayout, UnpackedLayer, parts_of, unpack
 from qkern.pipelines.verification.original import Matrix
@@ -155,8 +155,8 @@ class FolderSubject:
         Tensors that are not quantized, by their name in the model; read when they are asked for.
     model : PreTrainedModel or None
         The model without weights, experts as linears; None if transformers cannot build it.
-    tokens : dict of str to int or None
-        Numbers of the tokenizer's tokens; None if there is none that is read here.
+    tokenizer : PreTrainedTokenizer or None
+        None if there is none that is read here.
     why_not_loaded : None
         `qkern.load` reads every folder that can be verified.
 
@@ -178,7 +178,7 @@ class FolderSubject:
         findings.add("files", *problems)
         findings.count("files", len({tensor.file for tensor in self._tensors.values()}))
         self.format: str | None = None
-        self.tokens: dict[str, int] | None = None
+        self.tokenizer: Any = None
         self._layers: dict[str, _Layer] = {}
         self._broken: set[str] = set()
         self._plain: dict[str, StoredTensor] = {}
@@ -193,7 +193,7 @@ class FolderSubject:
             self._check_config()
             self._check_values()
             rows = self.model.get_input_embeddings().num_embeddings
-            self.tokens = tokens_of(self.folder, rows, findings)
+            self.tokenizer = tokenizer_of(self.folder, rows, findings)
 
     @property
     def choices(self) -> dict[str, str]:
@@ -226,10 +226,10 @@ class FolderSubject:
                 elif differing:
                     self._findings.add("config", f"{file} and config.json differ in {', '.join(differing)}")
                 elif not found:
-                    self._findings.note(
+                    self._findings.add(
                         "config",
-                        f"the quantization is said in {file} alone: transformers, which reads "
-                        "config.json, would load random weights",
+                        f"the quantization is said in {file} alone: transformers, which reads config.json, "
+                        "would load random weights; qkern convert writes both",
                     )
                 found = found or {"quant_method": method, **legacy}
         if found:

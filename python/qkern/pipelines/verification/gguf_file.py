@@ -52,8 +52,8 @@ class GGUFSubject:
         Type of every quantized matrix, by llama.cpp's name.
     model : PreTrainedModel or None
         The model without weights; None if `qkern.load` does not read it.
-    tokens : dict of str to int or None
-        Numbers of the tokenizer's tokens; None if it is not read here.
+    tokenizer : PreTrainedTokenizer or None
+        None if it is not read here.
     why_not_loaded : str or None
         Why `qkern.load` does not read such a model, if it does not.
 
@@ -75,7 +75,7 @@ class GGUFSubject:
         self.config: dict[str, Any] = {}
         self.names: dict[str, str] = {}
         self.model: Any = None
-        self.tokens: dict[str, int] | None = None
+        self.tokenizer: Any = None
         self.why_not_loaded: str | None = None
         self._architecture: Any = None
         try:
@@ -88,7 +88,7 @@ class GGUFSubject:
         self._refuse_types()
         self._match_tensors(path)
         self._check_values()
-        self.tokens = self._read_tokens(path)
+        self._read_tokenizer(path)
 
     def _open(self, part: Path) -> None:
         import gguf
@@ -130,15 +130,13 @@ class GGUFSubject:
         except QkernError as error:
             self._findings.add("tensors", str(error))
 
-    def _read_tokens(self, path: Path) -> dict[str, int] | None:
+    def _read_tokenizer(self, path: Path) -> None:
         try:
-            tokens: dict[str, int] = read_tokenizer(path).get_vocab()
-            return tokens
+            self.tokenizer = read_tokenizer(path)
         except UnsupportedError as error:
             self._findings.note("config", str(error))
         except FormatError as error:
             self._findings.add("config", str(error))
-        return None
 
     def _check_values(self) -> None:
         for name in self._tensors:

@@ -123,15 +123,20 @@ def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     problems : list of str
         What is missing, damaged, or contradicts the index.
     """
-    index = folder / _INDEX
-    if not index.exists():
-        files = [folder / _SINGLE] if (folder / _SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+    index, single = folder / _INDEX, folder / _SINGLE
+    content, problem = read_json_object(index) if index.exists() else ({}, None)
+    listed = content.get("weight_map")
+    if single.exists() or not index.exists():
+        files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
             return {}, [f"{_INDEX} is missing, and there are {len(files)} safetensors files"]
         tensors, problems = _read_file(files[0])
+        if isinstance(listed, dict) and set(listed.values()) != {_SINGLE}:
+            problems.append(
+                f"{_SINGLE} lies beside an index of other files: transformers and qkern read {_SINGLE}, "
+                "others what the index names; remove one of the two"
+            )
         return {tensor.name: tensor for tensor in tensors}, problems
-    content, problem = read_json_object(index)
-    listed = content.get("weight_map")
     if problem is not None or not isinstance(listed, dict):
         return {}, [problem or f"{_INDEX} has no weight_map"]
     return _read_shards(folder, listed)
