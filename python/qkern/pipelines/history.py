@@ -49,7 +49,7 @@ def parse_grids(said: Any, where: str) -> dict[str, tuple[Grid, ...]]:
     try:
         found: Mapping[str, Any] = json.loads(said) if isinstance(said, str) else said
         return {name: tuple(map(_grid, grids)) for name, grids in found.items()}
-    except (InputError, ValueError, AttributeError, TypeError) as error:
+    except (InputError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise FormatError(f"{where} is damaged: {error}; make the file again") from error
 
 

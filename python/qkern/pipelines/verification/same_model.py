@@ -44,7 +44,7 @@ def compare_models(found: Any, original: Any, where: str, findings: Findings) ->
     differing = [
         key for key in sorted(ours.keys() | theirs.keys()) if not _agree(ours.get(key), theirs.get(key))
     ]
-    problems = {key for key in differing if key in ours and key in theirs and not _NOTED.match(key)}
+    problems = [key for key in differing if key in ours and key in theirs and not _NOTED.match(key)]
     findings.add(
         "original",
         *(f"{where} says {key} {ours[key]!r:.80}: the original's {theirs[key]!r:.80}" for key in problems),
