@@ -94,7 +94,7 @@ def test_empty_and_missing_files(tmp_path):
     with pytest.raises(InputError, match=r"calibration text is empty: got .*a\.txt"):
         load_texts(empty)
     for missing in (tmp_path / "b.txt", "calibration.jsonl", "./relative", tmp_path):
-        with pytest.raises(InputError, match="calibration file not found|is a folder"):
+        with pytest.raises(InputError, match=r"calibration file not found|is a folder"):
             load_texts(missing)
 
 
