@@ -321,9 +321,9 @@ def calibration_ids(
     """
     if calibration is None:
         raise InputError(
-            "calibration is missing: every method but rtn, and static scales, measure activations on text; "
-            "give a .txt or .jsonl file (--calibration FILE), a list of texts or token ids, or use "
-            "method='rtn' without static scales"
+            "calibration is missing: activations are measured on text; give a .txt or .jsonl file "
+            "(--calibration FILE), a list of texts or token ids; qkern quantize needs none for method='rtn' "
+            "without static scales"
         )
     check_source(calibration)
     length = bounded_length(source.model.config, length)
