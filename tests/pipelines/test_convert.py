@@ -351,7 +351,7 @@ def test_interrupted_write_leaves_nothing(quantized, tmp_path, monkeypatch):
 def test_arguments(original, quantized, tmp_path):
     source = quantized("w4g32", "gptq")
     with pytest.raises(InputError, match="unknown checkpoint format"):
-        qkern.convert(source, tmp_path / "out", "gguf")
+        qkern.convert(source, tmp_path / "out", "exl2")
     with pytest.raises(UnsupportedError, match="is not quantized"):
         qkern.convert(original, tmp_path / "out", "awq")
     with pytest.raises(InputError, match="not a scheme"):

@@ -74,6 +74,19 @@ def test_a_description_that_transformers_does_not_read(folder):
         qkern.verify(MODEL, against=folder)
 
 
+def test_grids_of_vectors_are_not_looked_at(folder):
+    recipe = json.loads((folder / "qkern.json").read_text())
+    (folder / "qkern.json").write_text(json.dumps({**recipe, "grids": {"model.norm": ["w4"]}}))
+    assert qkern.verify(folder, against=MODEL).is_sound
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": {"type": "nonsense"}}'])
+def test_tokenizer_that_cannot_be_built(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    found = qkern.verify(folder, against=MODEL)
+    assert check(found, "original").problems == ("tokenizer: it is not read, the original's is",)
+
+
 def test_one_more_token(folder):
     content = json.loads((folder / "tokenizer.json").read_text())
     used = [*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])]
@@ -121,7 +134,9 @@ def test_damaged_recipe(folder, content):
     assert problem.startswith("qkern.json ")
 
 
-@pytest.mark.parametrize("grids", [["a"], {"a": ["w9"]}, {"a": [16]}, {"a": ["16"]}, {"a": 4}, 3, None])
+@pytest.mark.parametrize(
+    "grids", [["a"], {"a": ["w9"]}, {"a": [16]}, {"a": ["16"]}, {"a": []}, {"a": 4}, 3, None]
+)
 def test_damaged_grids(folder, grids):
     (folder / "qkern.json").write_text(json.dumps({"grids": grids}))
     (problem,) = check(qkern.verify(folder), "config").problems

@@ -20,6 +20,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
 
     def make(scheme, **options):
+        if scheme == "16":
+            return MODEL
         if not (folder / scheme).exists():
             if options:
                 options |= {"calibration": CALIBRATION, "samples": 16, "length": 256}
@@ -54,6 +56,8 @@ def follow(source, steps, where):
         ("w4g128", "gptq", ("f16",)),
         ("w4g128", "gptq", ("q4_k_m", "compressed-tensors")),
         ("w8", "rtn", ("q4_0", "awq")),
+        ("16", "rtn", ("q4_k_m", "compressed-tensors", "gptq")),
+        ("16", "rtn", ("q8_0", "gptq", "awq", "q4_0")),
         ("nf4g64d", "rtn", ("gptq", "q8_0")),
     ],
 )

@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import gguf
 import qkern
+from qkern.calibration import meta_model
 from qkern.demo import MODEL
+from qkern.pipelines.verification.report import Findings
+from qkern.pipelines.verification.same_model import compare_models
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,35 @@ def test_configurations_that_were_changed(folder, tmp_path, fields, problem):
     found = qkern.verify(tmp_path / "out", against=folder)
     lines = [line for check in found.checks for line in check.problems]
     assert found.is_sound if problem is None else any(line.startswith(problem) for line in lines), lines
+
+
+def test_another_architecture_with_the_same_tensors():
+    findings = Findings()
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    models = [meta_model(AutoConfig.for_model(kind, **sizes)) for kind in ("llama", "granite")]
+    compare_models(*models, findings)
+    problems = next(check for check in findings.checks() if check.name == "original").problems
+    assert any(line.startswith("config.json says model_type 'llama'") for line in problems)
+
+
+WINDOWS = [
+    ("mistral", {"sliding_window": 512}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}),
+]
+
+
+@pytest.mark.parametrize("folder", WINDOWS, indirect=True, ids=[kind for kind, _ in WINDOWS])
+def test_a_window_is_a_note_of_a_gguf_and_lost_in_a_folder(folder, tmp_path):
+    path = tmp_path / "model.gguf"
+    qkern.export_gguf(folder, path, "q8_0")
+    found = qkern.verify(path, against=folder)
+    assert found.is_sound, found.as_dict()
+    assert any("sliding_window" in note for check in found.checks for note in check.notes)
+    qkern.convert(path, tmp_path / "out", "gptq")
+    lines = [
+        line for check in qkern.verify(tmp_path / "out", against=folder).checks for line in check.problems
+    ]
+    assert any(line.startswith("config.json says sliding_window None") for line in lines), lines
 
 
 @pytest.mark.parametrize("folder", [("mistral", {"sliding_window": None})], indirect=True, ids=["mistral"])

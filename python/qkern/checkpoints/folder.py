@@ -66,14 +66,9 @@ def model_folder(path: str | Path, *, fetch: bool = True) -> Path:
     Raises
     ------
     InputError
-        If there is no such folder and no such hub model, or an adapter in it.
+        If there is no such folder and no such hub model.
     """
     folder = Path(path)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder} is an adapter of PEFT, no model: load the model that it was trained on, and then the "
-            "adapter with peft.PeftModel.from_pretrained(model, folder)"
-        )
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -106,6 +101,11 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (file.parent / "adapter_config.json").is_file():
+            raise FormatError(
+                f"{file} is missing: the folder is an adapter of PEFT, no model; load the model that it was "
+                "trained on, and then peft.PeftModel.from_pretrained(model, folder)"
+            ) from None
         raise FormatError(f"{file} is missing: the model folder is incomplete") from None
     except OSError as error:
         raise FormatError(f"{file} cannot be read: {reason_of(error)}") from error

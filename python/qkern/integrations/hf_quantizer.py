@@ -13,7 +13,6 @@ from abc import abstractmethod
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
@@ -39,7 +38,7 @@ from qkern.nn import (
     unfuse_experts,
 )
 from qkern.nn.linear import is_conv1d
-from qkern.nn.naming import renames_experts, save_as_stored, stacks_experts
+from qkern.nn.naming import bind_save, renames_experts, save_as_stored, stacks_experts
 from qkern.nn.naming import save_pretrained as save_named
 from qkern.pipelines import quantize
 from qkern.pipelines.checks import find_targets, log_kept, target_names
@@ -225,7 +224,7 @@ class QkernQuantizer(HfQuantizer):  # type: ignore[misc]
             entry for entry in model._weight_conversions if not isinstance(entry, LayerConverter)
         ]
         save_as_stored(model)  # also if the files had transformers' names: the description has the others
-        model.save_pretrained = MethodType(save_pretrained, model)
+        bind_save(model, save_pretrained)
         model.requires_grad_(False)
         self._finish(model)
         refuse_nonfinite(source_of(model), model)

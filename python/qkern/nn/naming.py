@@ -6,16 +6,17 @@ What transformers knows of them is asked for where it is needed: `import qkern` 
 from __future__ import annotations
 
 import functools
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
 __all__ = [
+    "bind_save",
+    "bound_save",
     "linear_renamings",
     "own_name",
     "renames_experts",
@@ -112,7 +113,19 @@ def save_as_stored(model: Any, fused: Sequence[str] = ()) -> None:
         *(conversions or ()),
         *(entry for entry in more if _patterns(entry) not in known),
     ]
-    model.save_pretrained = MethodType(save_pretrained, model)
+    bind_save(model, save_pretrained)
+
+
+def bind_save(model: Any, save: Callable[..., None]) -> None:
+    """Put a function of the model in the place of its ``save_pretrained``, in copies and pickles too."""
+    # A bound method is pickled by its name, under which the class has another.
+    vars(model)["save_pretrained"] = functools.partial(save, model)
+
+
+def bound_save(model: Any) -> Callable[..., None] | None:
+    """Return what `bind_save` put there."""
+    bound = vars(model).get("save_pretrained")
+    return bound.func if isinstance(bound, functools.partial) else None
 
 
 def save_pretrained(self: Any, save_directory: str | Path, *arguments: Any, **options: Any) -> None:

@@ -6,7 +6,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import contextmanager
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from torch import nn
@@ -17,7 +16,8 @@ from qkern.nn.experts import expert_parameters, refuse_experts, unfuse_experts
 from qkern.nn.fake_quant import FakeQuantLinear
 from qkern.nn.linear import COMPUTE, QuantLinear, is_conv1d
 from qkern.nn.names import ROUTERS, lies_in, places
-from qkern.nn.naming import save_pretrained
+from qkern.nn.naming import bind_save, bound_save, renames_experts, save_pretrained
+from qkern.nn.state import QuantModule
 from qkern.schemes import Scheme, as_scheme
 
 if TYPE_CHECKING:
@@ -105,6 +105,11 @@ def replace_linears(
     list of str
         Names of the layers that were replaced.
 
+    Notes
+    -----
+    `qkern.save` writes the model. Its own ``save_pretrained`` refuses, if it is `model` and not one around it
+    that is asked.
+
     Raises
     ------
     InputError
@@ -149,16 +154,17 @@ def replace_linears(
     replaced = exchange(
         model, wanted, lambda name, module: kind.from_linear(module, schemes[name], **quantize)
     )
-    saves = vars(model).get("save_pretrained")
-    if hasattr(type(model), "save_pretrained") and getattr(saves, "__func__", None) in (
-        None,
-        save_pretrained,
-    ):
-        vars(model)["save_pretrained"] = MethodType(_refuse_to_save, model)
+    if hasattr(type(model), "save_pretrained") and bound_save(model) in (None, save_pretrained):
+        bind_save(model, _save_unless_quantized)
     return replaced
 
 
-def _refuse_to_save(self: Any, *_: Any, **__: Any) -> None:
+def _save_unless_quantized(self: Any, *arguments: Any, **options: Any) -> None:
+    has_codes = any(isinstance(module, QuantModule) for module in self.modules())
+    if getattr(self, "_hf_peft_config_loaded", False) or not has_codes:
+        write = save_pretrained if renames_experts(self) else type(self).save_pretrained
+        write(self, *arguments, **options)
+        return
     raise UnsupportedError(
         f"save_pretrained of {type(self).__name__} would write buffers of QuantLinear, which nothing reads: "
         "write a checkpoint with qkern.save(model, folder)"

@@ -260,10 +260,10 @@ def _copy(
 def _finish(
     writer: CheckpointWriter, source: _Source, report: ConversionReport, requantize: Scheme | str | None
 ) -> None:
-    grids = {
-        name: with_grid(source.grids.get(name) or [layer.before], layer.after, is_exact=layer.is_exact)
-        for name, layer in report.layers.items()
-    }
+    grids = dict(source.grids)
+    for name, layer in report.layers.items():
+        before = source.grids.get(name) or [layer.before]
+        grids[name] = with_grid(before, layer.after, is_exact=layer.is_exact)
     for tensor, before in report.decoded.items():
         name = tensor.removesuffix(".weight")
         grids[name] = source.grids.get(name) or [before]
@@ -437,7 +437,8 @@ def _open_gguf(path: str | Path) -> Iterator[_Source]:
             stays[f"{embedding}.weight"] = checkpoint.type_of(f"{embedding}.weight")
         stems = [name.removesuffix(".weight") for name in (*stays, *coded)]
         said = spelled_grids(checkpoint.file.metadata.get(GGUF_KEY, {}), f"{GGUF_KEY} of {path}")
-        files = {stem: checkpoint.file_name(f"{stem}.weight") for stem in (*checkpoint.entries, *stems)}
+        places = (*stays, *checkpoint.plain, *(f"{name}.weight" for name in checkpoint.entries))
+        files = {place.removesuffix(".weight"): checkpoint.file_name(place) for place in places}
         yield _Source(
             name=str(path),
             format="gguf",

@@ -379,12 +379,13 @@ def _overrides(
 class _Plan:
     """The tensors of a file in its order, and by their names in it what becomes of quantized ones.
 
-    `kept` keep their codes in the mixture's base type, `recoded` not in the type that they get; `grids` are
+    `keepable` would keep their codes in the mixture's base type, `kept` do, `recoded` get others; `grids` are
     those of `qkern.pipelines.history`.
     """
 
     tensors: list[PlannedTensor]
     quantized: set[str]
+    keepable: set[str]
     kept: set[str]
     recoded: set[str]
     grids: dict[str, list[str]]
@@ -448,6 +449,7 @@ def _plan(
         tensors=tensors,
         quantized=set(quantized),
         recoded={name for name, source in quantized.items() if not source.keeps(checkpoint, types[name])},
+        keepable=kept,
         kept={name for name in kept if types[name].name == mixture.base},
         grids={names[name].removesuffix(".weight"): grids for name, grids in passed.items() if grids},
     )
@@ -513,6 +515,8 @@ def _hint(checkpoint: QuantizedCheckpoint, mixture: Mixture, plan: _Plan) -> Non
     advice = "no type of GGUF keeps their codes: export the 16-bit original, if there is one"
     if kind is not None and kind.name != mixture.base:
         advice = f"--type {kind.name} keeps their codes"
+    elif plan.recoded <= plan.keepable:
+        advice = f"{mixture.base} keeps their codes: leave out the types that were asked for them"
     logger.warning(
         "%d of %d quantized tensors were rounded a second time; %s",
         len(plan.recoded),

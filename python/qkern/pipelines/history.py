@@ -48,7 +48,7 @@ def parse_grids(said: Any, where: str) -> dict[str, tuple[Grid, ...]]:
     """
     try:
         found: Mapping[str, Any] = json.loads(said) if isinstance(said, str) else said
-        return {name: tuple(map(_grid, grids)) for name, grids in found.items()}
+        return {name: tuple(_grid(grid) for grid in _filled(grids)) for name, grids in found.items()}
     except (InputError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise FormatError(f"{where} is damaged: {error}; make the file again") from error
 
@@ -68,6 +68,12 @@ def folder_grids(folder: Path) -> dict[str, list[str]]:
     """
     file = folder / RECIPE_NAME
     return spelled_grids(read_json(file).get(KEY, {}), str(file)) if file.exists() else {}
+
+
+def _filled(grids: Any) -> list[str]:
+    if not isinstance(grids, list) or not grids:
+        raise InputError(f"no list of grids: got {grids!r:.60}")
+    return grids
 
 
 def _grid(spelling: str) -> Grid:

@@ -9,7 +9,6 @@ import re
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
@@ -34,6 +33,7 @@ from qkern.nn import (
     replace_linears,
     unfuse_experts,
 )
+from qkern.nn.naming import bind_save
 from qkern.nn.state import QuantModule, form_of, weight_of
 from qkern.pipelines.checks import choose_targets, log_kept, target_names
 from qkern.pipelines.save import save
@@ -365,7 +365,7 @@ def _load_quantized(checkpoint: Checkpoint, config: Any, dtype: torch.dtype | No
 
 def save_as_quantized(model: Any) -> None:
     """Let ``save_pretrained`` be ours: transformers' writes buffers of `QuantLinear`, which nothing reads."""
-    model.save_pretrained = MethodType(save_pretrained, model)
+    bind_save(model, save_pretrained)
 
 
 def mark_quantized(model: Any) -> None:

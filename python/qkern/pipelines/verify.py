@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qkern.calibration import bounded_length, load_config, load_tokenizer, meta_model
+from qkern.calibration import bounded_length, has_tokenizer, load_config, load_tokenizer, meta_model
 from qkern.checkpoints import model_folder, read_json
 from qkern.errors import InputError, QkernError, reason_of
 from qkern.evaluation import bos_if_added, kl_divergence, read_text, token_ids, window_logits
@@ -255,8 +255,8 @@ def _compare_folder(folder: Path, subject: FolderSubject, findings: Findings) ->
         {name for name in source.weights.names if name in state}, set(source.stored_once()), known, findings
     )
     if subject.model is not None:
-        compare_models(subject.model, source.model, "config.json", findings)
-    compare_tokenizers(subject.tokenizer, folder, findings)
+        compare_models(subject.model, source.model, findings)
+    compare_tokenizers(subject.tokenizer, folder, findings, is_there=has_tokenizer(subject.folder))
 
     def original(name: str) -> Tensor:
         module = source.model.get_submodule(name.rpartition(".")[0])
@@ -294,8 +294,8 @@ def _compare_gguf(folder: Path, subject: GGUFSubject, findings: Findings) -> dic
 
     model = meta_model(load_config(folder))
     if subject.model is not None:
-        compare_models(subject.model, model, "the file", findings)
-    compare_tokenizers(subject.tokenizer, folder, findings)
+        compare_models(subject.model, model, findings, is_gguf=True)
+    compare_tokenizers(subject.tokenizer, folder, findings, is_there=False)
     # The norms of a file are what is multiplied by.
     comparison = Comparison(
         model,

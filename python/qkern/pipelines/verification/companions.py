@@ -75,23 +75,38 @@ def tokenizer_of(folder: Path, rows: int, findings: Findings) -> Any:
     return tokenizer
 
 
-def compare_tokenizers(found: Any, original: Path, findings: Findings) -> None:
-    """Compare which tokens have which numbers, and what a text becomes, with the original's tokenizer."""
+def compare_tokenizers(found: Any, original: Path, findings: Findings, *, is_there: bool) -> None:
+    """Compare which tokens have which numbers, and what a text becomes, with the original's tokenizer.
+
+    Parameters
+    ----------
+    found : PreTrainedTokenizer or None
+        What was read; `is_there`, whether there was anything to read.
+    original : Path
+        Folder of the original.
+    findings : Findings
+        Takes what differs.
+    is_there : bool
+        See `found`.
+    """
     try:
         theirs = load_tokenizer(original) if has_tokenizer(original) else None
     except FormatError as error:
         findings.note("original", f"tokenizers are not compared: {error}")
         return
     if theirs is not None and found is None:
-        findings.note("original", "the original has a tokenizer, which there is none here to compare with")
+        if is_there:
+            findings.add("original", "tokenizer: it is not read, the original's is")
+        else:
+            findings.note("original", "the original has a tokenizer, and there is none here to compare")
     if theirs is None or found is None:
         return
-    tokens, wanted = found.get_vocab(), theirs.get_vocab()
+    tokens, wanted = _numbers(found), _numbers(theirs)
     taken = set(wanted.values())
     moved = [
         token
         for token, number in tokens.items()
-        if not _UNUSED.fullmatch(token) and number != wanted.get(token, None if number in taken else number)
+        if number != wanted.get(token, None if number in taken else number)
     ]
     if moved:
         findings.add(
@@ -101,12 +116,21 @@ def compare_tokenizers(found: Any, original: Path, findings: Findings) -> None:
         )
     elif _sample(found) != _sample(theirs):
         findings.add("original", "tokenizer: it makes other tokens of a text than the original's")
-    alone = {token for token in tokens.keys() ^ wanted.keys() if not _UNUSED.fullmatch(token)} - set(moved)
+    alone = (tokens.keys() ^ wanted.keys()) - set(moved)
     if alone:
         findings.note(
             "original",
             f"tokenizer: {len(alone)} tokens are in one of the two alone (first: {min(alone)!r:.60})",
         )
+
+
+def _numbers(tokenizer: Any) -> dict[str, int]:
+    """Tokens and their numbers, without rows that are not used; a space is spelled in two ways."""
+    return {
+        token.replace("\u2581", " "): number
+        for token, number in tokenizer.get_vocab().items()
+        if not _UNUSED.fullmatch(token)
+    }
 
 
 def _sample(tokenizer: Any) -> list[int]:

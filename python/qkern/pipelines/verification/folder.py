@@ -455,7 +455,7 @@ class FolderSubject:
         decoded = {
             tensor.name: name.removesuffix(".weight")
             for name, tensor in reversed(self._plain.items())  # of tied ones the first
-            if tensor.name.removesuffix(".weight") in self._grids
+            if tensor.name.removesuffix(".weight") in self._grids and len(tensor.shape) == 2
         }
         yield from decoded.values()
 

@@ -89,7 +89,8 @@ class Matrix:
         passed = passed or (grid,)
         K = values.shape[1]
         # The smallest: what has a scale of its own is damaged by itself.
-        lengths = [one.group_length(K) if isinstance(one, Scheme) else BLOCK for one in (grid, *passed)]
+        grids = [one for one in (grid, *passed) if isinstance(one, Scheme) or one.block > 1]
+        lengths = [one.group_length(K) if isinstance(one, Scheme) else BLOCK for one in grids]
         return cls(values=values, round=partial(_rounded, grids=passed), group_size=min(lengths), order=order)
 
 

@@ -131,7 +131,7 @@ def read_folder(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         if len(files) != 1:
             return {}, [f"{_INDEX} is missing, and there are {len(files)} safetensors files"]
         tensors, problems = _read_file(files[0])
-        if isinstance(listed, dict) and set(listed.values()) != {_SINGLE}:
+        if isinstance(listed, dict) and set(map(str, listed.values())) != {_SINGLE}:
             problems.append(
                 f"{_SINGLE} lies beside an index of other files: transformers and qkern read {_SINGLE}, "
                 "others what the index names; remove one of the two"
