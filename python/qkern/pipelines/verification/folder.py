@@ -449,9 +449,13 @@ class FolderSubject:
     # Matrices --------------------------------------------------------------------------------------------
 
     @property
+    def _readable(self) -> list[str]:
+        return [linear for linear in self._layers if linear not in self._broken]
+
+    @property
     def matrices(self) -> Iterator[str]:
         """Names in the model of the quantized linears that can be read, and of matrices that were decoded."""
-        yield from (linear for linear in self._layers if linear not in self._broken)
+        yield from self._readable
         decoded = {
             tensor.name: name.removesuffix(".weight")
             for name, tensor in reversed(self._plain.items())  # of tied ones the first
@@ -475,7 +479,7 @@ class FolderSubject:
 
     def in_model(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor as the model has it, by its name there, in fp32."""
-        for linear in self._layers.keys() - self._broken:
+        for linear in self._readable:
             yield f"{linear}.weight", self.matrix(linear).values
         for name, tensor in self.plain.items():
             yield name, tensor.float()
