@@ -135,7 +135,7 @@ def test_damaged_recipe(folder, content):
 
 
 @pytest.mark.parametrize(
-    "grids", [["a"], {"a": ["w9"]}, {"a": [16]}, {"a": ["16"]}, {"a": []}, {"a": 4}, 3, None]
+    "grids", [["a"], {"a": ["w9"]}, {"a": [16]}, {"a": ["16"]}, {"a": ["f16"]}, {"a": []}, {"a": 4}, 3, None]
 )
 def test_damaged_grids(folder, grids):
     (folder / "qkern.json").write_text(json.dumps({"grids": grids}))

@@ -68,6 +68,14 @@ def test_what_a_gguf_says_of_its_source_may_be_damaged(tmp_path):
     assert "qkern.grids is damaged: not a scheme, a GGUF type" in problems(qkern.verify(path), "config")
 
 
+def test_grids_of_vectors_are_not_looked_at(tmp_path):
+    qkern.quantize(MODEL, method="rtn", scheme="w4g128", output=tmp_path / "made")
+    path = tmp_path / "made.gguf"
+    qkern.export_gguf(tmp_path / "made", path, "q4_0")
+    path.write_bytes(path.read_bytes().replace(b'"blk.0.ffn_up"', b'"output_norm" ', 1))
+    assert "blk.0.ffn_up.weight" in qkern.verify(path, against=MODEL).errors
+
+
 def blocks(file, name):
     """First byte of a tensor, and its blocks."""
     reader = gguf.GGUFReader(file)

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from qkern.checkpoints import RECIPE_NAME, read_json
 from qkern.errors import FormatError, InputError
+from qkern.ops.gguf_types import GGUFType
 from qkern.schemes import Scheme
 from qkern.search import parse_choice, spell_choice
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-
-    from qkern.ops.gguf_types import GGUFType
 
 __all__ = ["GGUF_KEY", "KEY", "Grid", "folder_grids", "parse_grids", "spelled_grids", "with_grid"]
 
@@ -78,7 +77,7 @@ def _filled(grids: Any) -> list[str]:
 
 def _grid(spelling: str) -> Grid:
     grid = parse_choice(spelling)
-    if grid is None:
+    if grid is None or (isinstance(grid, GGUFType) and grid.block == 1):
         raise InputError(f"no grid: got {spelling!r}")
     # Scales that are rounded too change little, and int8 activations nothing.
     return replace(grid.weight_only(), double_quant=False) if isinstance(grid, Scheme) else grid

@@ -180,7 +180,12 @@ class GGUFSubject:
     @property
     def matrices(self) -> Iterator[str]:
         """llama.cpp's names of the quantized matrices, and of those that were quantized before."""
-        return (name for name in self._tensors if name in self.choices or self._passed(name))
+        choices = self.choices
+        return (
+            name
+            for name, tensor in self._tensors.items()
+            if name in choices or (self._passed(name) and len(tensor.shape) > 1)
+        )
 
     def matrix(self, name: str) -> Matrix:
         """Decode a matrix."""
