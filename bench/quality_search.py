@@ -5,13 +5,15 @@
 For the model and for its injected form (`bench/quality.py`) each target (bits of the linears over their
 weights) is searched with every seed: candidates by GPTQ on the calibration text, scored on the search text.
 What a search found is then quantized as a user would, ``qkern quantize --assignment``, and measured as
-KL(original || quantized) on HELDOUT, which neither saw. `against` is the difference of the KL (the mean over
-the seeds) to the row named, with the paired bootstrap's 95 % interval: below zero throughout means better.
+KL(original || quantized) on HELDOUT, which neither saw. `against` is the difference of the mean KL to the row
+named, with the paired bootstrap's 95 % interval over windows of the text and over seeds: below zero
+throughout means better, whatever the text and the seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -23,10 +25,11 @@ import numpy as np
 import torch
 
 import qkern
-from qkern.calibration import load_texts, make_batches
+from qkern.calibration import calibration_hash, load_texts, make_batches
 from qkern.evaluation import kl_divergence, paired_bootstrap, read_text, token_ids, window_logits
 from qkern.evaluation.bits import bpw_linear
 from qkern.pipelines import quantize, search_assignment
+from qkern.pipelines.source import open_source
 from quality import load, note, number
 from quality_gguf import injected_folder
 
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 
 # What each search has to beat at the same size.
 AGAINST = {"genetic": "lagrangian", "lagrangian": "random"}
+# What depends on the seed.
+SEEDED = {"genetic", "random"}
+WINDOW = 512
 UNIFORM = {2.25: "uniform w2g64", 3.125: "uniform w3g128", 4.125: "uniform w4g128"}
 
 
@@ -55,22 +61,46 @@ class Row:
 
 
 class Judge:
-    """Quantizes by an assignment and measures; each assignment once."""
+    """Quantizes by an assignment and measures; each assignment once, on disk."""
 
-    def __init__(self, source: str | Path, ids: torch.Tensor, held_out: torch.Tensor) -> None:
+    def __init__(self, source: str | Path, ids: torch.Tensor, held_out: torch.Tensor, folder: Path) -> None:
         self.model = load(str(source))
         self.ids = ids
         self.held_out = held_out
         self.reference = window_logits(self.model, held_out)
-        self.known: dict[str, tuple[NDArray[np.float64], float]] = {}
+        texts = [calibration_hash(ids), calibration_hash(held_out)]
+        self.facts = [identity(source), *texts, qkern.__version__, torch.__version__]
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
 
     def __call__(self, assignment: MixedPrecision) -> tuple[NDArray[np.float64], float]:
         """KL by position, and bits a weight."""
-        key = json.dumps(dict(assignment.choices))
-        if key not in self.known:
+        key = json.dumps([*self.facts, dict(assignment.choices)])
+        file = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        if not file.is_file():
             made = quantize(self.model, method="gptq", assignment=assignment, calibration=self.ids)
-            self.known[key] = kl_divergence(self.reference, made, self.held_out), bpw_linear(made)
-        return self.known[key]
+            kl = kl_divergence(self.reference, made, self.held_out, window=WINDOW)
+            unfinished = file.with_suffix(".new")
+            with unfinished.open("wb") as opened:
+                np.savez(opened, kl=kl, bits=bpw_linear(made))
+            unfinished.rename(file)
+        with np.load(file) as known:
+            return known["kl"], float(known["bits"])
+
+
+def identity(source: str | Path) -> str:
+    """Hash of a model's weights, by their files' sizes and times."""
+    return open_source(source).identity()
+
+
+def injected_of(model: str, work: Path) -> Path:
+    """Return the folder of the model's injected form, written where it is not there."""
+    folder = work / f"injected-{identity(model)[:8]}"
+    if not folder.is_dir():
+        unfinished = Path(tempfile.mkdtemp(dir=work))
+        injected_folder(model, unfinished)
+        unfinished.rename(folder)
+    return folder
 
 
 def searched(source: str | Path, form: str, arguments: argparse.Namespace, work: Path) -> Iterator[Row]:
@@ -79,7 +109,7 @@ def searched(source: str | Path, form: str, arguments: argparse.Namespace, work:
     tokenizer = AutoTokenizer.from_pretrained(source)
     original = load(str(source))
     length = min(arguments.length, original.config.max_position_embeddings)
-    held_out = token_ids(tokenizer, read_text(arguments.heldout))[: arguments.windows * 512]
+    held_out = token_ids(tokenizer, read_text(arguments.heldout))[: arguments.windows * WINDOW]
     ids, scored = (
         make_batches(tokenizer, load_texts(path, tokenizer=tokenizer), samples=samples, length=length)
         for path, samples in (
@@ -88,7 +118,7 @@ def searched(source: str | Path, form: str, arguments: argparse.Namespace, work:
         )
     )
     note(f"{form}: calibration {tuple(ids.shape)}, search {tuple(scored.shape)}, held out {len(held_out)}")
-    judge = Judge(source, ids, held_out)
+    judge = Judge(source, ids, held_out, work / "judged")
     for target in arguments.targets:
         found: dict[str, dict[int, MixedPrecision]] = {}
         for seed in range(arguments.seeds):
@@ -112,19 +142,20 @@ def searched(source: str | Path, form: str, arguments: argparse.Namespace, work:
         values = {
             name: [judge(assignment) for assignment in by_seed.values()] for name, by_seed in found.items()
         }
-        means = {name: np.mean([kl for kl, _ in measured], axis=0) for name, measured in values.items()}
+        runs = {name: [kl for kl, _ in measured] for name, measured in values.items()}
+        for name in values.keys() - SEEDED:
+            runs[name] = runs[name][:1]
         for name, measured in values.items():
             rivals = [AGAINST[name]] if name in AGAINST else []
             if UNIFORM.get(target) in values and name in AGAINST:
                 rivals.append(UNIFORM[target])
-            gaps = [(rival, paired_bootstrap(means[name], means[rival])) for rival in rivals]
-            kls = [float(kl.mean()) for kl, _ in measured]
+            gaps = [(rival, paired_bootstrap(runs[name], runs[rival], block=WINDOW)) for rival in rivals]
             row = Row(
                 form=form,
                 target=target,
                 found_by=name,
                 bits=max(bits for _, bits in measured),
-                kls=tuple(kls if name in ("genetic", "random") else kls[:1]),
+                kls=tuple(float(kl.mean()) for kl in runs[name]),
                 against=tuple((rival, gap.mean, gap.low, gap.high) for rival, gap in gaps),
             )
             note(line(row))
@@ -191,9 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         for form in arguments.forms:
             source: Any = arguments.model
             if form == "injected":
-                source = work / "injected"
-                if not source.is_dir():
-                    injected_folder(arguments.model, source)
+                source = injected_of(arguments.model, work)
             rows += searched(source, form, arguments, work)
     print(table(rows))
     print(f"\nqkern {qkern.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")

@@ -26,7 +26,7 @@ from qkern.models import describe
 from qkern.pipelines.candidates import make_candidates
 from qkern.pipelines.layerwise import capture, stages_of
 from qkern.pipelines.partial import Partial
-from qkern.pipelines.search import STAGES
+from qkern.pipelines.search import cuts
 from qkern.pipelines.source import open_source
 from qkern.quantizers import HessianAccumulator
 from qkern.search import RUNTIMES, Evaluator, make_space, single_changes
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LENGTH = 512
+# Tokens of a sequence in a search with the defaults.
+CONTEXT = 2048
 
 
 class Clock:
@@ -82,8 +84,9 @@ def estimate(arguments: argparse.Namespace) -> None:
         store_seconds = LAYERS * (candidates + activations)
         # A change runs the layers from its own on, half of them on average, on half of the text.
         sensitivity = changes * through / 2 * (LAYERS + 1) / 2
-        parts = [0, *STAGES, 1]
-        share = sum((end - start) / 2**stage for stage, (start, end) in enumerate(pairwise(parts)))
+        chunks = arguments.tokens // CONTEXT
+        parts = [0, *cuts(chunks), chunks]
+        share = sum((end - start) / 2**stage for stage, (start, end) in enumerate(pairwise(parts))) / chunks
         whole = arguments.generations * arguments.population * share
         search = 2 * whole * LAYERS * through + store_seconds  # random search beside it; candidates once more
         print(
@@ -126,7 +129,7 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=20)
     parser.add_argument("--generations", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=12288, help="tokens that assignments are scored on")
-    parser.add_argument("--calibrated", type=int, default=128 * 2048, help="calibration tokens")
+    parser.add_argument("--calibrated", type=int, default=128 * CONTEXT, help="calibration tokens")
     parser.add_argument("--sample", type=int, default=4096, help="of those, run here and scaled")
     parser.add_argument("--scored", type=int, default=1024, help="of the scored ones, run here and scaled")
     arguments = parser.parse_args()

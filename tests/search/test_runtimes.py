@@ -9,7 +9,7 @@ from qkern.models import column_weight, describe
 from qkern.nn import named_linears, unfuse_experts
 from qkern.ops import gguf_encode
 from qkern.quantizers import quantize_rtn
-from qkern.search import RUNTIMES, STACKED, make_space, runtime_named, stored_bits
+from qkern.search import RUNTIMES, make_space, runtime_named, stored_bits
 
 
 @pytest.mark.parametrize("spelling", ["w2g16", "w2g64", "w3g32", "w4g32z", "w8", "w4", "w3z"])
@@ -17,18 +17,25 @@ from qkern.search import RUNTIMES, STACKED, make_space, runtime_named, stored_bi
 def test_sizes_are_those_of_what_is_written(spelling, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     packed = quantize_rtn(weight, spelling)
-    assert stored_bits(spelling, *shape) == packed.stored_bits
+    assert stored_bits(spelling, shape) == packed.stored_bits
     if packed.scheme.group_size is None or shape[1] % packed.scheme.group_size == 0:
         tensors = format_named("compressed-tensors").encode("x", packed)
-        assert stored_bits(spelling, *shape, in_file=True) == 8 * sum(t.nbytes for t in tensors.values())
+        assert stored_bits(spelling, shape, in_file=True) == 8 * sum(t.nbytes for t in tensors.values())
 
 
 def test_sizes_of_gguf_types_and_of_what_stays():
     weight = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
     for kind in ("q2_k", "q3_k", "q4_0", "q8_0"):
-        assert stored_bits(kind, 3, 512) == 8 * gguf_encode(weight, kind).numel()
-    assert stored_bits("16", 3, 512) == 16 * 3 * 512
-    assert stored_bits("16", 3, 512, kept=32) == 32 * 3 * 512
+        assert stored_bits(kind, (3, 512)) == 8 * gguf_encode(weight, kind).numel()
+    assert stored_bits("16", (3, 512)) == 16 * 3 * 512
+    assert stored_bits("16", (3, 512), kept=8 * weight.nbytes) == 32 * 3 * 512
+
+
+def test_matrices_of_a_gene_are_one_tensor_of_a_gguf_and_several_of_a_checkpoint():
+    shapes = [(3, 256)] * 5  # 252 bytes of Q2_K each, and tensors are padded to 32
+    assert stored_bits("q2_k", *shapes) == 8 * 5 * 3 * 84
+    assert stored_bits("q2_k", *shapes, in_file=True) == 8 * 1280
+    assert stored_bits("w3g128", *shapes, in_file=True) == 5 * stored_bits("w3g128", shapes[0], in_file=True)
 
 
 def space_of(model, runtime, *args, **kwargs):
@@ -79,17 +86,15 @@ def test_experts_that_do_the_same_share_a_choice(tiny, model_type):
     assert len(experts) == 4 * 3
 
     def chosen(runtime, *alleles):
-        space, kept = space_of(model, runtime, alleles)
-        return [set(gene.names) for gene in space.genes if experts.intersection(gene.names)], kept
+        space, _ = space_of(model, runtime, alleles)
+        return [set(gene.names) for gene in space.genes if experts.intersection(gene.names)]
 
-    genes, _ = chosen("torch", "w4g32")
+    genes = chosen("torch", "w4g32")
     assert genes == [
         {n for n in experts if n.endswith(part)} for part in ("gate_proj", "up_proj", "down_proj")
     ]
-    assert chosen("vllm", "w4g128")[0] == [experts]
-    genes, kept = chosen("gguf", "q4_0")
-    assert not genes
-    assert {kept[name] for name in experts} == {STACKED}
+    assert chosen("gguf", "q4_0") == genes
+    assert chosen("vllm", "w4g128") == [experts]
 
 
 def test_what_a_runtime_cannot_load_is_no_allele(tiny):
@@ -108,6 +113,16 @@ def test_what_a_runtime_cannot_load_is_no_allele(tiny):
         runtime_named("exl3")
     with pytest.raises(UnsupportedError, match="lm_head is tied"):
         space_of(tiny("qwen2"), "torch", head=True)
+
+
+def test_an_allele_that_nothing_is_left_of_is_named(tiny):
+    model = tiny("llama")  # 64 columns, and 96
+    with pytest.raises(
+        UnsupportedError, match=r"no linear can have w4g32a8 .* takes as many bits as w4g32; leave it out"
+    ):
+        space_of(model, "torch", ("w2g16", "w4g32", "w4g32a8"))
+    with pytest.raises(InputError, match="there is nothing to choose: got no alleles"):
+        space_of(model, "torch", ())
 
 
 def test_rows_without_super_blocks_get_the_small_types(tiny):

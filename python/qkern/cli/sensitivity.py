@@ -119,10 +119,13 @@ def command(
     A killed run goes on where it stopped when the same command is given again, if it has --output or --store.
     """
     from qkern.pipelines import sensitivity
+    from qkern.search import parse_choice, spell_choice
 
     named = split(alleles)
-    if allele is not None and named is not None and allele not in named:
-        raise InputError(f"no linear has the choice {allele!r}: there are {', '.join(named)}")
+    if allele is not None:
+        allele = spell_choice(parse_choice(allele))
+        if named is not None and allele not in map(spell_choice, map(parse_choice, named)):
+            raise InputError(f"no linear has the choice {allele!r}: there are {', '.join(named)}")
     if plot is not None:
         from qkern.plotting import check_picture
 
@@ -161,9 +164,11 @@ def _plot(report: SensitivityReport, path: Path) -> None:
     from qkern.plotting import plot_heat
 
     maps: dict[str, dict[str, dict[str, float]]] = {}
-    for gene in report.genes:
-        for spelling, kl in gene.kl.items():
-            maps.setdefault(spelling, {}).setdefault(str(gene.layer), {})[gene.kind] = kl
+    for spelling in dict.fromkeys(spelling for gene in report.genes for spelling in gene.kl):
+        rows = maps[spelling] = {str(gene.layer): {} for gene in report.genes}
+        for gene in report.genes:
+            if spelling in gene.kl:
+                rows[str(gene.layer)][gene.kind] = gene.kl[spelling]
     plot_heat(maps, path, label="KL, nats", rows="layer")
 
 
@@ -206,7 +211,4 @@ def _print(report: SensitivityReport, allele: str | None) -> None:
             f"{sum(errors) / len(errors):.2e}" if errors else "",
         )
     console.print(totals)
-    typer.echo(
-        f"{report.tokens:,} tokens (half of --tokens, which whole assignments are scored on), candidates by "
-        f"{report.method}, {report.seconds:.0f} s"
-    )
+    typer.echo(f"scored on {report.tokens:,} tokens, candidates by {report.method}, {report.seconds:.0f} s")

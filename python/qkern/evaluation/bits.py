@@ -108,7 +108,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def gguf_bpw_linear(path: str | Path) -> float:
-    """`bpw_linear` of a GGUF: the matrices in its layers, whether qkern decodes their types or not.
+    """`bpw_linear` of a GGUF: matrices of its layers but routers, whether qkern decodes their types or not.
 
     Raises
     ------
@@ -121,7 +121,10 @@ def gguf_bpw_linear(path: str | Path) -> float:
         matrices = [
             tensor
             for name, tensor in file.tensors.items()
-            if name.startswith("blk.") and name.endswith(".weight") and len(tensor.shape) > 1
+            if name.startswith("blk.")
+            and name.endswith(".weight")
+            and not name.endswith(".ffn_gate_inp.weight")  # no linear in a model either
+            and len(tensor.shape) > 1
         ]
     if not matrices:
         raise InputError(f"{path} has no matrix in its layers to count; name a causal LM")

@@ -165,14 +165,24 @@ class Interval(NamedTuple):
 
 
 def paired_bootstrap(
-    first: ArrayLike, second: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    block: int = 1,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of ``mean(first - second)``, pairs resampled together.
+    """Percentile bootstrap interval of ``mean(first) - mean(second)``, pairs resampled together.
 
     Parameters
     ----------
     first, second : array_like
-        One value a position, of the same length, at the same positions.
+        One value a position ``[P]`` at the same positions, or ``[runs, P]`` of runs with several seeds; runs
+        are resampled too, those of `first` and `second` apart from each other.
+    block : int
+        Positions beside each other that are resampled together. Those of one window depend on each other:
+        the length of a window gives the interval for other texts.
     confidence : float
         Probability that the interval covers, between 0 and 1.
     resamples : int
@@ -188,24 +198,39 @@ def paired_bootstrap(
     Raises
     ------
     InputError
-        If the lengths differ or are 0, or on a confidence outside (0, 1).
+        If the lengths differ, are 0 or no multiple of `block`, or on a confidence outside (0, 1).
     """
-    a, b = np.asarray(first, dtype=np.float64).ravel(), np.asarray(second, dtype=np.float64).ravel()
-    if a.shape != b.shape or a.size == 0:
-        raise InputError(f"the samples must be paired and not empty: got {a.size} and {b.size} values")
+    a, b = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (first, second))
+    if a.ndim > 2 or b.ndim > 2 or a.shape[1] != b.shape[1] or 0 in (a.size, b.size):
+        raise InputError(
+            "the samples must be paired and not empty, [positions] or [runs, positions]: got "
+            f"{list(np.shape(first))} and {list(np.shape(second))} values"
+        )
+    if block < 1 or a.shape[1] % block:
+        raise InputError(f"block must divide the positions: got {block} for {a.shape[1]} of them")
     if not 0 < confidence < 1 or resamples < 1:
         raise InputError(
             f"confidence must be in (0, 1) and resamples at least 1: got {confidence} and {resamples}"
         )
-    difference = a - b
+    a, b = (values.reshape(len(values), -1, block).mean(-1) for values in (a, b))
+    blocks = a.shape[1]
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
-    # A block of resamples at a time keeps the index array near 32 MB.
-    block = max(1, (1 << 22) // difference.size)
-    for start in range(0, resamples, block):
-        count = min(block, resamples - start)
-        chosen = generator.integers(0, difference.size, size=(count, difference.size))
-        means[start : start + count] = difference[chosen].mean(axis=1)
+    # So many resamples at a time keep the index array near 32 MB.
+    some = max(1, (1 << 22) // blocks)
+    for start in range(0, resamples, some):
+        part = slice(start, min(start + some, resamples))
+        count = part.stop - start
+        chosen = generator.integers(0, blocks, size=(count, blocks))
+        difference = _drawn_runs(generator, a, count) - _drawn_runs(generator, b, count)
+        means[part] = np.take_along_axis(difference, chosen, 1).mean(1)
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
-    return Interval(float(difference.mean()), float(low), float(high))
+    return Interval(float(a.mean() - b.mean()), float(low), float(high))
+
+
+def _drawn_runs(generator: np.random.Generator, runs: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """Means of as many runs as there are, drawn anew for each resample, float64 ``[count, blocks]``."""
+    if len(runs) == 1:
+        return np.broadcast_to(runs, (count, runs.shape[1]))
+    return generator.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=count) / len(runs) @ runs

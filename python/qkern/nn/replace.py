@@ -6,7 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
@@ -21,10 +21,11 @@ from qkern.nn.state import QuantModule
 from qkern.schemes import Scheme, as_scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 __all__ = [
     "UNTOUCHED",
+    "Assignment",
     "compute_mode",
     "exchange",
     "named_linears",
@@ -70,9 +71,18 @@ def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
+@runtime_checkable
+class Assignment(Protocol):
+    """What says by names which linears get which scheme, such as `qkern.MixedPrecision`."""
+
+    def schemes(self, names: Iterable[str]) -> dict[str, Scheme]:
+        """Schemes of those among the names that are to be quantized."""
+        ...
+
+
 def replace_linears(
     model: nn.Module,
-    scheme: Scheme | str | Mapping[str, Scheme | str],
+    scheme: Scheme | str | Mapping[str, Scheme | str] | Assignment,
     *,
     skip: Sequence[str] = UNTOUCHED,
     modules: Collection[str] | None = None,
@@ -85,9 +95,9 @@ def replace_linears(
     ----------
     model : nn.Module
         Changed in place. Experts that are 3-D parameters become linears first, see `unfuse_experts`.
-    scheme : Scheme, str or mapping
-        For example ``"w4g128"``; or the scheme of each linear to replace by its full name, as
-        ``MixedPrecision.schemes`` gives it, which takes the place of `skip` and `modules`.
+    scheme : Scheme, str, mapping or MixedPrecision
+        For example ``"w4g128"``; or the scheme of each linear to replace by its full name, or an assignment,
+        which take the place of `skip` and `modules`.
     skip : sequence of str
         Layers to leave as they are, by their name or that of a module around them: exact names, name
         suffixes (``"down_proj"``, ``"experts"``) or globs (``"*.layers.0.*"``). Default: the output head
@@ -119,6 +129,9 @@ def replace_linears(
         On experts in 3-D parameters that `unfuse_experts` does not know and neither `skip` nor `modules`
         leaves out.
     """
+    if isinstance(scheme, Assignment):
+        unfuse_experts(model)
+        scheme = scheme.schemes(named_linears(model))
     if isinstance(scheme, Mapping):
         if modules is not None:
             raise InputError("the mapping says which linear layers are replaced: leave modules out")

@@ -18,8 +18,8 @@ from qkern import _progress
 from qkern.errors import InputError
 from qkern.models import column_weight, set_column_weight
 from qkern.ops import dequantize_groupwise, gguf_decode, gguf_encode
-from qkern.ops.gguf_encode.fields import LAYOUTS
 from qkern.ops.gguf_types import GGUFType
+from qkern.pipelines.imatrix import squares
 from qkern.pipelines.layerwise import Finished, LayerRecord, capture, stages_of
 from qkern.quantizers import (
     GPTQConfig,
@@ -48,6 +48,23 @@ __all__ = ["METHODS", "CandidateStore", "make_candidates"]
 logger = logging.getLogger(__name__)
 
 METHODS: Final = ("gptq", "rtn")
+
+
+class _Seen(HessianAccumulator):
+    """What `quantize` goes by, and the importance that `imatrix` finds, to the last bit."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(features, device)
+        self._squares = torch.zeros(features, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        super().add(x)
+        self._squares += squares(x)
+
+    @property
+    def importance(self) -> Tensor:
+        """fp32 ``[K]``: mean square of each feature."""
+        return self._squares.float() / self.tokens
 
 
 class CandidateStore:
@@ -198,7 +215,7 @@ def _make_layer(
         made = {spelling: Finished() for spelling in missing}
         wanted = store.wanted(index)
         for stage in stages:
-            for group, seen in capture(stream, index, stage, HessianAccumulator).items():
+            for group, seen in capture(stream, index, stage, _Seen).items():
                 names = [prefix + name for name in group]
                 for spelling, finished in made.items():
                     for name in names:
@@ -237,8 +254,7 @@ def _make_embedding(stream: LayerStream, store: CandidateStore) -> None:
     for gene in store.genes.get(EMBEDDING, ()):
         (name,) = gene.names
         table = stream.weights.get(f"{name}.weight").float()
-        seen = HessianAccumulator(table.shape[1])
-        seen.value.fill_diagonal_(1)  # the error is that of the weights
+        seen = _Seen(table.shape[1])
         for spelling in store.missing(EMBEDDING):
             finished = Finished()
             _make(finished, name, table, seen, spelling, "rtn")
@@ -249,25 +265,32 @@ def _make_head(stream: LayerStream, head: str, method: str, store: CandidateStor
     from qkern.calibration import filled
 
     module = stream.model.get_submodule(head)
-    seen = HessianAccumulator(module.in_features, stream.device)
+    seen = _Seen(module.in_features, stream.device)
     stream.watch_head(seen.add)
     with filled(module, stream.weights, prefix=f"{head}.", dtype=torch.float32, device=stream.device):
         for spelling in store.missing(index):
             finished = Finished()
-            _make(finished, head, column_weight(module), seen, spelling, method)
+            _make(finished, head, column_weight(module), seen, spelling, method, is_head=True)
             store.save(index, spelling, finished)
 
 
 def _make(
-    finished: Finished, name: str, weight: Tensor, seen: HessianAccumulator, spelling: str, method: str
+    finished: Finished,
+    name: str,
+    weight: Tensor,
+    seen: _Seen,
+    spelling: str,
+    method: str,
+    *,
+    is_head: bool = False,
 ) -> None:
-    """Quantize a linear in one allele."""
+    """Quantize a matrix in one allele, as `qkern.quantize` or `qkern.export_gguf` will."""
     choice = parse_choice(spelling)
     started = time.monotonic()
     key = candidate_key(name, spelling)
     try:
         if isinstance(choice, GGUFType):
-            finished.tensors[key], error, notes = _encoded(weight, seen, choice, method)
+            finished.tensors[key], error, notes = _encoded(weight, seen, choice, method, is_head=is_head)
         else:
             assert choice is not None
             finished.weights[key], error, notes = _quantized(weight, seen, choice, method)
@@ -281,23 +304,37 @@ def _make(
 
 
 def _quantized(
-    weight: Tensor, seen: HessianAccumulator, scheme: Scheme, method: str
+    weight: Tensor, seen: _Seen, scheme: Scheme, method: str
 ) -> tuple[QuantizedWeight, float, tuple[str, ...]]:
     grid = scheme.weight_only()
-    if method == "gptq" and grid.codebook is None:
+    by_gptq = method == "gptq" and grid.codebook is None
+    if by_gptq and seen.tokens:
         result = quantize_gptq(weight, seen.value, grid, GPTQConfig())
         weight_, error, notes = result.weight, result.error, result.notes
     else:
-        weight_, notes = quantize_rtn(weight, grid), ()
-        error = output_error(weight, weight_, seen.value) if seen.tokens else 0.0
+        # `quantize` rounds an expert that no token reaches by GPTQ's search for scales.
+        weight_, notes = quantize_rtn(weight, grid, search="mse" if by_gptq else None), ()
+        error = output_error(weight, weight_, _moments(seen))
     return replace(weight_.to("cpu"), scheme=scheme), error, notes
 
 
 def _encoded(
-    weight: Tensor, seen: HessianAccumulator, kind: GGUFType, method: str
+    weight: Tensor, seen: _Seen, kind: GGUFType, method: str, *, is_head: bool
 ) -> tuple[Tensor, float, tuple[str, ...]]:
-    if method == "gptq" and kind.name in LAYOUTS:
-        result = quantize_gptq_gguf(weight, seen.value, kind.name)
-        return result.blocks, result.error, result.notes
-    blocks = gguf_encode(weight.cpu(), kind.name, importance=seen.diagonal.cpu() if seen.tokens else None)
-    return blocks, gguf_output_error(weight, blocks, kind.name, seen.value), ()
+    importance: Tensor | None = seen.importance
+    if method == "gptq":
+        if kind.block > 1 and not is_head:
+            result = quantize_gptq_gguf(weight, seen.value, kind.name)
+            return result.blocks, result.error, result.notes
+        importance = seen.diagonal.cpu()
+    elif is_head:
+        importance = None
+    blocks = gguf_encode(weight.cpu(), kind.name, importance=importance if seen.tokens else None)
+    return blocks, gguf_output_error(weight, blocks, kind.name, _moments(seen)), ()
+
+
+def _moments(seen: _Seen) -> Tensor:
+    """Second moments of what was seen; without any the error is that of the weights."""
+    if seen.tokens:
+        return seen.value
+    return torch.eye(len(seen.value), dtype=seen.value.dtype, device=seen.value.device)

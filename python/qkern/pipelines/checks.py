@@ -369,18 +369,19 @@ def _names_parameter(model: nn.Module, pattern: str) -> bool:
     return any(name_matches(part, [pattern]) for name in names for part in (name, name.rpartition(".")[0]))
 
 
-def default_format(schemes: Collection[Scheme]) -> tuple[str, ...]:
+def default_format(schemes: Collection[Scheme], *, is_assigned: bool = False) -> tuple[str, ...]:
     """Return the formats for schemes in the order of preference: what most runtimes load comes first.
 
     Asymmetric 4-bit goes to AWQ, symmetric 4 and 8-bit to GPTQ; runtimes load 2 and 3-bit weights,
     asymmetric 8-bit ones and mixtures from compressed-tensors only, which alone says that activations are
-    quantized. nf4 and fp4 are bitsandbytes'.
+    quantized. nf4 and fp4 are bitsandbytes'. What an assignment names is a mixture, even of one scheme: a
+    search counts the bytes that mixtures take.
     """
     if any(scheme.codebook is not None for scheme in schemes):
         return ("bitsandbytes",)
     if any(scheme.act_bits is not None for scheme in schemes):
         return ("compressed-tensors",)
-    if len(schemes) > 1:
+    if len(schemes) > 1 or is_assigned:
         return ("compressed-tensors", "gptq_v2")
     (scheme,) = schemes
     if scheme.zero_point:
@@ -423,7 +424,8 @@ def find_format(
     # Static groups keep each column in the group it lies in, whatever the order.
     act_order = settings.method == "gptq" and gptq.act_order == "desc_act" and not gptq.static_groups
     reasons: list[str] = []
-    for name in (wanted,) if wanted else default_format(set(schemes.values())):
+    assigned = settings.scheme is None
+    for name in (wanted,) if wanted else default_format(set(schemes.values()), is_assigned=assigned):
         candidate = format_named(name)
         refused = refusals(candidate, shapes, act_order=act_order)
         together = candidate.holds_together(schemes, list(targets.kept))
@@ -431,7 +433,7 @@ def find_format(
             return name, reasons
         first = [f"{layer}: {reason}" for layer, reason in list(refused.items())[:3]]
         more = f"; and {len(refused) - 3} more layers" if len(refused) > 3 else ""
-        reasons.append(f"{name} does not hold {'; '.join(first) or together}{more}")
+        reasons.append(f"{name} does not hold {'; '.join(first)}{more}" if first else f"{name}: {together}")
     return None, reasons
 
 

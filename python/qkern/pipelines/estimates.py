@@ -126,7 +126,7 @@ def peak_bytes(job: Job) -> int:
     for index in {job.fullest, 0}:
         names = [f"{structure.layers}.{index}.{name}" for name in job.inside(index)]
         weights = 4 * sum(parameter.numel() for parameter in layers[index].parameters())
-        finished = sum(stored_bits(job.linears[name], *job.shape(name)) for name in names) // 8
+        finished = sum(stored_bits(job.linears[name], job.shape(name)) for name in names) // 8
         phases = [2 * hidden + _chunk(job, names) * calibrated]
         if calibrated:
             moments = _moments(job, index)

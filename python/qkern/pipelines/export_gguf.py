@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,6 +20,7 @@ from qkern.calibration import load_config
 from qkern.checkpoints import QuantizedCheckpoint, model_folder, parse_size
 from qkern.errors import InputError
 from qkern.gguf import PlannedTensor, add_tokenizer, architecture_for, mixture_for, write_gguf
+from qkern.gguf.architectures import expert_count
 from qkern.gguf.imatrix import Imatrix, read_imatrix
 from qkern.gguf.mixture import ModelFacts, choose_types
 from qkern.gguf.modelfile import ollama_modelfile
@@ -35,7 +37,7 @@ from qkern.pipelines.gguf_sources import find_sources, stored_names
 from qkern.pipelines.history import GGUF_KEY, folder_grids
 from qkern.pipelines.imatrix import ImatrixRun, is_weighed, with_importance
 from qkern.schemes import QuantizedWeight
-from qkern.search import MixedPrecision
+from qkern.search import MixedPrecision, spell_choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +64,8 @@ class TensorReport:
     ----------
     name : str
         llama.cpp's name.
+    source : str
+        transformers' name; all experts of a layer are one tensor, with ``*`` for their number.
     type : str
         Its type.
     shape : tuple of int
@@ -71,6 +75,7 @@ class TensorReport:
     """
 
     name: str
+    source: str
     type: str
     shape: tuple[int, ...]
     bytes: int
@@ -427,9 +432,8 @@ def _plan(
     kept = {names[name] for name, source in sources.items() if source.keeps_codes(checkpoint, base)}
     assigned: tuple[Override, ...] = ()
     if assignment is not None:
-        assigned = _assigned(
-            checkpoint, {n: sources[n] for n, shape in shapes.items() if len(shape) > 1}, names, assignment
-        )
+        matrices = {name: sources[name] for name, shape in shapes.items() if len(shape) > 1}
+        assigned = _assigned(checkpoint, architecture, config, matrices, names, assignment)
     types = choose_types(
         mixture,
         {names[name]: shape for name, shape in shapes.items()},
@@ -457,18 +461,33 @@ def _plan(
 
 def _assigned(
     checkpoint: QuantizedCheckpoint,
+    architecture: GGUFArchitecture,
+    config: dict[str, Any],
     matrices: Mapping[str, Source],
     names: Mapping[str, str],
     assignment: MixedPrecision,
 ) -> tuple[Override, ...]:
     """Types of an assignment by names of the file."""
-    owners = {name.removesuffix(".weight"): name for name in matrices}
+    experts = expert_count(config)
+    parts = {
+        name: [piece.removesuffix(".weight") for piece in architecture.pieces(name, experts)]
+        for name in matrices
+    }
+    found = assignment.gguf_types(chain.from_iterable(parts.values()))
     types = {}
-    for owner, kind in assignment.gguf_types(owners).items():
-        name = owners[owner]
+    for name, pieces in parts.items():
+        kinds = [found[piece] for piece in pieces if piece in found]
+        if not kinds:
+            continue
+        if len(kinds) < len(pieces) or len(set(kinds)) > 1:
+            raise InputError(
+                f"{name} is one tensor of a GGUF, and the assignment names {len(kinds)} of its {len(pieces)} "
+                f"experts, with {', '.join(sorted(set(map(spell_choice, kinds))))}: give all of them the same"
+            )
+        kind = kinds[0]
         if kind is None:
-            (first, *_) = matrices[name].stored
-            dtype = torch.float16 if first in checkpoint.entries else checkpoint.tensors[first].dtype
+            (stored, *_) = matrices[name].stored
+            dtype = torch.float16 if stored in checkpoint.entries else checkpoint.tensors[stored].dtype
             kind = {torch.bfloat16: gguf_type("bf16"), torch.float16: gguf_type("f16")}.get(
                 dtype, gguf_type("f32")
             )
@@ -551,7 +570,13 @@ def _report(
         file_bytes=size,
         bpw_file=8 * size / weights.total(),
         tensors=tuple(
-            TensorReport(name=tensor.name, type=tensor.type.name, shape=tensor.shape, bytes=tensor.bytes)
+            TensorReport(
+                name=tensor.name,
+                source=tensor.source,
+                type=tensor.type.name,
+                shape=tensor.shape,
+                bytes=tensor.bytes,
+            )
             for tensor in tensors
         ),
         exact=written.exact,

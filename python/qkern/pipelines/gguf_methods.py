@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qkern.gguf import PlannedTensor
+    from qkern.ops.gguf_types import GGUFType
 
 __all__ = ["CalibratedLayers", "check_types"]
 
 logger = logging.getLogger(__name__)
 
 
-def check_types(method: str, linears: Iterable[PlannedTensor]) -> None:
+def check_types(method: str, types: Iterable[GGUFType]) -> None:
     """Refuse types of linears that leave a method nothing to choose, or that it does not encode.
 
     Raises
@@ -49,7 +50,7 @@ def check_types(method: str, linears: Iterable[PlannedTensor]) -> None:
     UnsupportedError
         If one gets a type that GPTQ does not encode.
     """
-    kinds = sorted({tensor.type.name for tensor in linears if tensor.type.block > 1})
+    kinds = sorted({type.name for type in types if type.block > 1})
     if not kinds:
         raise InputError(
             f"method {method} chooses codes, and no linear gets any: choose a quantized type (--type), or "
@@ -165,7 +166,7 @@ class CalibratedLayers:
                 "none; use method='rtn'"
             )
         self._linears = {name: planned[name] for name in linears}
-        check_types(self.method, self._linears.values())
+        check_types(self.method, (tensor.type for tensor in self._linears.values()))
         head = None if self.structure.tied else f"{self.structure.head}.weight"
         prefix = f"{self.structure.layers}."
         result = []

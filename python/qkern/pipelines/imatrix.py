@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from qkern.gguf import PlannedTensor
 
-__all__ = ["ImatrixRun", "dataset_of", "imatrix", "is_weighed", "with_importance"]
+__all__ = ["ImatrixRun", "dataset_of", "imatrix", "is_weighed", "squares", "with_importance"]
 
 logger = logging.getLogger(__name__)
 
@@ -253,12 +253,12 @@ class _Products(TorchFunctionMode):
     def _add(self, name: str, x: Tensor) -> None:
         # q, k and v, or gate and up, are given the very same tensor one after another.
         if self._seen is None or self._seen[0] is not x:
-            self._seen = x, _squares(x)
+            self._seen = x, squares(x)
         self.sums[name] += self._seen[1]
         self.counts[name] += x.numel() // x.shape[-1]
 
 
-def _squares(x: Tensor) -> Tensor:
+def squares(x: Tensor) -> Tensor:
     """Sum of squares of each column of activations ``[..., K]``, float64 on the CPU."""
     return x.detach().float().reshape(-1, x.shape[-1]).square().sum(0).cpu().double()
 
@@ -268,7 +268,7 @@ def _head_entry(stream: LayerStream) -> ImatrixEntry:
     tokens: list[int] = []
 
     def see(x: Tensor) -> None:
-        seen.append(_squares(x))
+        seen.append(squares(x))
         tokens.append(x.numel() // x.shape[-1])
 
     stream.watch_head(see)

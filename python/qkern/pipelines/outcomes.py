@@ -179,7 +179,7 @@ def _stored(
         name=name,
         shape=(N, K),
         choice=str(scheme),
-        bytes=stored_bits(str(scheme), N, K) // 8
+        bytes=stored_bits(str(scheme), (N, K)) // 8
         if format is None
         else format_named(format).stored_bytes(scheme, N, K),
         loaded=_form_bytes(scheme, N, K),
@@ -196,7 +196,9 @@ def _bpw_linear(
     for name, (N, K) in shapes.items():
         if name != structure.head:
             bits += (
-                stored_bits(linears[name], N, K) if name in linears else 8 * _nbytes(source, f"{name}.weight")
+                stored_bits(linears[name], (N, K))
+                if name in linears
+                else 8 * _nbytes(source, f"{name}.weight")
             )
             weights += N * K
     return bits / weights
@@ -322,7 +324,7 @@ def _gguf_job(
     structure = describe(source.model)
     names = set(target_names(structure, choose_targets(source.model, structure, (), ())))
     planned = [tensor for tensor in matrices if tensor.source.removesuffix(".weight") in names]
-    check_types(method, planned)
+    check_types(method, (tensor.type for tensor in planned))
     return Job(
         model=source.model,
         structure=structure,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qkern.checkpoints import read_json
-from qkern.errors import InputError, OutputError, QkernError, advice_on_writing, reason_of
+from qkern.errors import FormatError, InputError, OutputError, QkernError, advice_on_writing, reason_of
 from qkern.nn.state import FORM, form_of, weight_of
 from qkern.pipelines.layerwise import Finished, LayerRecord
 from qkern.schemes import Scheme
@@ -22,6 +22,8 @@ from qkern.schemes import Scheme
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from torch import Tensor
 
 __all__ = ["Partial", "partial_folder"]
 
@@ -35,6 +37,17 @@ _HASHES: Final = {
     "config": "of a model with another config.json",
     "sha256": "with other calibration tokens",
 }
+
+# What reading a file that something else wrote to may end in.
+_DAMAGE: Final = (
+    OSError,
+    SafetensorError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 def partial_folder(output: Path) -> Path:
@@ -56,6 +69,8 @@ class Partial:
         Everything that the layers depend on; layers of a run with another key are not used.
     resume : bool
         Use what is there. False removes it.
+    contents : str
+        What its files are, in messages.
 
     Raises
     ------
@@ -64,8 +79,16 @@ class Partial:
         knows.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], *, resume: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        key: Mapping[str, Any],
+        *,
+        resume: bool = True,
+        contents: str = "finished layers",
+    ) -> None:
         self.folder = folder
+        self.contents = contents
         self._refuse_strangers()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +136,13 @@ class Partial:
                 self.remove()
                 raise self._cannot_write(error) from error
             return
-        before = read_json(key_file)
+        try:
+            before = read_json(key_file)
+        except FormatError as error:
+            raise InputError(
+                f"{self.folder} holds layers of a run that cannot be told ({error}): remove the folder, or "
+                "start afresh with resume=False (--no-resume)"
+            ) from None
         differing = [name for name in key if before.get(name) != key[name]]
         if differing:
             name = differing[0]
@@ -162,20 +191,9 @@ class Partial:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads(file.metadata()["facts"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            return _finished(facts, tensors)
+        except _DAMAGE as error:
             raise QkernError(f"{path} is damaged ({error}): remove it and run again") from error
-        weights = {}
-        for key, (scheme, shape) in facts["weights"].items():
-            form = {part: tensors.get(f"{part}:{key}") for part in FORM}
-            weights[key] = weight_of(form, tuple(shape), Scheme.parse(scheme))
-        return Finished(
-            weights=weights,
-            tensors={k.removeprefix("tensor:"): t for k, t in tensors.items() if k.startswith("tensor:")},
-            records={
-                key: LayerRecord(**{**record, "notes": tuple(record["notes"])})
-                for key, record in facts["records"].items()
-            },
-        )
 
     @property
     def count(self) -> int:
@@ -221,9 +239,25 @@ class Partial:
         if self.count == 0:
             return ""
         return (
-            f"; {self.count} finished layers are kept in {self.folder}: the same command goes on from there, "
+            f"; {self.count} {self.contents} are kept in {self.folder}: the same command goes on from there, "
             "or remove the folder"
         )
+
+
+def _finished(facts: Any, tensors: Mapping[str, Tensor]) -> Finished:
+    """Undo `Partial.save`."""
+    weights = {}
+    for key, (scheme, shape) in facts["weights"].items():
+        form = {part: tensors.get(f"{part}:{key}") for part in FORM}
+        weights[key] = weight_of(form, tuple(shape), Scheme.parse(scheme))
+    return Finished(
+        weights=weights,
+        tensors={k.removeprefix("tensor:"): t for k, t in tensors.items() if k.startswith("tensor:")},
+        records={
+            key: LayerRecord(**{**record, "notes": tuple(record["notes"])})
+            for key, record in facts["records"].items()
+        },
+    )
 
 
 def _change(name: str, before: Any, now: Any) -> str:

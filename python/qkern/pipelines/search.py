@@ -62,12 +62,12 @@ if TYPE_CHECKING:
     from qkern.models import Structure
     from qkern.search import Genome
 
-__all__ = ["STAGES", "search_assignment", "sensitivity"]
+__all__ = ["cuts", "search_assignment", "sensitivity"]
 
 logger = logging.getLogger(__name__)
 
 # Parts of the text after which the worse half of a generation is dropped.
-STAGES: Final = (1 / 12, 1 / 4, 1 / 2)
+_STAGES: Final = (1 / 12, 1 / 4, 1 / 2)
 # Part of the text that single changes are scored on: there are many, and they need not be told apart.
 _SINGLE: Final = 1 / 2
 
@@ -223,7 +223,7 @@ def search_assignment(
     assignment that fits. A killed run goes on where it stopped: known losses are read, not computed again.
     """
     started = time.monotonic()
-    check_population(population, generations)
+    check_population(population, generations, seed)
     check_pymoo()
     target = None
     given = {
@@ -257,6 +257,11 @@ def search_assignment(
         if path is not None:
             report.write(path)
     return report
+
+
+def cuts(chunks: int) -> list[int]:
+    """Chunks of the text after which the worse half of a generation is dropped."""
+    return [stop for part in _STAGES if (stop := round(part * chunks)) > 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,7 +352,7 @@ def _opened(
             folder = partial_folder(output)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "candidates"
-        partial = stack.enter_context(Partial(folder, key, resume=resume))
+        partial = stack.enter_context(Partial(folder, key, resume=resume, contents="files of candidates"))
         try:
             stream = LayerStream(
                 plan.source.model,
@@ -446,7 +451,7 @@ class _Problem:
                     layer=gene.layer,
                     kind=_joined(kinds),
                     weights=gene.weights,
-                    bits={s: plan.sizes.linear_bits(gene.names, s) / gene.weights for s in gene.alleles},
+                    bits={s: plan.sizes.bits(gene.names, s) / gene.weights for s in gene.alleles},
                     kl=dict(zip(gene.alleles, row, strict=True)),
                     error={
                         s: math.fsum(errors[name, s] for name in gene.names) / len(gene.names)
@@ -470,10 +475,12 @@ class _Problem:
         were made behind their Lagrangian optimum: all of them are near it, none is near the original.
         """
         space = self.plan.space
-        losses = self.single(self.opened()[1])
+        _, evaluate = self.opened()
+        losses = self.single(evaluate)
         optimum = lagrangian(space, losses, budget)
-        _, evaluate = self.opened(space.assignment(optimum))
-        stages = [stop for part in STAGES if (stop := round(part * evaluate.chunks)) > 0]
+        if self.plan.method != "rtn":  # whose codes do not depend on what is before them in the model
+            _, evaluate = self.opened(space.assignment(optimum))
+        stages = cuts(evaluate.chunks)
         history: list[Generation] = []
         found: dict[str, Genome] = {}
         with _progress.task("genetic search", total=options["generations"], unit="generation") as progress:
@@ -515,17 +522,30 @@ class _Problem:
                 progress.advance(note=note)
 
             front = pareto_front(space, losses, evaluate, see=see, **options)
-        found = {f"pareto {index}": genome for index, (genome, _) in enumerate(front)}
         sizes = [space.bits(genome) for genome, _ in front]
-        for name, search in (("lagrangian", lagrangian), ("greedy", greedy)):
-            genomes = dict.fromkeys(search(space, losses, size) for size in sizes)
-            found |= {f"{name} {index}": genome for index, genome in enumerate(genomes)}
         rng = np.random.default_rng([options["seed"], 2])
         budgets = np.linspace(sizes[0], sizes[-1], options["population"] * options["generations"])
-        drawn = list(dict.fromkeys(random_genome(space, int(budget), rng) for budget in budgets))
-        best = undominated(space, dict(zip(drawn, evaluate(drawn), strict=True)))
-        found |= {f"random {index}": genome for index, (genome, _) in enumerate(best)}
-        return self._found(found, evaluate)
+        simpler = {
+            "lagrangian": [lagrangian(space, losses, size) for size in sizes],
+            "greedy": [greedy(space, losses, size) for size in sizes],
+            "random": [random_genome(space, int(budget), rng) for budget in budgets],
+        }
+        known = dict(front)
+        fronts = {}
+        for name, genomes in simpler.items():
+            once = list(dict.fromkeys(genomes))
+            scored = dict(zip(once, evaluate(once), strict=True))
+            fronts[name] = undominated(space, scored)
+            known |= scored
+        # What a simpler search finds is on the front too, where it is better.
+        return self._found(
+            {
+                f"{name} {index}": genome
+                for name, points in {"pareto": undominated(space, known), **fronts}.items()
+                for index, (genome, _) in enumerate(points)
+            },
+            evaluate,
+        )
 
     def _found(
         self, genomes: dict[str, Genome], evaluate: CachedLosses, history: Sequence[Generation] = ()
@@ -546,9 +566,9 @@ class _Problem:
         assigned = []
         *perplexities, original = found.perplexities
         for (name, genome), kl, one in zip(found.genomes.items(), found.losses, perplexities, strict=True):
-            assignment = plan.sizes.whole(plan.space.assignment(genome))
+            assignment = plan.space.assignment(genome)
             by = name.partition(" ")[0] if target is None else name
-            facts = plan.sizes.of_assignment(assignment)
+            facts = plan.sizes.of_assignment(plan.space, assignment)
             assigned.append(Assigned(found_by=by, kl=kl, perplexity=one, **facts))
         return SearchReport(
             best=None if target is None else assigned[0],

@@ -49,15 +49,11 @@ class Texts:
         count = max(1, tokens // bounded)
         if tokens < 2:
             raise InputError(f"tokens must be at least 2: got {tokens}; the default is 12288")
-        if bounded < 4:
-            raise InputError(
-                f"perplexity needs sequences of 4 tokens: got length {length}; the default is 2048"
-            )
         if text is not None:
             return cls(
                 calibration=calibration_ids(source, calibration, tokenizer, samples, bounded, _SEED),
                 scored=calibration_ids(source, text, tokenizer, count, bounded, _SEED, "text to score on"),
-            )
+            )._checked()
         ids = calibration_ids(source, calibration, tokenizer, samples + count, bounded, _SEED)
         if len(ids) < 2:
             raise InputError(
@@ -69,4 +65,12 @@ class Texts:
         count = min(count, len(ids) // 2)
         aside = {round((index + 0.5) * len(ids) / count - 0.5) for index in range(count)}
         rest = [index for index in range(len(ids)) if index not in aside]
-        return cls(calibration=ids[rest][:samples], scored=ids[sorted(aside)])
+        return cls(calibration=ids[rest][:samples], scored=ids[sorted(aside)])._checked()
+
+    def _checked(self) -> Self:
+        length = self.scored.shape[1]
+        if length < 4:
+            raise InputError(
+                f"perplexity needs sequences of 4 tokens: got length {length}; 2048 is the default"
+            )
+        return self

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from qkern.errors import InputError
 from qkern.models import column_weight
@@ -14,19 +15,17 @@ from qkern.nn import named_linears
 from qkern.ops.gguf_types import gguf_type
 from qkern.pipelines.checks import strangers
 from qkern.pipelines.export_gguf import export_gguf
-from qkern.search import KEPT, STACKED, MixedPrecision, make_space, stored_bits
+from qkern.pipelines.gguf_methods import check_types
+from qkern.search import EMBEDDING, KEPT, Gene, Space, make_space, stored_bits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from qkern.models import Structure
     from qkern.pipelines.source import Source
-    from qkern.search import Runtime, Space
+    from qkern.search import MixedPrecision, Runtime
 
 __all__ = ["Sizes", "Target"]
-
-# Matrices of a GGUF that are no linears of the layers, by their names in both.
-_OUTSIDE: Final = {"token_embd.weight": "model.embed_tokens", "output.weight": "lm_head"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +65,12 @@ class Target:
     def __str__(self) -> str:
         return self.spell(self.value)
 
-    def spell(self, value: float) -> str:
-        """Put a value of the target's kind in words."""
+    def spell(self, value: float, rounded: Callable[[float], int] | None = None) -> str:
+        """Put a value of the target's kind in words; bounds are `rounded` to what is on their good side."""
         if self.kind == "bytes":
-            return f"{int(value):,} bytes"
+            return f"{(rounded or int)(value):,} bytes"
+        if rounded is not None:
+            value = rounded(value * 1e4) / 1e4
         return (
             f"{value:.4f} "
             + {
@@ -98,8 +99,6 @@ class Sizes:
         Bytes of the weight of every module as it is.
     counted : dict
         Weights of every linear that `bpw_linear` counts.
-    outside : dict
-        Of a GGUF, types of matrices that are not searched.
     """
 
     original: int
@@ -108,7 +107,6 @@ class Sizes:
     shapes: dict[str, tuple[int, int]]
     stored: dict[str, int]
     counted: dict[str, int]
-    outside: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -126,7 +124,8 @@ class Sizes:
         """Weigh a model, and make the space of a search in it; also return what stays as it is, and why.
 
         Every tensor is read once, so weights that are not finite are refused here. `export` are the arguments
-        of the `qkern.export_gguf` that would follow, if the runtime is gguf.
+        of the `qkern.export_gguf` that would follow, if the runtime is gguf; what it rounds and the search
+        leaves alone is a gene with one allele.
         """
         linears = {name: column_weight(linear) for name, linear in named_linears(source.model).items()}
         bytes_ = {name: source.weights.get(name).nbytes for name in source.stored_once()}
@@ -142,54 +141,51 @@ class Sizes:
             embedding=embedding,
             in_file=in_file,
         )
-        shapes = {}
-        for name in (name for gene in space.genes for name in gene.names):
-            N, K = column_weight(source.model.get_submodule(name)).shape
-            shapes[name] = (N, K)
-        fixed = sum(bytes_.values()) - sum(stored[name] for name in shapes)
-        outside: dict[str, str] = {}
+        left: dict[str, str] = {}
+        fixed = None
         if runtime.name == "gguf":
-            fixed, outside = _gguf_rest(export, space, shapes)
+            space, fixed = _as_exported(source, structure, space, export, in_file=in_file)
+            left = {
+                name: f"not searched: {gene.alleles[0]} in the file"
+                for gene in space.genes
+                if len(gene.alleles) == 1
+                for name in gene.names
+            }
+        shapes = {name: _shape(source.model, name) for gene in space.genes for name in gene.names}
+        total = sum(bytes_.values())
         sizes = cls(
-            original=sum(bytes_.values()),
-            fixed=fixed,
+            original=total,
+            fixed=total - sum(stored[name] for name in shapes) if fixed is None else fixed,
             parameters=sum(parameter.numel() for parameter in source.model.parameters()),
             shapes=shapes,
             stored=stored,
-            counted={
-                name: weight.numel()
-                for name, weight in linears.items()
-                if name in shapes or not (name == structure.head or kept.get(name) == STACKED)
-            },
-            outside=outside,
+            counted={name: weight.numel() for name, weight in linears.items() if name != structure.head},
         )
-        left = {name: f"not searched: scored as it is, {type} in the file" for name, type in outside.items()}
         return sizes, space, kept | strangers(source.model) | left
 
-    def linear_bits(self, names: Sequence[str], spelling: str) -> int:
-        """Bits of linears in one allele: codes, scales and zero points."""
-        return sum(self._bits(name, spelling) for name in names)
+    def bits(self, names: Sequence[str], spelling: str, *, in_file: bool = False) -> int:
+        """Bits of a gene's tensors in one allele, see `stored_bits`."""
+        kept = 8 * sum(self.stored[name] for name in names)
+        return stored_bits(spelling, *(self.shapes[name] for name in names), kept=kept, in_file=in_file)
 
-    def _bits(self, name: str, spelling: str, *, in_file: bool = False) -> int:
-        if spelling == KEPT:
-            return 8 * self.stored[name]
-        return stored_bits(spelling, *self.shapes[name], in_file=in_file)
-
-    def whole(self, assignment: MixedPrecision) -> MixedPrecision:
-        """Return an assignment with the types of what was not searched, so that it needs no mixture."""
-        return MixedPrecision({**self.outside, **assignment.choices})
-
-    def of_assignment(self, assignment: MixedPrecision) -> dict[str, Any]:
+    def of_assignment(self, space: Space, assignment: MixedPrecision) -> dict[str, Any]:
         """Bytes of all tensors, and bits a weight of them and of the linears."""
-        spelled = {name: assignment.choices[name] for name in self.shapes}
-        total = 8 * self.fixed + sum(self._bits(name, s, in_file=True) for name, s in spelled.items())
-        linear = sum(self._bits(name, spelled.get(name, KEPT)) for name in self.counted)
+        total, linear = 8 * self.fixed, self._unsearched
+        for gene in space.genes:
+            spelling = assignment.choices[gene.names[0]]
+            total += self.bits(gene.names, spelling, in_file=True)
+            linear += self.bits(gene.names, spelling) * (gene.names[0] in self.counted)
         return {
             "bytes": -(-total // 8),
             "bpw_file": total / self.parameters,
             "bpw_linear": linear / sum(self.counted.values()),
             "assignment": assignment,
         }
+
+    @property
+    def _unsearched(self) -> int:
+        """Bits of the linears that are counted and no genes."""
+        return 8 * sum(self.stored[name] for name in self.counted if name not in self.shapes)
 
     def budget(self, target: Target, space: Space) -> int:
         """Bits that the genes of a space may take.
@@ -199,14 +195,15 @@ class Sizes:
         InputError
             If no genome meets the target, or all do, or it does not count what is searched.
         """
-        if target.kind == "bpw_linear" and not self.shapes.keys() <= self.counted.keys():
+        uncounted = [gene for gene in space.genes if gene.names[0] not in self.counted]
+        if target.kind == "bpw_linear" and any(len(gene.alleles) > 1 for gene in uncounted):
             raise InputError(
-                "target_bpw_linear counts linears, and the embedding is none: choose another target, or "
-                "leave the embedding out of the search"
+                "target_bpw_linear counts linears of the layers, neither the embedding nor the head: choose "
+                "another target, or leave them out of the search"
             )
         rest = 8 * self.fixed
         if target.kind == "bpw_linear":
-            rest = sum(8 * self.stored[name] for name in self.counted if name not in self.shapes)
+            rest = self._unsearched - sum(gene.bits[0] for gene in uncounted)
         unit = {
             "bytes": 8.0,
             "bpw": float(self.parameters),
@@ -218,31 +215,60 @@ class Sizes:
         if not low <= budget < high:
             raise InputError(
                 f"no assignment has {target}: the smallest of the alleles takes "
-                f"{target.spell((low + rest) / unit)}, the largest {target.spell((high + rest) / unit)}; "
+                f"{target.spell((low + rest) / unit, math.ceil)}, the largest "
+                f"{target.spell((high + rest) / unit, math.floor)}; "
                 "choose a target from the smallest to below the largest, or other alleles"
             )
         return budget
 
 
-def _gguf_rest(
-    export: Mapping[str, Any], space: Space, shapes: Mapping[str, tuple[int, int]]
-) -> tuple[int, dict[str, str]]:
-    """Bytes of a GGUF beside the searched tensors, and the types of embedding and head."""
+def _as_exported(
+    source: Source, structure: Structure, space: Space, export: Mapping[str, Any], *, in_file: bool
+) -> tuple[Space, int]:
+    """Add what a GGUF holds in codes and nobody chooses to a space; also bytes of the rest of the file."""
     if not isinstance(export["model"], (str, Path)):
         raise InputError("runtime gguf exports a folder: save the model first (model.save_pretrained)")
+    if export["method"] != "rtn":
+        inside = [gene for gene in space.genes if gene.layer not in (EMBEDDING, structure.count)]
+        check_types(export["method"], (gguf_type(s) for g in inside for s in g.alleles if s != KEPT))
     smallest = space.assignment(space.ends()[0])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "sizes.gguf"
         report = export_gguf(**export, output=output, assignment=smallest, dry_run=True)
-    searched = sum(
-        stored_bits(smallest.choices[name], *shape, in_file=True) for name, shape in shapes.items()
-    )
-    outside = {
-        _OUTSIDE[tensor.name]: tensor.type
-        for tensor in report.tensors
+    model = source.model
+    table = model.get_input_embeddings()
+    embedding = next(name for name, module in model.named_modules() if module is table)
+    ends = {embedding: EMBEDDING, structure.head: structure.count}
+    searched = smallest.choices.keys()
+    unsearched = [name for name in (embedding, *named_linears(model)) if name not in searched]
+    genes = list(space.genes)
+    for tensor in report.tensors:
+        names = tuple(name for name in unsearched if fnmatchcase(f"{name}.weight", tensor.source))
         # A float type may be another than the stored one, which is all that an assignment can name.
-        if tensor.name in _OUTSIDE
-        and _OUTSIDE[tensor.name] not in shapes
-        and gguf_type(tensor.type).block > 1
-    }
-    return report.file_bytes - searched // 8, outside
+        if not names or gguf_type(tensor.type).block == 1:
+            continue
+        shapes = [_shape(model, name) for name in names]
+        genes.append(
+            Gene(
+                names=names,
+                layer=ends[names[0]] if names[0] in ends else _layer(structure, names[0]),
+                weights=sum(N * K for N, K in shapes),
+                alleles=(tensor.type,),
+                bits=(stored_bits(tensor.type, *shapes, in_file=in_file),),
+            )
+        )
+    genes.sort(key=lambda gene: gene.layer)
+    coded = sum(
+        stored_bits(gene.alleles[0], *(_shape(model, name) for name in gene.names), in_file=True)
+        for gene in genes
+    )
+    return Space(tuple(genes)), report.file_bytes - coded // 8
+
+
+def _layer(structure: Structure, name: str) -> int:
+    return int(name.removeprefix(f"{structure.layers}.").partition(".")[0])
+
+
+def _shape(model: Any, name: str) -> tuple[int, int]:
+    N, K = column_weight(model.get_submodule(name)).shape
+    return N, K

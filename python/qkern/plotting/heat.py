@@ -44,7 +44,8 @@ def plot_heat(
     Parameters
     ----------
     values : mapping
-        By title, row and column; all positive, what is missing stays white.
+        By title, row and column; all positive, what is missing stays white. All maps have the rows of all, in
+        the order in which they come.
     path : Path
         The picture; ``.png``, ``.svg`` or ``.pdf``.
     label : str
@@ -60,20 +61,20 @@ def plot_heat(
     from matplotlib.colors import LogNorm
 
     columns = list(dict.fromkeys(c for map_ in values.values() for row in map_.values() for c in row))
+    named = list(dict.fromkeys(row for map_ in values.values() for row in map_))
     every = [v for map_ in values.values() for row in map_.values() for v in row.values() if v > 0]
     low = min(every, default=1e-9)
     norm = LogNorm(low, max(*every, low * 10)) if every else None
-    height = max(len(map_) for map_ in values.values())
-    figure, first = new_axes(1.2 + len(values) * (0.6 + 0.32 * len(columns)), 1.8 + 0.22 * height)
+    figure, first = new_axes(1.2 + len(values) * (0.6 + 0.32 * len(columns)), 1.8 + 0.22 * len(named))
     first.remove()
     drawn = None
     all_axes = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
     for axes, (title, map_) in zip(all_axes, values.items(), strict=True):
-        grid = [[row.get(column, float("nan")) for column in columns] for row in map_.values()]
+        grid = [[map_.get(row, {}).get(column, float("nan")) for column in columns] for row in named]
         drawn = axes.imshow(grid, norm=norm, cmap="cividis", aspect="auto")
         axes.set_title(title, fontsize=9)
         axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(map_)), list(map_), fontsize=7)
+        axes.set_yticks(range(len(named)), named, fontsize=7)
     all_axes[0].set_ylabel(rows)
     if drawn is not None:
         figure.colorbar(drawn, ax=list(all_axes), label=label)

@@ -14,15 +14,7 @@ from qkern.search.genetic import (
     random_search,
     undominated,
 )
-from qkern.search.runtimes import (
-    RUNTIMES,
-    STACKED,
-    Runtime,
-    make_space,
-    runtime_named,
-    stored_bits,
-    tied_linears,
-)
+from qkern.search.runtimes import RUNTIMES, Runtime, make_space, runtime_named, stored_bits, tied_linears
 from qkern.search.sensitivity import sensitivities, single_changes
 from qkern.search.space import EMBEDDING, Gene, Genome, Space
 
@@ -31,7 +23,6 @@ __all__ = [
     "KEPT",
     "ORIGINAL",
     "RUNTIMES",
-    "STACKED",
     "CachedLosses",
     "Candidates",
     "Choice",

@@ -94,7 +94,7 @@ class MixedPrecision:
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"cannot read the assignment {path}: {reason_of(error)}") from error
         if not isinstance(found, dict) or not all(isinstance(choice, str) for choice in found.values()):
             raise InputError(
@@ -165,8 +165,9 @@ class MixedPrecision:
                 matched = [name for name in names if name_matches(name, (pattern,))]
             if not matched:
                 raise InputError(
-                    f"the assignment's {pattern!r} names no tensor of the model; there are "
-                    f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+                    f"the assignment's {pattern!r} names nothing that can be quantized here; there are "
+                    f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} (embeddings stay 16-bit but "
+                    "in a GGUF, norms always do)"
                 )
             for name in matched:
                 if name in by:
@@ -185,13 +186,13 @@ class MixedPrecision:
         UnsupportedError
             If the assignment has GGUF types.
         """
-        found = self.resolve(names)
-        for name, choice in found.items():
-            if isinstance(choice, GGUFType):
+        for name, spelling in self.choices.items():
+            if isinstance(parse_choice(spelling), GGUFType):
                 raise UnsupportedError(
-                    f"the assignment gives {name} the GGUF type {choice.name}, which modules and checkpoint "
+                    f"the assignment gives {name} the GGUF type {spelling}, which modules and checkpoint "
                     "formats do not hold: use it with export-gguf, or give schemes such as w4g128"
                 )
+        found = self.resolve(names)
         return {name: choice for name, choice in found.items() if isinstance(choice, Scheme)}
 
     def gguf_types(self, names: Iterable[str]) -> dict[str, GGUFType | None]:
@@ -202,13 +203,13 @@ class MixedPrecision:
         UnsupportedError
             If the assignment has schemes.
         """
-        found = self.resolve(names)
-        for name, choice in found.items():
-            if isinstance(choice, Scheme):
+        for name, spelling in self.choices.items():
+            if isinstance(parse_choice(spelling), Scheme):
                 raise UnsupportedError(
-                    f"the assignment gives {name} the scheme {choice}, which GGUF does not hold: use it with "
-                    "quantize, or give GGUF types such as q4_k"
+                    f"the assignment gives {name} the scheme {spelling}, which GGUF does not hold: use it "
+                    "with quantize, or give GGUF types such as q4_k"
                 )
+        found = self.resolve(names)
         return {name: choice for name, choice in found.items() if not isinstance(choice, Scheme)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from typing import TYPE_CHECKING, Final, Protocol
 
 from qkern.errors import InputError, OutputError, advice_on_writing, reason_of
@@ -154,17 +155,26 @@ class CachedLosses:
     def _read(self, path: Path) -> None:
         if not path.is_file():
             return
-        text = path.read_text(encoding="utf-8", errors="replace")
-        whole, _, rest = text.rpartition("\n")
-        if rest:
-            # The line that a killed run was writing.
-            path.write_text(whole + "\n" * bool(whole), encoding="utf-8")
+        try:
+            content = path.read_bytes()
+            whole, newline, rest = content.rpartition(b"\n")
+            if rest:
+                # The line that a killed run was writing.
+                os.truncate(path, len(whole + newline))
+        except OSError as error:
+            raise OutputError(
+                f"cannot go on in {path}: {reason_of(error)}; {advice_on_writing(error)}"
+            ) from error
         for line in whole.splitlines():
             try:
                 spelled, start, stop, loss = json.loads(line)
-                self._take(str(spelled), (int(start), int(stop)), float(loss))
-            except (ValueError, TypeError) as error:
+                is_part = type(start) is type(stop) is int and 0 <= start < stop <= self.chunks
+                if not (is_part and math.isfinite(loss)):
+                    raise ValueError("numbers out of range")
+            except (ValueError, TypeError, RecursionError) as error:
+                shown = line[:80].decode(errors="replace")
                 raise InputError(
-                    f"{path} is damaged: {line[:80]!r} is no evaluation; remove the file, its evaluations "
-                    "are then made again"
+                    f"{path} is damaged: {shown!r} is no evaluation; remove the file, its evaluations are "
+                    "then made again"
                 ) from error
+            self._take(str(spelled), (start, stop), float(loss))

@@ -249,9 +249,10 @@ class Evaluator:
         """Give what goes from outputs of the last layer and a genome's head to log-probabilities."""
         stream, name = self.stream, str(self.stream.head)
         head = stream.model.get_submodule(name)
-        # A tied head is the embedding, and so is its gene.
-        tied = head.weight is stream.model.get_input_embeddings().weight
-        layer = EMBEDDING if tied else len(stream.layers)
+        # A tied head is the embedding, and so is its gene, unless the runtime holds a head of its own.
+        layer = len(stream.layers)
+        if not self._genes(layer) and head.weight is stream.model.get_input_embeddings().weight:
+            layer = EMBEDDING
         places = [place for place, gene in enumerate(self.space.genes) if gene.layer == layer]
         with stream.ending() as logits:
             make = self._maker(layer, dict.fromkeys(_names(self._genes(layer)), head))

@@ -114,7 +114,7 @@ def evolve(
     InputError
         On a population or number of generations below 2 or 1, or a budget that no genome fits.
     """
-    check_population(population, generations)
+    check_population(population, generations, seed)
     check_pymoo()
     check_budget(space, budget)
     from pymoo.algorithms.soo.nonconvex.ga import GA
@@ -149,7 +149,7 @@ def random_search(
     stages: Sequence[int] = (),
 ) -> Genome:
     """Return the best of as many random genomes as `evolve` evaluates, in the same stages."""
-    check_population(population, generations)
+    check_population(population, generations, seed)
     check_budget(space, budget)
     rng = np.random.default_rng([seed, 2])
     best: tuple[float, Genome] | None = None
@@ -186,7 +186,7 @@ def pareto_front(
     list of tuple
         Genome and loss, smallest genome first.
     """
-    check_population(population, generations)
+    check_population(population, generations, seed)
     check_pymoo()
     from pymoo.algorithms.moo.nsga2 import NSGA2
 
@@ -228,8 +228,8 @@ def check_pymoo() -> None:
         raise UnsupportedError("a search needs pymoo, which is not installed: pip install pymoo")
 
 
-def check_population(population: int, generations: int) -> None:
-    """Refuse a search of no size.
+def check_population(population: int, generations: int, seed: int = 0) -> None:
+    """Refuse a search of no size, or a seed that is none.
 
     Raises
     ------
@@ -240,6 +240,8 @@ def check_population(population: int, generations: int) -> None:
         raise InputError(
             f"a search needs a population of 2 and 1 generation at least: got {population} and {generations}"
         )
+    if seed < 0:
+        raise InputError(f"seed must be 0 or more: got {seed}")
 
 
 def _generations(
@@ -321,6 +323,7 @@ def _moves(
     from pymoo.core.repair import Repair
 
     tops = np.array(space.ends()[1])
+    movable = np.flatnonzero(tops)
 
     class Uniform(Crossover):  # type: ignore[misc]
         def _do(self, problem: Any, X: NDArray[Any], **kwargs: Any) -> NDArray[Any]:
@@ -331,7 +334,7 @@ def _moves(
         def _do(self, problem: Any, X: NDArray[Any], **kwargs: Any) -> NDArray[Any]:
             X = X.copy()
             for row in X:
-                for gene in rng.integers(len(row), size=rng.geometric(0.5)):
+                for gene in movable[rng.integers(len(movable), size=rng.geometric(0.5))]:
                     row[gene] = np.clip(row[gene] + rng.choice((-1, 1)), 0, tops[gene])
             return X
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from qkern.checkpoints import format_named
@@ -10,6 +11,7 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.models import column_weight, is_router
 from qkern.nn import named_linears, role
 from qkern.ops.gguf_types import GGUFType
+from qkern.schemes import Scheme
 from qkern.search.assignment import KEPT, parse_choice, spell_choice
 from qkern.search.space import EMBEDDING, Gene, Space
 
@@ -18,18 +20,15 @@ if TYPE_CHECKING:
 
     from qkern.models import Structure
 
-__all__ = ["RUNTIMES", "STACKED", "Runtime", "make_space", "runtime_named", "stored_bits", "tied_linears"]
+__all__ = ["RUNTIMES", "Runtime", "make_space", "runtime_named", "stored_bits", "tied_linears"]
 
 # vLLM's kernels for packed weights take whole tiles of these sizes.
 _TILE: Final = (64, 128)
 # Of GPTQ checkpoints vLLM runs symmetric ones of these bits and group sizes alone.
 _VLLM_GPTQ: Final = ((4, 8), (None, 32, 64, 128))
+_SMALLEST_GROUP: Final = 16
 # Where a row has no whole super-blocks of 256.
 _SMALL_TYPES: Final = ("q4_0", "q5_0", "q8_0", KEPT)
-
-
-STACKED: Final = "one of the experts that a GGUF holds as one tensor: not searched"
-"""Why the linears of experts stay as they are in a search for GGUF."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,34 +109,40 @@ def runtime_named(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
-def stored_bits(spelling: str, N: int, K: int, *, kept: int = 16, in_file: bool = False) -> int:
-    """Bits of a matrix ``[N, K]``.
+def stored_bits(
+    spelling: str, *shapes: tuple[int, int], kept: int | None = None, in_file: bool = False
+) -> int:
+    """Bits of the matrices of a gene, which are one tensor in a GGUF.
 
     Parameters
     ----------
     spelling : str
         See `parse_choice`.
-    N, K : int
-        Rows and columns.
-    kept : int
-        Bits of a weight that stays as it is.
+    *shapes : tuple of int
+        Rows and columns of each.
+    kept : int, optional
+        Bits of all of them if they stay as they are; default: 16 a weight.
     in_file : bool
-        Of its tensors in a compressed-tensors checkpoint (rows padded to words, and the stored shape), for
+        Of their tensors in a compressed-tensors checkpoint (rows padded to words, and the stored shape), for
         nf4 and fp4 in a bitsandbytes one, or in a GGUF (tensors padded to 32 bytes), instead of codes, scales
         and zero points alone.
     """
     choice = parse_choice(spelling)
     if choice is None:
-        return N * K * kept
+        return 16 * sum(N * K for N, K in shapes) if kept is None else kept
     if isinstance(choice, GGUFType):
-        size = N * choice.row_bytes(K)
+        size = sum(N * choice.row_bytes(K) for N, K in shapes)
         return 8 * (-(-size // 32) * 32 if in_file else size)
     if in_file:
         name = "compressed-tensors" if choice.codebook is None else "bitsandbytes"
-        return 8 * format_named(name).stored_bytes(choice, N, K)
-    rows, groups = choice.scale_shape(N, K)
-    scales = 8 * choice.scale_bytes(rows * groups)
-    return N * K * choice.bits + scales + choice.bits * rows * groups * choice.zero_point
+        return 8 * sum(format_named(name).stored_bytes(choice, N, K) for N, K in shapes)
+    return sum(_coded_bits(choice, N, K) for N, K in shapes)
+
+
+def _coded_bits(scheme: Scheme, N: int, K: int) -> int:
+    rows, groups = scheme.scale_shape(N, K)
+    scales = 8 * scheme.scale_bytes(rows * groups)
+    return N * K * scheme.bits + scales + scheme.bits * rows * groups * scheme.zero_point
 
 
 def make_space(
@@ -162,7 +167,8 @@ def make_space(
     runtime : Runtime
         What will load the result.
     alleles : sequence of str, optional
-        Spellings to try; default: the runtime's. Of each gene those are left that all of it can have.
+        Spellings to try; default: the runtime's, with smaller groups (for GGUF blocks) where rows have no
+        whole ones. Of each gene those are left that all of it can have.
     stored : mapping, optional
         Bytes of weights as they are stored now; default: as `model` holds them.
     head : bool
@@ -179,7 +185,10 @@ def make_space(
     UnsupportedError
         If no linear at all can have some allele, on a tied head, or on an embedding for another runtime.
     """
-    tried = tuple(dict.fromkeys(spell_choice(parse_choice(a)) for a in alleles or runtime.alleles))
+    named = runtime.alleles if alleles is None else alleles
+    tried = tuple(dict.fromkeys(spell_choice(parse_choice(allele)) for allele in named))
+    if not tried:
+        raise InputError("there is nothing to choose: got no alleles; name some, or leave them out")
     if set(tried) == {KEPT}:
         raise InputError(f"there is nothing to choose: got {KEPT} alone; add schemes or GGUF types")
     if head and structure.tied:
@@ -196,27 +205,32 @@ def make_space(
     usable: set[str] = set()
     reasons: dict[str, str] = {}
     for layer, names in groups:
+        shapes = {name: (linears[name].shape[0], linears[name].shape[1]) for name in names}
         sizes: dict[str, int] = {}
         refused: list[str] = []
-        for spelling in tried if alleles or runtime.name != "gguf" else (*tried, *_SMALL_TYPES):
-            refusals = [runtime.refusal(spelling, *linears[name].shape) for name in names]
-            first = next((f"{name}: {why}" for name, why in zip(names, refusals, strict=True) if why), None)
+        for spelling in tried if alleles is not None else _fitting(runtime, shapes.values()):
+            refusals = ((name, runtime.refusal(spelling, *shape)) for name, shape in shapes.items())
+            first = next((f"{name}: {why}" for name, why in refusals if why), None)
             if first is not None:
                 refused.append(first)
                 reasons.setdefault(spelling, first)
                 continue
-            sizes[spelling] = sum(
-                8 * now[name]
-                if spelling == KEPT
-                else stored_bits(spelling, *linears[name].shape, in_file=in_file)
-                for name in names
+            sizes[spelling] = stored_bits(
+                spelling,
+                *shapes.values(),
+                kept=8 * sum(now[name] for name in names),
+                in_file=in_file,
             )
-        usable |= set(sizes)
         if set(sizes) <= {KEPT}:
+            usable |= set(sizes)
             kept |= dict.fromkeys(names, refused[0])
             continue
         # Of two alike in size the first named stays.
-        ordered = sorted({size: spelling for spelling, size in reversed(sizes.items())}.items())
+        by_size = {size: spelling for spelling, size in reversed(sizes.items())}
+        ordered = sorted(by_size.items())
+        usable |= set(by_size.values())
+        for spelling in sizes.keys() - usable:
+            reasons.setdefault(spelling, f"it takes as many bits as {by_size[sizes[spelling]]}")
         genes.append(
             Gene(
                 names=names,
@@ -227,12 +241,27 @@ def make_space(
             )
         )
     unusable = [spelling for spelling in tried if spelling not in usable]
-    if unusable and reasons:
+    if unusable and reasons and (alleles is not None or not genes):
         raise UnsupportedError(
             f"no linear can have {unusable[0]} in runtime {runtime.name}: {reasons[unusable[0]]}; leave it "
             "out"
         )
     return Space(tuple(genes)), kept
+
+
+def _fitting(runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> tuple[str, ...]:
+    """Default alleles for matrices of these shapes."""
+    if runtime.name == "gguf":
+        return (*runtime.alleles, *_SMALL_TYPES)
+    common = math.gcd(*(K for _, K in shapes))
+    found = []
+    for spelling in runtime.alleles:
+        scheme = Scheme.parse(spelling)
+        size = scheme.group_size
+        while size is not None and common % size and size > _SMALLEST_GROUP:
+            size //= 2
+        found.append(str(replace(scheme, group_size=size)))
+    return tuple(dict.fromkeys(found))
 
 
 def _add_embedding(model: Any, runtime: Runtime, matrices: dict[str, Any]) -> str:
@@ -253,8 +282,7 @@ def tied_linears(
 ) -> list[tuple[int, tuple[str, ...]]]:
     """Layer and names of the linears that share a choice; what has none goes into `kept`.
 
-    Experts of a layer that do the same share one; in a runtime that fuses all linears of theirs. In a GGUF
-    they are one tensor, which is not searched.
+    Experts of a layer that do the same share one; in a runtime that fuses all linears of theirs.
     """
     inside = f"{structure.layers}."
     fused = structure.architecture.fused if runtime.is_fused and structure.architecture is not None else ()
@@ -271,11 +299,7 @@ def tied_linears(
             kept[name] = "router"
         else:
             index, _, rest = name.removeprefix(inside).partition(".")
-            stack, number, _ = role(rest).partition(".#")
-            if number and runtime.name == "gguf":
-                kept[name] = STACKED
-                continue
-            alike = stack if runtime.is_fused else role(rest)
+            alike = role(rest).partition(".#")[0] if runtime.is_fused else role(rest)
             group = next((group[0] for group in fused if rest in group), alike)
             found.setdefault((int(index), group), []).append(name)
     return [(layer, tuple(names)) for (layer, _), names in sorted(found.items(), key=lambda item: item[0][0])]

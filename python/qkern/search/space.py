@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from qkern.errors import InputError
-from qkern.search.assignment import MixedPrecision, spell_choice
+from qkern.search.assignment import MixedPrecision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
 __all__ = ["EMBEDDING", "Gene", "Genome", "Space"]
 
@@ -86,31 +82,19 @@ class Space:
         """Weights of all genes."""
         return sum(gene.weights for gene in self.genes)
 
-    @property
-    def table(self) -> NDArray[np.int64]:
-        """Bits by gene and allele, int64 ``[genes, most alleles]``; -1 where a gene has no such allele."""
-        table = np.full((len(self.genes), max(len(gene.bits) for gene in self.genes)), -1, dtype=np.int64)
-        for row, gene in zip(table, self.genes, strict=True):
-            row[: len(gene.bits)] = gene.bits
-        return table
-
     def bits(self, genome: Sequence[int]) -> int:
         """Bits of a genome."""
         return sum(gene.bits[allele] for gene, allele in zip(self.genes, genome, strict=True))
-
-    def bpw(self, genome: Sequence[int]) -> float:
-        """Bits per weight of a genome."""
-        return self.bits(genome) / self.weights
 
     def ends(self) -> tuple[Genome, Genome]:
         """Return the smallest and the largest genome."""
         return (0,) * len(self.genes), tuple(len(gene.bits) - 1 for gene in self.genes)
 
     def uniform(self, spelling: str) -> Genome | None:
-        """Genome in which everything has one choice; None if some gene does not have it."""
-        if any(spelling not in gene.alleles for gene in self.genes):
+        """Genome in which all that has a choice has the same; None if some gene does not have it."""
+        if any(spelling not in gene.alleles for gene in self.genes if len(gene.alleles) > 1):
             return None
-        return tuple(gene.alleles.index(spelling) for gene in self.genes)
+        return tuple(gene.alleles.index(spelling) if len(gene.alleles) > 1 else 0 for gene in self.genes)
 
     def assignment(self, genome: Sequence[int]) -> MixedPrecision:
         """Return a genome as what the other verbs take, kept tensors by name too."""
@@ -121,23 +105,3 @@ class Space:
                 for name in gene.names
             }
         )
-
-    def genome(self, assignment: MixedPrecision) -> Genome:
-        """Return an assignment as a genome.
-
-        Raises
-        ------
-        InputError
-            If it splits a gene, or has a choice that is no allele.
-        """
-        found = assignment.resolve(name for gene in self.genes for name in gene.names)
-        genome = []
-        for gene in self.genes:
-            spelled = {spell_choice(found.get(name)) for name in gene.names}
-            if len(spelled) != 1 or not spelled <= set(gene.alleles):
-                raise InputError(
-                    f"{', '.join(gene.names)} share one of {', '.join(gene.alleles)} in this runtime: the "
-                    f"assignment has {', '.join(sorted(spelled))}"
-                )
-            genome.append(gene.alleles.index(spelled.pop()))
-        return tuple(genome)
