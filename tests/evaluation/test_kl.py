@@ -126,6 +126,32 @@ class TestPairedBootstrap:
         assert interval.is_below
         assert interval.high == pytest.approx(-0.01)
 
+    def test_blocks_are_resampled_together(self):
+        # Positions of a window are alike: one interval is that of the windows, the other is too narrow.
+        generator = np.random.default_rng(7)
+        windows = generator.normal(size=100)
+        first = np.repeat(windows, 50) + 0.1 * generator.normal(size=5000)
+        _, low, high = paired_bootstrap(first, np.zeros(5000), block=50)
+        _, narrow_low, narrow_high = paired_bootstrap(first, np.zeros(5000))
+        half = 1.96 * windows.std() / 10
+        assert high - low == pytest.approx(2 * half, rel=0.1)
+        assert narrow_high - narrow_low == pytest.approx(2 * half / 50**0.5, rel=0.2)
+
+    def test_runs_are_resampled_apart(self):
+        generator = np.random.default_rng(8)
+        shared = generator.normal(size=1000)
+        runs = np.array([-0.2, -0.1, 0.0, 0.1, 0.2])
+        first = shared + runs[:, None]
+        mean, low, high = paired_bootstrap(first, shared)
+        assert mean == pytest.approx(0)
+        half = 1.96 * runs.std() / 5**0.5
+        assert high - low == pytest.approx(2 * half, rel=0.1)
+        # Two samples vary by themselves, whatever the order of their runs.
+        _, low, high = paired_bootstrap(first, first)
+        assert high - low == pytest.approx(2 * 2**0.5 * half, rel=0.1)
+        one, other = paired_bootstrap(first[:1], shared), paired_bootstrap(first[0], shared)
+        assert one == other
+
     def test_seed_and_confidence(self):
         generator = np.random.default_rng(6)
         first, second = generator.normal(size=500), generator.normal(size=500)
@@ -136,9 +162,11 @@ class TestPairedBootstrap:
         assert not wide.is_below
 
     def test_errors(self):
-        with pytest.raises(InputError, match="paired and not empty: got 2 and 3"):
+        with pytest.raises(InputError, match=r"paired and not empty, .*: got \[2\] and \[3\] values"):
             paired_bootstrap([1, 2], [1, 2, 3])
-        with pytest.raises(InputError, match="got 0 and 0"):
+        with pytest.raises(InputError, match=r"got \[0\] and \[0\]"):
             paired_bootstrap([], [])
+        with pytest.raises(InputError, match="block must divide the positions: got 2 for 3 of them"):
+            paired_bootstrap([1, 2, 3], [1, 2, 3], block=2)
         with pytest.raises(InputError, match="confidence"):
             paired_bootstrap([1], [1], confidence=1.0)

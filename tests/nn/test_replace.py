@@ -92,6 +92,11 @@ def test_a_scheme_for_each_name():
         "lm_head": "w8",
     }
     assert len(replaced) == 4
+    directly = Model()
+    assert replace_linears(directly, qkern.MixedPrecision({"up_proj": "w4g16", "lm_head": "16"})) == [
+        "layers.0.up_proj",
+        "layers.1.up_proj",
+    ]
     with pytest.raises(InputError, match=r"not linear layers that can be replaced: layers\.0"):
         replace_linears(model, {"layers.0": "w4"})
     with pytest.raises(InputError, match="leave modules out"):

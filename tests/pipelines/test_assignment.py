@@ -59,8 +59,11 @@ def test_every_linear_gets_its_scheme(folder, tmp_path, method, format):
 
 def test_one_scheme_by_assignment_is_that_scheme(folder, tmp_path):
     everything = {"*.layers.*": "w4g32"}
-    quantize(folder, method="gptq", assignment=everything, calibration=IDS, output=tmp_path / "a")
-    quantize(folder, method="gptq", scheme="w4g32", calibration=IDS, output=tmp_path / "b")
+    options = {"method": "gptq", "calibration": IDS}
+    # Its format is that of mixtures, whose bytes a search counts.
+    report = quantize(folder, **options, assignment=everything, output=tmp_path / "a")
+    assert report.format == "compressed-tensors"
+    quantize(folder, **options, scheme="w4g32", output=tmp_path / "b", format="compressed-tensors")
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert one == other
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qkern.errors import InputError, QkernError, UnsupportedError
 from qkern.pipelines import partial, quantize
@@ -224,7 +225,12 @@ def test_a_damaged_layer_is_an_error(folder, tmp_path, stop_after):
     with pytest.raises(KeyboardInterrupt):
         quantize(folder, output=output, **OPTIONS)
     path = tmp_path / "out.partial" / "layer-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
+    whole = path.read_bytes()
+    for facts in ("{}", "[]", "[" * 100_000, '{"weights": {"a": 1}}', '{"weights": {"a": ["w4", [2, 2]]}}'):
+        save_file({"a": torch.zeros(1)}, path, metadata={"facts": facts})
+        with pytest.raises(QkernError, match=r"layer-00001\.safetensors is damaged .* remove it"):
+            quantize(folder, output=output, **OPTIONS)
+    path.write_bytes(whole[:-7])
     with pytest.raises(QkernError, match=r"layer-00001\.safetensors is damaged"):
         quantize(folder, output=output, **OPTIONS)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from qkern.models import column_weight
 from qkern.nn import quant_linears
 from qkern.pipelines import export_gguf, load, quantize, search_assignment, sensitivity
 from qkern.pipelines import search as module
-from qkern.search import KEPT, Evaluator, MixedPrecision
+from qkern.search import KEPT, Evaluator, MixedPrecision, evaluator
 
 IDS = torch.randint(3, 96, (8, 32), generator=torch.Generator().manual_seed(1))
 TEXT = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(2))
@@ -163,7 +164,9 @@ def test_what_is_written_has_the_size(folder, store, tmp_path, target):
     for name, spelling in best.assignment.choices.items():
         if spelling != ALLELES[-1]:
             larger = ALLELES[ALLELES.index(spelling) + 1]
-            facts = plan.sizes.of_assignment(MixedPrecision({**best.assignment.choices, name: larger}))
+            facts = plan.sizes.of_assignment(
+                plan.space, MixedPrecision({**best.assignment.choices, name: larger})
+            )
             assert value(facts["bytes"], facts["bpw_linear"]) > limit
     assert {other.found_by for other in report.others} >= {"lagrangian", "greedy", "random"}
     assert all(best.kl <= other.kl for other in report.others if other.found_by != "random")
@@ -197,6 +200,7 @@ def test_candidates_behind_a_base_are_those_of_quantize(folder, tmp_path, method
 
 
 def test_a_killed_search_goes_on(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(evaluator, "_CHUNK_TOKENS", 32)  # six chunks, so that there are stages
     options = {**SMALL, "target_bpw_linear": 3.7}
     evaluated, original, every = [], Evaluator.kl, []
     with monkeypatch.context() as patch:
@@ -219,7 +223,7 @@ def test_a_killed_search_goes_on(folder, tmp_path, monkeypatch, caplog):
     with pytest.raises(KeyboardInterrupt):
         search_assignment(folder, **options, output=tmp_path / "a.json")
     assert [path.name for path in tmp_path.iterdir() if path.name != "whole.json"] == ["a.json.partial"]
-    assert "interrupted; 16 finished layers are kept in" in caplog.text
+    assert "interrupted; 16 files of candidates are kept in" in caplog.text
     # Of another model, and with other texts, it is of no use.
     other = load(folder)
     with torch.no_grad():
@@ -275,6 +279,9 @@ def test_a_front(folder, store, tmp_path, monkeypatch):
         assert sizes == sorted(set(sizes))
         kls = [point.kl for point in found[name]]
         assert kls == sorted(kls, reverse=True)
+    # Nothing that was evaluated beats it.
+    for point in (point for points in found.values() for point in points):
+        assert any(on.bytes <= point.bytes and on.kl <= point.kl for on in found["pareto"])
     largest = found["pareto"][-1].bytes
     assert all(point.bytes <= largest for points in found.values() for point in points)
     files = sorted(output.glob("0*.json"))
@@ -284,9 +291,9 @@ def test_a_front(folder, store, tmp_path, monkeypatch):
 
 def test_a_store_serves_other_alleles_and_runtimes(folder, tmp_path):
     options = {"calibration": IDS, "text": TEXT, "store": tmp_path / "store", "method": "rtn"}
-    # w4g64 and w4 have the same size where a row has 64 columns: one of them goes there.
+    # w4g64 and w4 have the same size where a row has 64 columns: w4 goes there.
     first = sensitivity(folder, **options, alleles=("w4g64", "w4"))
-    again = sensitivity(folder, **options, alleles=("w4", "w4g64"))
+    again = sensitivity(folder, **options, alleles=("w4", "w8"))
     assert {tuple(gene.kl) for gene in first.genes} != {tuple(gene.kl) for gene in again.genes}
     for one, other in zip(first.genes, again.genes, strict=True):
         for spelling in one.kl.keys() & other.kl.keys():
@@ -296,9 +303,9 @@ def test_a_store_serves_other_alleles_and_runtimes(folder, tmp_path):
 def test_the_head_and_int8_activations(folder):
     alleles = ("w2g16a8", "w4g32a8", "w8a8")
     report = search_assignment(
-        folder, **{**SMALL, "alleles": alleles, "generations": 1}, target_bpw_linear=4.0, head=True
+        folder, **{**SMALL, "alleles": alleles, "generations": 1}, target_bpw=8.5, head=True
     )
-    assert report.best.bpw_linear <= 4
+    assert report.best.bpw_file <= 8.5
     assert set(report.best.assignment.choices) == {
         *quant_linears(quantize(load(folder), method="rtn")),
         "lm_head",
@@ -372,6 +379,10 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
         ({"target_bpw": 3, "runtime": "vllm"}, UnsupportedError, "in runtime vllm"),
         ({"target_bpw": 3, "method": "awq"}, InputError, "candidates are made by gptq or rtn"),
         ({"target_bpw_linear": 4, "population": 1}, InputError, "population of 2"),
+        ({"target_bpw_linear": 4, "seed": -1}, InputError, "seed must be 0 or more: got -1"),
+        ({"target_bpw_linear": 4, "head": True}, InputError, "neither the embedding nor the head"),
+        ({"target_bpw_linear": 4, "alleles": []}, InputError, "nothing to choose: got no alleles"),
+        ({"target_bpw_linear": 4, "text": TEXT[:, :2]}, InputError, "sequences of 4 tokens: got length 2"),
         ({"target_bpw_linear": 4, "top_k": 0}, InputError, "top_k must be at least 1"),
         ({"target_bpw_linear": 4, "tokens": 1}, InputError, "tokens must be at least 2"),
         ({"target_bpw_linear": 4, "length": 2}, InputError, "sequences of 4 tokens: got length 2"),
@@ -424,7 +435,30 @@ def test_each_way_of_scoring_has_its_own_losses(folder, store):
         before = after
 
 
+def test_the_bounds_that_an_error_names_are_met(folder):
+    options = {"calibration": IDS, "text": TEXT, "method": "rtn", "population": 2, "generations": 1}
+    for kind in ("target_bpw", "target_bpw_linear", "target_compression", "target_bytes"):
+        with pytest.raises(InputError, match="the smallest of the alleles takes") as refused:
+            search_assignment(folder, **options, alleles=("w2g16", "w3g32"), **{kind: 1e-9})
+        low, high = re.findall(r"(?:takes|largest) ([\d.,]+)", str(refused.value))
+        low, high = (float(bound.strip(",").replace(",", "")) for bound in (low, high))
+        report = search_assignment(folder, **options, alleles=("w2g16", "w3g32"), **{kind: low})
+        assert set(report.best.assignment.choices.values()) == {"w2g16"}
+        with pytest.raises(InputError, match="no assignment has"):
+            search_assignment(folder, **options, alleles=("w2g16", "w3g32"), **{kind: 1.01 * high})
+
+
+def test_rows_without_whole_groups_have_smaller_ones(tiny, tmp_path):
+    tiny("llama", hidden_size=192, intermediate_size=160).save_pretrained(tmp_path / "model")
+    report = sensitivity(tmp_path / "model", calibration=IDS, text=TEXT, method="rtn")
+    alleles = {gene.kind: tuple(gene.kl) for gene in report.genes}
+    assert alleles["self_attn.q_proj"] == ("w2g64", "w3g64", "w4g64", "w8")
+    assert alleles["mlp.down_proj"] == ("w2g32", "w3g32", "w4g32", "w8")
+    with pytest.raises(UnsupportedError, match="no linear can have w4g128"):
+        sensitivity(tmp_path / "model", calibration=IDS, text=TEXT, alleles=("w2g32", "w4g128"))
+
+
 def test_bits_of_linears_do_not_bound_an_embedding(shipped):
     options = {"runtime": "gguf", "alleles": ("q4_0", "q8_0"), "embedding": True}
-    with pytest.raises(InputError, match="target_bpw_linear counts linears, and the embedding is none"):
+    with pytest.raises(InputError, match="target_bpw_linear counts linears of the layers, neither"):
         search_assignment(shipped, calibration=IDS, text=TEXT, target_bpw_linear=5, **options)

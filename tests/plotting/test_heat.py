@@ -28,6 +28,21 @@ def test_values_decide_the_picture(tmp_path):
     plot_heat({"16": {"0": {"q": 0.0}}}, tmp_path / "c.png", label="KL", rows="layer")
 
 
+def test_all_maps_have_the_rows_of_all(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(heat, "save", lambda figure, path: drawn.append(figure) or path)
+    maps = {"q4_0": {"-1": {"q": 1e-3}, "0": {}}, "q4_k": {"0": {"k": 2e-3}, "1": {"k": 3e-3}}}
+    plot_heat(maps, tmp_path / "a.png", label="KL", rows="layer")
+    first, second, _ = drawn[0].axes
+    rows = [label.get_text() for label in first.get_yticklabels()]
+    assert rows == ["-1", "0", "1"]
+    for axes, map_ in zip((first, second), maps.values(), strict=True):
+        (image,) = axes.images
+        expected = [[map_.get(row, {}).get(column, 0.0) for column in "qk"] for row in rows]
+        assert image.get_array().filled(0).tolist() == expected
+        assert axes.get_ylim() == (2.5, -0.5)
+
+
 def test_what_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"a\.txt is no picture: its name ends in \.png, \.svg, \.pdf"):
         check_picture(tmp_path / "a.txt")

@@ -60,9 +60,25 @@ def test_names_ends_and_globs_are_resolved():
 
 def test_a_pattern_without_a_tensor():
     with pytest.raises(
-        InputError, match=r"'up_proj' names no tensor of the model; there are model\.layers\.0"
+        InputError,
+        match=r"'up_proj' names no tensor that could be quantized here; there are model\.layers\.0",
     ):
         MixedPrecision({"up_proj": "w4"}).resolve(NAMES)
+
+
+def test_kinds_are_looked_at_before_names():
+    with pytest.raises(
+        UnsupportedError, match=r"gives model\.embed_tokens the GGUF type q4_k, .* export-gguf"
+    ):
+        MixedPrecision({"model.embed_tokens": "q4_k"}).schemes(NAMES)
+    with pytest.raises(UnsupportedError, match="gives nothing the scheme w4, which GGUF does not hold"):
+        MixedPrecision({"nothing": "w4"}).gguf_types(NAMES)
+
+
+def test_a_file_of_endless_brackets(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 200_000)
+    with pytest.raises(InputError, match="cannot read the assignment"):
+        MixedPrecision.read(tmp_path / "a.json")
 
 
 def test_a_tensor_that_is_named_twice():

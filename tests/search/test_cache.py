@@ -74,6 +74,28 @@ def test_the_next_run_knows_them(tmp_path):
         CachedLosses(Chunks(), SPACE, file)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '["w2 w2 w2", 0, 0, 1.0]',
+        '["w2 w2 w2", 0, 4, 1.0]',
+        '["w2 w2 w2", -1, 2, 1.0]',
+        '["w2 w2 w2", 0, 0.5, 1.0]',
+        '["w2 w2 w2", 0, Infinity, 1.0]',
+        '["w2 w2 w2", 0, 3, NaN]',
+        '["w2 w2 w2", 0, 3, -Infinity]',
+        '["w2 w2 w2", 0, 3, "1"]',
+        "[" * 100_000,
+        "\udcff\udcfe",
+    ],
+)
+def test_what_is_no_evaluation_is_an_error(tmp_path, line):
+    file = tmp_path / "losses.jsonl"
+    file.write_bytes(line.encode(errors="surrogateescape") + b"\n")
+    with pytest.raises(InputError, match=r"losses\.jsonl is damaged: .* remove the file"):
+        CachedLosses(Chunks(), SPACE, file)
+
+
 def test_a_loss_that_is_not_finite_is_an_error():
     source = Chunks()
     source.value = lambda *_: float("nan")

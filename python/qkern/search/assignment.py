@@ -165,7 +165,7 @@ class MixedPrecision:
                 matched = [name for name in names if name_matches(name, (pattern,))]
             if not matched:
                 raise InputError(
-                    f"the assignment's {pattern!r} names nothing that can be quantized here; there are "
+                    f"the assignment's {pattern!r} names no tensor that could be quantized here; there are "
                     f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} (embeddings stay 16-bit but "
                     "in a GGUF, norms always do)"
                 )
