@@ -41,7 +41,7 @@ def test_all_of_the_distribution(tmp_path):
     assert (reader.kept, reader.vocabulary) == (V, V)
     expected = kl_divergence(model(0), near(1, 0.5), IDS, window=WINDOW, allow_short=True)
     np.testing.assert_array_equal(reader.kl, expected)
-    assert found.kl == paired_bootstrap(expected, np.zeros_like(expected))
+    assert found.kl == paired_bootstrap(expected, np.zeros_like(expected), block=WINDOW)
     assert found.positions == len(expected) == POSITIONS
     losses = token_losses(near(1, 0.5), IDS, window=WINDOW)
     assert (found.perplexity, found.standard_error) == with_error(losses)

@@ -228,7 +228,7 @@ def compare(
                 logger.info("%s: %s", name, row.failure)
             found.append(row)
             progress.advance()
-        notes = _notes(found, Path(folder))
+        notes = _notes(found, Path(folder), window)
     return Comparison(
         models=tuple(found), prompts=tuple(prompts), settings=settings, machine=machine(), notes=notes
     )
@@ -336,7 +336,7 @@ def _end(code: int, said: str) -> str:
     return f"its process ended with code {code}: {said.splitlines()[-1] if said else 'it said nothing'}"
 
 
-def _notes(rows: Sequence[ComparedModel], folder: Path) -> tuple[str, ...]:
+def _notes(rows: Sequence[ComparedModel], folder: Path, window: int) -> tuple[str, ...]:
     """Say what KL and agreement are of, or why there are none, and which differences are beyond chance."""
     reference = folder / REFERENCE
     if not ReferenceReader.is_there(reference):
@@ -359,7 +359,7 @@ def _notes(rows: Sequence[ComparedModel], folder: Path) -> tuple[str, ...]:
     )
     for (_, first), (_, second) in itertools.pairwise(scored):
         better, worse = (np.load(kl_file(folder, number)) for number in (first, second))
-        found = paired_bootstrap(better, worse)
+        found = paired_bootstrap(better, worse, block=window)
         chance = "" if found.is_below else ": the interval includes zero"
         notes.append(
             f"KL of {rows[first].name} less that of {rows[second].name}: "
