@@ -134,7 +134,7 @@ def test_differences_within_chance_are_said(comparison, tmp_path):
     noise = np.random.default_rng(0).normal(size=(2, 4000))
     for number in (1, 2):
         np.save(contestant.kl_file(tmp_path, number), noise[number - 1])
-    notes = module._notes(rows, tmp_path)
+    notes = module._notes(rows, tmp_path, 50)
     assert notes[0].endswith("512 likeliest of 2048 tokens, all others as one: a lower bound.")
     assert notes[2].endswith(": the interval includes zero.")
 

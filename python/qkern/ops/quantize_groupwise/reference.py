@@ -250,4 +250,7 @@ NON_FINITE_MESSAGE: Final = (
 
 def scale_overflow_message(scale_dtype: torch.dtype) -> str:
     """Say that the scales need a wider dtype."""
-    return f"a scale of this weight overflows {scale_dtype}: pass scale_dtype=torch.float32 or rescale it"
+    return (
+        f"a scale of this weight overflows {scale_dtype}: pass scale_dtype=torch.float32 (ops, "
+        "replace_linears), rescale the weight, or leave it as it is (skip)"
+    )
