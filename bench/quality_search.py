@@ -205,7 +205,9 @@ def main(argv: list[str] | None = None) -> None:
         "--length", type=int, default=2048, help="tokens of each sequence, at most the model's context"
     )
     parser.add_argument("--windows", type=int, default=120, help="held-out windows of 512 tokens")
-    parser.add_argument("--work", type=Path, help="folder that keeps what is known, to go on from")
+    parser.add_argument(
+        "--work", type=Path, help="folder that keeps what is known, to go on from with the same code"
+    )
     arguments = parser.parse_args(argv)
     for name in ("calibration", "search"):
         option = "text" if name == "search" else name

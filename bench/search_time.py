@@ -26,10 +26,9 @@ from qkern.models import describe
 from qkern.pipelines.candidates import make_candidates
 from qkern.pipelines.layerwise import capture, stages_of
 from qkern.pipelines.partial import Partial
-from qkern.pipelines.search import cuts
 from qkern.pipelines.source import open_source
 from qkern.quantizers import HessianAccumulator
-from qkern.search import RUNTIMES, Evaluator, make_space, single_changes
+from qkern.search import RUNTIMES, Evaluator, cuts, make_space, single_changes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

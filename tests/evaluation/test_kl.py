@@ -168,5 +168,7 @@ class TestPairedBootstrap:
             paired_bootstrap([], [])
         with pytest.raises(InputError, match="block must divide the positions: got 2 for 3 of them"):
             paired_bootstrap([1, 2, 3], [1, 2, 3], block=2)
+        with pytest.raises(InputError, match="one block of 3 says nothing of others"):
+            paired_bootstrap([1, 2, 3], [2, 3, 4], block=3)
         with pytest.raises(InputError, match="confidence"):
             paired_bootstrap([1], [1], confidence=1.0)

@@ -8,7 +8,7 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.evaluation import gguf_bpw_linear, perplexity
 from qkern.gguf import architecture_for
 from qkern.nn import unfuse_experts
-from qkern.pipelines import export_gguf, load, search_assignment
+from qkern.pipelines import export_gguf, load, plan, search_assignment, sensitivity
 
 IDS = torch.randint(3, 500, (8, 32), generator=torch.Generator().manual_seed(1))
 TEXT = torch.randint(3, 500, (6, 32), generator=torch.Generator().manual_seed(2))
@@ -63,6 +63,7 @@ def check(folder, output, method, row):
         ("qwen2", WHOLE, {"target_bpw": 4.5}),
         ("qwen2", WHOLE, {"target_bpw": 6, "embedding": False}),
         ("phi3", {**WHOLE, "tie_word_embeddings": True}, {"target_bpw": 5.5}),
+        ("llama", PARTLY, {"target_bpw_linear": 13, "type": "f16", "alleles": ("q2_k", "q4_k", "q6_k")}),
     ],
 )
 def test_the_report_is_of_the_file(model_folder, tmp_path, method, model_type, overrides, options):
@@ -90,6 +91,10 @@ def test_experts_are_one_gene_of_a_gguf(model_folder, tmp_path, model_type):
         for part in ("gate_proj", "up_proj", "down_proj"):
             names = [f"model.layers.{layer}.mlp.experts.{number}.{part}" for number in range(4)]
             assert len({choices[name] for name in names}) == 1
+    planned = plan(folder, type="q4_k_m", assignment=report.best.assignment, method="rtn", timed=False)
+    # But for what a file says of its importance.
+    assert planned.bytes_after == pytest.approx(report.best.bytes, abs=400)
+    assert planned.bpw_linear == pytest.approx(report.best.bpw_linear, rel=3e-3)
     with pytest.raises(
         InputError, match=r"experts.\*.gate_proj.weight is one tensor of a GGUF, .* 3 of its 4"
     ):
@@ -107,6 +112,16 @@ def test_experts_are_one_gene_of_a_gguf(model_folder, tmp_path, model_type):
     assert not (tmp_path / "b.gguf").exists()
 
 
+@pytest.mark.parametrize("kind", ["q4_k_m", "f16"])
+def test_a_tied_head_that_the_file_holds_by_itself(model_folder, tmp_path, kind):
+    sizes = {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+    folder, _ = model_folder("qwen2_moe", **WHOLE, **sizes, tie_word_embeddings=True)
+    options = {"type": kind, "target_bpw": 8.2, "alleles": ("q2_k", "q4_k", "q6_k", "q8_0")}
+    report = search_assignment(folder, calibration=IDS, method="rtn", **SMALL, **options)
+    assert report.kept["lm_head"] == f"not searched: {'f16' if kind == 'f16' else 'q6_k'} in the file"
+    check(folder, tmp_path / "a.gguf", "rtn", report.best)
+
+
 def test_what_is_not_searched_is_named_with_its_type(model_folder):
     folder, _ = model_folder("llama", **PARTLY)
     report = search_assignment(
@@ -122,5 +137,7 @@ def test_types_that_gptq_does_not_encode_are_refused_first(model_folder):
     options = {"calibration": IDS, "target_bpw": 4.5, "alleles": ("q2_k", "iq4_xs", "q6_k")}
     with pytest.raises(UnsupportedError, match=r"GPTQ encodes .*, and linears get iq4_xs"):
         search_assignment(folder, **SMALL, **options)
+    with pytest.raises(UnsupportedError, match=r"GPTQ encodes .*, and linears get iq4_xs"):
+        sensitivity(folder, calibration=IDS, text=TEXT, runtime="gguf", alleles=("q2_k", "iq4_xs"))
     report = search_assignment(folder, method="rtn", **SMALL, **options)
     assert "iq4_xs" in report.best.assignment.choices.values()

@@ -92,6 +92,8 @@ def test_a_scheme_for_each_name():
         "lm_head": "w8",
     }
     assert len(replaced) == 4
+    with pytest.raises(InputError, match="the assignment leaves every linear 16-bit"):
+        replace_linears(Model(), qkern.MixedPrecision({"up_proj": "16"}))
     directly = Model()
     assert replace_linears(directly, qkern.MixedPrecision({"up_proj": "w4g16", "lm_head": "16"})) == [
         "layers.0.up_proj",

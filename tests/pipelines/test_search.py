@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import qkern
 from qkern.calibration import load_texts, load_tokenizer, make_batches
@@ -446,6 +447,28 @@ def test_the_bounds_that_an_error_names_are_met(folder):
         assert set(report.best.assignment.choices.values()) == {"w2g16"}
         with pytest.raises(InputError, match="no assignment has"):
             search_assignment(folder, **options, alleles=("w2g16", "w3g32"), **{kind: 1.01 * high})
+
+
+def test_a_front_of_one_choice_is_a_point(folder):
+    report = search_assignment(folder, **{**SMALL, "alleles": ("w4g32",)}, pareto=True)
+    assert {point.found_by for point in report.others} == {"pareto", "lagrangian", "greedy", "random"}
+    assert len({point.bytes for point in report.others}) == 1
+
+
+def test_a_runtime_that_can_load_no_default_choice(folder):
+    message = r"no linear can be quantized for runtime vllm, as \w+: .* vLLM's kernels take multiples of 64"
+    with pytest.raises(UnsupportedError, match=message):
+        sensitivity(folder, calibration=IDS, text=TEXT, runtime="vllm")
+
+
+def test_damaged_candidates_are_an_error(folder, tmp_path):
+    options = {"calibration": IDS, "text": TEXT, "method": "rtn", "alleles": ("w2g16",)}
+    sensitivity(folder, **options, store=tmp_path / "store")
+    (file,) = (tmp_path / "store").glob("layer-00001.w2g16.*.safetensors")
+    facts = json.dumps({"weights": {}, "records": {}})
+    save_file({"nothing": torch.zeros(1)}, file, metadata={"facts": facts})
+    with pytest.raises(InputError, match=r"layer-00001\.w2g16\.\w+\.safetensors is damaged: remove it"):
+        sensitivity(folder, **options, store=tmp_path / "store")
 
 
 def test_rows_without_whole_groups_have_smaller_ones(tiny, tmp_path):

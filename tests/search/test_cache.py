@@ -85,6 +85,7 @@ def test_the_next_run_knows_them(tmp_path):
         '["w2 w2 w2", 0, 3, NaN]',
         '["w2 w2 w2", 0, 3, -Infinity]',
         '["w2 w2 w2", 0, 3, "1"]',
+        f'["w2 w2 w2", 0, 3, 1{"0" * 400}]',
         "[" * 100_000,
         "\udcff\udcfe",
     ],

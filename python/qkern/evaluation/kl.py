@@ -198,7 +198,8 @@ def paired_bootstrap(
     Raises
     ------
     InputError
-        If the lengths differ, are 0 or no multiple of `block`, or on a confidence outside (0, 1).
+        If the lengths differ, are 0 or no multiple of `block`, if there is one block alone, or on a
+        confidence outside (0, 1).
     """
     a, b = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (first, second))
     if a.ndim > 2 or b.ndim > 2 or a.shape[1] != b.shape[1] or 0 in (a.size, b.size):
@@ -208,6 +209,8 @@ def paired_bootstrap(
         )
     if block < 1 or a.shape[1] % block:
         raise InputError(f"block must divide the positions: got {block} for {a.shape[1]} of them")
+    if 1 < block == a.shape[1]:
+        raise InputError(f"one block of {block} says nothing of others: give more text, or smaller blocks")
     if not 0 < confidence < 1 or resamples < 1:
         raise InputError(
             f"confidence must be in (0, 1) and resamples at least 1: got {confidence} and {resamples}"

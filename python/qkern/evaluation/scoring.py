@@ -89,7 +89,7 @@ def score(
     kl = agreement = None
     if isinstance(reference, ReferenceReader):
         values = reference.kl
-        kl = paired_bootstrap(values, np.zeros_like(values), block=window)
+        kl = paired_bootstrap(values, np.zeros_like(values), block=window if len(losses) > 1 else 1)
         agreement = reference.agreement
     return Score(
         perplexity=perplexity,

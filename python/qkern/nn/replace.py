@@ -132,6 +132,8 @@ def replace_linears(
     if isinstance(scheme, Assignment):
         unfuse_experts(model)
         scheme = scheme.schemes(named_linears(model))
+        if not scheme:
+            raise InputError("the assignment leaves every linear 16-bit: there is nothing to replace")
     if isinstance(scheme, Mapping):
         if modules is not None:
             raise InputError("the mapping says which linear layers are replaced: leave modules out")

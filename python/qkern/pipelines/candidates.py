@@ -131,6 +131,10 @@ class CandidateStore:
         finished = self.partial.load(name)
         if finished is None:
             raise InputError(f"{self.partial.folder} lost {name}: run again")
+        names = self.wanted(index)[spelling]
+        keys = finished.weights.keys() | finished.tensors.keys()
+        if keys != {candidate_key(one, spelling) for one in names} or finished.records.keys() != set(names):
+            raise InputError(f"{self.partial.path(name)} is damaged: remove it and run again")
         return finished
 
     def _file(self, index: int, spelling: str) -> str:

@@ -359,7 +359,7 @@ def _notes(rows: Sequence[ComparedModel], folder: Path, window: int) -> tuple[st
     )
     for (_, first), (_, second) in itertools.pairwise(scored):
         better, worse = (np.load(kl_file(folder, number)) for number in (first, second))
-        found = paired_bootstrap(better, worse, block=window)
+        found = paired_bootstrap(better, worse, block=window if len(better) > window else 1)
         chance = "" if found.is_below else ": the interval includes zero"
         notes.append(
             f"KL of {rows[first].name} less that of {rows[second].name}: "

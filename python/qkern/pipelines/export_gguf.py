@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from qkern.gguf import GGUFArchitecture, Mixture
     from qkern.gguf.overrides import Override
+    from qkern.ops.gguf_types import GGUFType
     from qkern.pipelines.gguf_sources import Source
 
 __all__ = ["GGUFReport", "TensorReport", "export_gguf", "planned_export"]
@@ -287,8 +288,10 @@ def export_gguf(
 
 def planned_export(
     model: str | Path, type: str, *, method: str = "rtn", assignment: MixedPrecision | None = None
-) -> tuple[list[PlannedTensor], int]:
-    """Tensors of the file that `export_gguf` would write, and its size to the byte; weights are not read.
+) -> tuple[list[PlannedTensor], int, set[str]]:
+    """Tensors of the file that `export_gguf` would write, its size to the byte, and what was assigned.
+
+    Weights are not read. What was assigned are transformers' names of tensors.
 
     Parameters and errors are those of `export_gguf`; a calibration is taken for granted where the method
     needs one, and the model must be on this disk.
@@ -304,7 +307,7 @@ def planned_export(
         options: dict[str, Any] = {"pure": False, "importance": importance}
         plan = _plan(checkpoint, architecture, config, mixture, overrides, assignment, **options)
         add_metadata = _metadata(checkpoint, architecture, config, mixture, model, plan, None)
-        return plan.tensors, gguf_bytes(architecture.name, plan.tensors, add_metadata)
+        return plan.tensors, gguf_bytes(architecture.name, plan.tensors, add_metadata), plan.assigned
 
 
 def _checked_config(checkpoint: QuantizedCheckpoint, architecture: GGUFArchitecture) -> dict[str, Any]:
@@ -385,7 +388,7 @@ class _Plan:
     """The tensors of a file in its order, and by their names in it what becomes of quantized ones.
 
     `keepable` would keep their codes in the mixture's base type, `kept` do, `recoded` get others; `grids` are
-    those of `qkern.pipelines.history`.
+    those of `qkern.pipelines.history`; `assigned` are transformers' names of what an assignment names.
     """
 
     tensors: list[PlannedTensor]
@@ -394,6 +397,7 @@ class _Plan:
     kept: set[str]
     recoded: set[str]
     grids: dict[str, list[str]]
+    assigned: set[str]
 
 
 def _plan(
@@ -430,16 +434,17 @@ def _plan(
     ]
     base = gguf_type(mixture.base)
     kept = {names[name] for name, source in sources.items() if source.keeps_codes(checkpoint, base)}
-    assigned: tuple[Override, ...] = ()
+    assigned: dict[str, GGUFType] = {}
     if assignment is not None:
         matrices = {name: sources[name] for name, shape in shapes.items() if len(shape) > 1}
-        assigned = _assigned(checkpoint, architecture, config, matrices, names, assignment)
+        assigned = _assigned(checkpoint, architecture, config, matrices, assignment)
+    exact = parse_overrides({rf"^{re.escape(names[name])}$": kind.name for name, kind in assigned.items()})
     types = choose_types(
         mixture,
         {names[name]: shape for name, shape in shapes.items()},
         ModelFacts.from_config(architecture.name, config, importance=importance),
         # Pure, llama.cpp takes no tied embedding for the output matrix: that an output has no tensor is told.
-        overrides=assigned + overrides(tied=f"{_HEAD}.weight" not in shapes and not pure),
+        overrides=exact + overrides(tied=f"{_HEAD}.weight" not in shapes and not pure),
         pure=pure or kept,
     )
     for name, shape in shapes.items():
@@ -456,6 +461,7 @@ def _plan(
         keepable=kept,
         kept={name for name in kept if types[name].name == mixture.base},
         grids={names[name].removesuffix(".weight"): grids for name, grids in passed.items() if grids},
+        assigned=set(assigned),
     )
 
 
@@ -464,10 +470,9 @@ def _assigned(
     architecture: GGUFArchitecture,
     config: dict[str, Any],
     matrices: Mapping[str, Source],
-    names: Mapping[str, str],
     assignment: MixedPrecision,
-) -> tuple[Override, ...]:
-    """Types of an assignment by names of the file."""
+) -> dict[str, GGUFType]:
+    """Types that an assignment gives tensors, by transformers' names."""
     experts = expert_count(config)
     parts = {
         name: [piece.removesuffix(".weight") for piece in architecture.pieces(name, experts)]
@@ -491,8 +496,8 @@ def _assigned(
             kind = {torch.bfloat16: gguf_type("bf16"), torch.float16: gguf_type("f16")}.get(
                 dtype, gguf_type("f32")
             )
-        types[rf"^{re.escape(names[name])}$"] = kind.name
-    return parse_overrides(types)
+        types[name] = kind
+    return types
 
 
 def _is_tied(checkpoint: QuantizedCheckpoint, stored: dict[str, str]) -> bool:

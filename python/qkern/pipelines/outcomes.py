@@ -263,7 +263,7 @@ def gguf_outcome(
 
     Parameters and errors are those of `qkern.plan`, with its arguments checked.
     """
-    planned, size = planned_export(model, type, method=method, assignment=mixed)
+    planned, size, assigned = planned_export(model, type, method=method, assignment=mixed)
     tensors = [
         StoredTensor(
             name=tensor.source,
@@ -275,9 +275,13 @@ def gguf_outcome(
         for tensor in planned
     ]
     matrices = [tensor for tensor in planned if len(tensor.shape) > 1]
-    inside = [tensor for tensor in matrices if tensor.name.startswith("blk.")]
+    # A router is no linear in a model either.
+    inside = [
+        tensor
+        for tensor in matrices
+        if tensor.name.startswith("blk.") and not tensor.name.endswith(".ffn_gate_inp.weight")
+    ]
     owners = {tensor.source.removesuffix(".weight"): tensor for tensor in matrices}
-    assigned = {} if mixed is None else mixed.resolve(owners)
     coded = {name: tensor.type.name for name, tensor in owners.items() if tensor.type.block > 1}
     shapes = {name: (tensor.shape[-2], tensor.shape[-1]) for name, tensor in owners.items()}
     folder = TensorFolder(model_folder(model, fetch=False))
@@ -296,7 +300,7 @@ def gguf_outcome(
         parameters=sum(tensor.weights for tensor in planned),
         bpw_linear=8 * sum(tensor.bytes for tensor in inside) / sum(tensor.weights for tensor in inside),
         kept={
-            name: _why_float(tensor, type, name in assigned)
+            name: _why_float(tensor, type, tensor.source in assigned)
             for name, tensor in owners.items()
             if tensor.type.block == 1
         },

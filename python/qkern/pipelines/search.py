@@ -44,6 +44,7 @@ from qkern.search import (
     Space,
     check_population,
     check_pymoo,
+    cuts,
     evolve,
     greedy,
     lagrangian,
@@ -62,12 +63,10 @@ if TYPE_CHECKING:
     from qkern.models import Structure
     from qkern.search import Genome
 
-__all__ = ["cuts", "search_assignment", "sensitivity"]
+__all__ = ["search_assignment", "sensitivity"]
 
 logger = logging.getLogger(__name__)
 
-# Parts of the text after which the worse half of a generation is dropped.
-_STAGES: Final = (1 / 12, 1 / 4, 1 / 2)
 # Part of the text that single changes are scored on: there are many, and they need not be told apart.
 _SINGLE: Final = 1 / 2
 
@@ -194,7 +193,7 @@ def search_assignment(
     target_bpw : float, optional
         Bits of all tensors (of a GGUF: of the whole file) over all weights, at most. One target is given.
     target_bpw_linear : float, optional
-        Bits of the linears over their weights, without the head unless it is searched.
+        Bits of the linears of the layers over their weights; neither embedding nor head is searched then.
     target_compression : float, optional
         Bytes of all tensors over those of the original.
     target_bytes : int, optional
@@ -259,11 +258,6 @@ def search_assignment(
     return report
 
 
-def cuts(chunks: int) -> list[int]:
-    """Chunks of the text after which the worse half of a generation is dropped."""
-    return [stop for part in _STAGES if (stop := round(part * chunks)) > 0]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     """A model and what may be done to it; no weight was computed with yet."""
@@ -307,6 +301,7 @@ def _plan(
         head=head,
         embedding=embedding,
         in_file=in_file,
+        method=method,
         export=export,
     )
     return _Plan(
@@ -480,6 +475,7 @@ class _Problem:
         optimum = lagrangian(space, losses, budget)
         if self.plan.method != "rtn":  # whose codes do not depend on what is before them in the model
             _, evaluate = self.opened(space.assignment(optimum))
+        before = evaluate.evaluated
         stages = cuts(evaluate.chunks)
         history: list[Generation] = []
         found: dict[str, Genome] = {}
@@ -507,13 +503,14 @@ class _Problem:
             uniform = space.uniform(spelling)
             if uniform is not None and space.bits(uniform) <= budget:
                 found[f"uniform {spelling}"] = uniform
-        return self._found(found, evaluate, history)
+        return self._found(found, evaluate, before, history)
 
     def front(self, options: dict[str, Any]) -> _Found:
         """All sizes at once, and beside them what simpler searches find at the same sizes."""
         space = self.plan.space
         _, evaluate = self.opened()
         losses = self.single(evaluate)
+        before = evaluate.evaluated
         with _progress.task("front", total=options["generations"], unit="generation") as progress:
 
             def see(number: int, length: int) -> None:
@@ -545,17 +542,22 @@ class _Problem:
                 for index, (genome, _) in enumerate(points)
             },
             evaluate,
+            before,
         )
 
     def _found(
-        self, genomes: dict[str, Genome], evaluate: CachedLosses, history: Sequence[Generation] = ()
+        self,
+        genomes: dict[str, Genome],
+        evaluate: CachedLosses,
+        before: int,
+        history: Sequence[Generation] = (),
     ) -> _Found:
         original = (ORIGINAL,) * len(self.plan.space)
         return _Found(
             genomes=genomes,
             losses=evaluate(list(genomes.values())),
             perplexities=evaluate.perplexity([*genomes.values(), original]),
-            evaluations=evaluate.evaluated,
+            evaluations=evaluate.evaluated - before,
             history=tuple(history),
         )
 

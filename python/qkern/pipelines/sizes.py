@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from qkern.models import Structure
+    from qkern.pipelines.export_gguf import GGUFReport
     from qkern.pipelines.source import Source
     from qkern.search import MixedPrecision, Runtime
 
@@ -119,13 +120,14 @@ class Sizes:
         head: bool,
         embedding: bool,
         in_file: bool,
+        method: str,
         export: Mapping[str, Any],
     ) -> tuple[Self, Space, dict[str, str]]:
         """Weigh a model, and make the space of a search in it; also return what stays as it is, and why.
 
         Every tensor is read once, so weights that are not finite are refused here. `export` are the arguments
-        of the `qkern.export_gguf` that would follow, if the runtime is gguf; what it rounds and the search
-        leaves alone is a gene with one allele.
+        of the `qkern.export_gguf` that would follow, if the runtime is gguf; a matrix that the search leaves
+        alone is a gene then with the type it will have.
         """
         linears = {name: column_weight(linear) for name, linear in named_linears(source.model).items()}
         bytes_ = {name: source.weights.get(name).nbytes for name in source.stored_once()}
@@ -143,8 +145,13 @@ class Sizes:
         )
         left: dict[str, str] = {}
         fixed = None
+        parameters = sum(parameter.numel() for parameter in source.model.parameters())
         if runtime.name == "gguf":
-            space, fixed = _as_exported(source, structure, space, export, in_file=in_file)
+            if method == "gptq":
+                inside = [gene for gene in space.genes if gene.layer not in (EMBEDDING, structure.count)]
+                check_types(method, (gguf_type(s) for gene in inside for s in gene.alleles if s != KEPT))
+            report, space, fixed = _as_exported(source, structure, space, export, in_file=in_file)
+            parameters = sum(report.weights.values())
             left = {
                 name: f"not searched: {gene.alleles[0]} in the file"
                 for gene in space.genes
@@ -156,7 +163,7 @@ class Sizes:
         sizes = cls(
             original=total,
             fixed=total - sum(stored[name] for name in shapes) if fixed is None else fixed,
-            parameters=sum(parameter.numel() for parameter in source.model.parameters()),
+            parameters=parameters,
             shapes=shapes,
             stored=stored,
             counted={name: weight.numel() for name, weight in linears.items() if name != structure.head},
@@ -224,13 +231,10 @@ class Sizes:
 
 def _as_exported(
     source: Source, structure: Structure, space: Space, export: Mapping[str, Any], *, in_file: bool
-) -> tuple[Space, int]:
-    """Add what a GGUF holds in codes and nobody chooses to a space; also bytes of the rest of the file."""
+) -> tuple[GGUFReport, Space, int]:
+    """Add the matrices of a GGUF that nobody chooses to a space; also bytes of the rest of the file."""
     if not isinstance(export["model"], (str, Path)):
         raise InputError("runtime gguf exports a folder: save the model first (model.save_pretrained)")
-    if export["method"] != "rtn":
-        inside = [gene for gene in space.genes if gene.layer not in (EMBEDDING, structure.count)]
-        check_types(export["method"], (gguf_type(s) for g in inside for s in g.alleles if s != KEPT))
     smallest = space.assignment(space.ends()[0])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "sizes.gguf"
@@ -244,8 +248,7 @@ def _as_exported(
     genes = list(space.genes)
     for tensor in report.tensors:
         names = tuple(name for name in unsearched if fnmatchcase(f"{name}.weight", tensor.source))
-        # A float type may be another than the stored one, which is all that an assignment can name.
-        if not names or gguf_type(tensor.type).block == 1:
+        if not names or len(tensor.shape) == 1:  # a gate of shared experts is a vector there
             continue
         shapes = [_shape(model, name) for name in names]
         genes.append(
@@ -258,11 +261,11 @@ def _as_exported(
             )
         )
     genes.sort(key=lambda gene: gene.layer)
-    coded = sum(
+    matrices = sum(
         stored_bits(gene.alleles[0], *(_shape(model, name) for name in gene.names), in_file=True)
         for gene in genes
     )
-    return Space(tuple(genes)), report.file_bytes - coded // 8
+    return report, Space(tuple(genes)), report.file_bytes - matrices // 8
 
 
 def _layer(structure: Structure, name: str) -> int:

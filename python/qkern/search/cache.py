@@ -171,7 +171,7 @@ class CachedLosses:
                 is_part = type(start) is type(stop) is int and 0 <= start < stop <= self.chunks
                 if not (is_part and math.isfinite(loss)):
                     raise ValueError("numbers out of range")
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 shown = line[:80].decode(errors="replace")
                 raise InputError(
                     f"{path} is damaged: {shown!r} is no evaluation; remove the file, its evaluations are "

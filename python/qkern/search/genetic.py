@@ -23,6 +23,7 @@ __all__ = [
     "Losses",
     "check_population",
     "check_pymoo",
+    "cuts",
     "evolve",
     "pareto_front",
     "random_search",
@@ -33,6 +34,8 @@ __all__ = [
 _SPREAD: Final = 0.5
 # Added to the loss of what the first chunks rule out; far above any divergence in nats.
 _DROPPED: Final = 1e6
+# Parts of the text after which the worse half of a generation is dropped.
+_STAGES: Final = (1 / 12, 1 / 4, 1 / 2)
 
 
 class Losses(Protocol):
@@ -136,6 +139,11 @@ def evolve(
             see(Generation(number=number, best=best[1], loss=best[0], mean=mean))
     assert best is not None
     return best[1]
+
+
+def cuts(chunks: int) -> list[int]:
+    """Stages of a search over a text of so many chunks."""
+    return [stop for part in _STAGES if (stop := round(part * chunks)) > 0]
 
 
 def random_search(
@@ -333,7 +341,7 @@ def _moves(
     class Step(Mutation):  # type: ignore[misc]
         def _do(self, problem: Any, X: NDArray[Any], **kwargs: Any) -> NDArray[Any]:
             X = X.copy()
-            for row in X:
+            for row in X if len(movable) else ():
                 for gene in movable[rng.integers(len(movable), size=rng.geometric(0.5))]:
                     row[gene] = np.clip(row[gene] + rng.choice((-1, 1)), 0, tops[gene])
             return X

@@ -240,11 +240,17 @@ def make_space(
                 bits=tuple(size for size, _ in ordered),
             )
         )
-    unusable = [spelling for spelling in tried if spelling not in usable]
-    if unusable and reasons and (alleles is not None or not genes):
+    unusable = [spelling for spelling in tried if spelling not in usable] if alleles is not None else []
+    if unusable and reasons:
         raise UnsupportedError(
             f"no linear can have {unusable[0]} in runtime {runtime.name}: {reasons[unusable[0]]}; leave it "
             "out"
+        )
+    if not genes and reasons:
+        spelling, reason = next(iter(reasons.items()))
+        raise UnsupportedError(
+            f"no linear can be quantized for runtime {runtime.name}, as {spelling}: {reason}; choose another "
+            "runtime, or name choices (--alleles)"
         )
     return Space(tuple(genes)), kept
 

@@ -225,5 +225,5 @@ def original_tensors(against: str | Path) -> dict[str, PlannedTensor]:
     QkernError
         If the original is not there, or cannot be exported.
     """
-    planned, _ = planned_export(against, "f32")
+    planned, *_ = planned_export(against, "f32")
     return {tensor.name: tensor for tensor in planned}
