@@ -47,6 +47,10 @@ def test_sensitivity_prints_and_plots(capsys, folder, text, tmp_path, monkeypatc
     assert "sensitivity: change" not in err  # the store knows them
     code, _, err = run(capsys, *arguments, "--allele", "w3")
     assert (code, "no linear has the choice 'w3': there are w2g16, w4g32, w8" in err) == (1, True)
+    default = [part for part in arguments if part not in ALLELES]
+    code, out, err = run(capsys, *default, "--allele", "w3g16")
+    assert (code, "no linear had the choice 'w3g16': there are w2g" in err) == (0, True)
+    assert "one of them in its smallest choice" in out
     code, _, err = run(capsys, *arguments, "--plot", tmp_path / "a.png")
     assert (code, "a.png exists" in err) == (1, True)
     code, _, err = run(capsys, *arguments, "--plot", tmp_path / "a.txt")

@@ -141,3 +141,28 @@ def test_types_that_gptq_does_not_encode_are_refused_first(model_folder):
         sensitivity(folder, calibration=IDS, text=TEXT, runtime="gguf", alleles=("q2_k", "iq4_xs"))
     report = search_assignment(folder, method="rtn", **SMALL, **options)
     assert "iq4_xs" in report.best.assignment.choices.values()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_codes_that_no_importance_changes_may_be_all_that_is_found(model_folder, tmp_path, method):
+    folder, _ = model_folder("llama", **WHOLE)
+    report = search_assignment(
+        folder, calibration=IDS, method=method, target_bpw=13, alleles=("q8_0", "16"), **SMALL
+    )
+    check(folder, tmp_path / "a.gguf", method, report.best)
+
+
+def test_a_type_that_does_not_fit_is_the_assignments(model_folder, tmp_path):
+    folder, _ = model_folder("llama", **PARTLY)
+    with pytest.raises(
+        InputError, match=r"gives model\.layers\.0\.self_attn\.q_proj q4_k, .* of 256 .* rows of 64"
+    ):
+        export_gguf(folder, tmp_path / "a.gguf", assignment={"*.q_proj": "q4_k"})
+    with pytest.raises(InputError, match=r"the assignment gives .* choose another type"):
+        plan(folder, type="q4_k_m", assignment={"*.q_proj": "q4_k"})
+
+
+def test_sensitivities_are_of_what_can_be_written(model_folder):
+    folder, _ = model_folder("mixtral", **WHOLE)
+    with pytest.raises(UnsupportedError, match="gptq does not follow mixtures of experts"):
+        sensitivity(folder, calibration=IDS, text=TEXT, runtime="gguf", alleles=("q2_k", "q4_k"))

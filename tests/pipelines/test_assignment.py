@@ -8,7 +8,7 @@ import torch
 from qkern.cli import main
 from qkern.errors import InputError, UnsupportedError
 from qkern.nn import compute_mode, quant_linears
-from qkern.pipelines import load, quantize
+from qkern.pipelines import load, quantize, save
 from qkern.search import MixedPrecision
 
 IDS = torch.randint(3, 96, (6, 32), generator=torch.Generator().manual_seed(1))
@@ -64,8 +64,9 @@ def test_one_scheme_by_assignment_is_that_scheme(folder, tmp_path):
     report = quantize(folder, **options, assignment=everything, output=tmp_path / "a")
     assert report.format == "compressed-tensors"
     quantize(folder, **options, scheme="w4g32", output=tmp_path / "b", format="compressed-tensors")
-    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
-    assert one == other
+    save(quantize(folder, **options, assignment=everything), tmp_path / "c")
+    one, *others = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert [other == one for other in others] == [True, True]
 
 
 def test_the_command(folder, tmp_path, capsys):

@@ -206,6 +206,15 @@ def test_no_resume_starts_afresh(folder, tmp_path, stop_after, layers_done):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_no_resume_empties_no_folder_of_others(folder, tmp_path, stop_after):
+    stop_after("layer-00001")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, output=tmp_path / "out", **OPTIONS)
+    (tmp_path / "out.partial" / "mine").mkdir()
+    with pytest.raises(InputError, match=r"cannot empty .*out\.partial: .*mine: .*; remove it yourself"):
+        quantize(folder, output=tmp_path / "out", **OPTIONS, resume=False)
+
+
 def test_a_model_in_memory_resumes_too(tiny, tmp_path, stop_after, layers_done):
     model = tiny("gpt2", num_hidden_layers=3)
     options = {"calibration": IDS, "scheme": "w4g32"}

@@ -245,6 +245,19 @@ def test_a_killed_search_goes_on(folder, tmp_path, monkeypatch, caplog):
     assert 0 < len(asked) < len(every) - 40
 
 
+@pytest.mark.parametrize("was_there", [True, False])
+def test_a_search_that_made_nothing_leaves_nothing(folder, tmp_path, monkeypatch, was_there):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "make_candidates", interrupt)
+    if was_there:
+        (tmp_path / "store").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        search_assignment(folder, **SMALL, target_bpw_linear=3.7, store=tmp_path / "store")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "store"][:was_there]
+
+
 def test_known_losses_are_not_computed_again(folder, store, monkeypatch):
     options = {**SMALL, "target_bpw_linear": 4.2, "store": store}
     first = search_assignment(folder, **options)

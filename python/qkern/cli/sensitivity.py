@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,8 @@ from qkern.errors import InputError
 
 if TYPE_CHECKING:
     from qkern.pipelines import SensitivityReport
+
+logger = logging.getLogger(__name__)
 
 
 class RuntimeName(StrEnum):
@@ -178,8 +181,9 @@ def _print(report: SensitivityReport, allele: str | None) -> None:
     from rich.table import Table
 
     known = list(dict.fromkeys(spelling for gene in report.genes for spelling in gene.kl))
-    if allele is not None and allele not in known:
-        raise InputError(f"no linear had the choice {allele!r}: there are {', '.join(known)}")
+    if allele is not None and allele not in known:  # by now the measurement is worth more than an error
+        logger.warning("no linear had the choice %r: there are %s", allele, ", ".join(known))
+        allele = None
     kinds = list(dict.fromkeys(gene.kind for gene in report.genes))
     cells: dict[int, dict[str, str]] = {}
     for gene in report.genes:

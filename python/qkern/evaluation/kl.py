@@ -233,7 +233,10 @@ def paired_bootstrap(
 
 
 def _drawn_runs(generator: np.random.Generator, runs: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """Means of as many runs as there are, drawn anew for each resample, float64 ``[count, blocks]``."""
+    """Means of as many runs as there are, drawn anew for each resample: float64 ``[count, blocks]``.
+
+    Of one run ``[1, blocks]``, which is the same in all of them.
+    """
     if len(runs) == 1:
-        return np.broadcast_to(runs, (count, runs.shape[1]))
+        return runs
     return generator.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=count) / len(runs) @ runs

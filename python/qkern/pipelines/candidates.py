@@ -167,7 +167,7 @@ def make_candidates(
     ids : Tensor
         Calibration tokens int64 ``[S, T]``.
     method : {"gptq", "rtn"}
-        How codes are chosen. What GPTQ has no grid for, as codebooks, is rounded to nearest.
+        How codes are chosen.
     partial : Partial
         Where they are kept; what is there is not made again.
     base : MixedPrecision, optional
@@ -311,7 +311,7 @@ def _quantized(
     weight: Tensor, seen: _Seen, scheme: Scheme, method: str
 ) -> tuple[QuantizedWeight, float, tuple[str, ...]]:
     grid = scheme.weight_only()
-    by_gptq = method == "gptq" and grid.codebook is None
+    by_gptq = method == "gptq"
     if by_gptq and seen.tokens:
         result = quantize_gptq(weight, seen.value, grid, GPTQConfig())
         weight_, error, notes = result.weight, result.error, result.notes

@@ -255,7 +255,8 @@ def export_gguf(
                 tensors, lambda name, tensor: architecture.to_file_order(name, tensor, config)
             )
         elif calibration is not None:
-            _refuse_idle_calibration(tensors)
+            if mixed is None:  # an assignment was searched with a calibration, whatever it came to
+                _refuse_idle_calibration(tensors)
             run = ImatrixRun(model, calibration, **drawn)
             # What the file says of it is known before it is collected, and takes the same space.
             matrix = Imatrix(entries={}, datasets=(run.dataset,), chunk_count=0, chunk_size=length)
@@ -436,8 +437,8 @@ def _plan(
     kept = {names[name] for name, source in sources.items() if source.keeps_codes(checkpoint, base)}
     assigned: dict[str, GGUFType] = {}
     if assignment is not None:
-        matrices = {name: sources[name] for name, shape in shapes.items() if len(shape) > 1}
-        assigned = _assigned(checkpoint, architecture, config, matrices, assignment)
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+        assigned = _assigned(checkpoint, architecture, config, sources, matrices, assignment)
     exact = parse_overrides({rf"^{re.escape(names[name])}$": kind.name for name, kind in assigned.items()})
     types = choose_types(
         mixture,
@@ -469,7 +470,8 @@ def _assigned(
     checkpoint: QuantizedCheckpoint,
     architecture: GGUFArchitecture,
     config: dict[str, Any],
-    matrices: Mapping[str, Source],
+    sources: Mapping[str, Source],
+    matrices: Mapping[str, tuple[int, ...]],
     assignment: MixedPrecision,
 ) -> dict[str, GGUFType]:
     """Types that an assignment gives tensors, by transformers' names."""
@@ -490,8 +492,14 @@ def _assigned(
                 f"experts, with {', '.join(sorted(set(map(spell_choice, kinds))))}: give all of them the same"
             )
         kind = kinds[0]
+        K = matrices[name][-1]
+        if kind is not None and K % kind.block:
+            raise InputError(
+                f"the assignment gives {pieces[0]} {kind.name}, whose blocks of {kind.block} do not divide "
+                f"its rows of {K} weights: choose another type"
+            )
         if kind is None:
-            (stored, *_) = matrices[name].stored
+            (stored, *_) = sources[name].stored
             dtype = torch.float16 if stored in checkpoint.entries else checkpoint.tensors[stored].dtype
             kind = {torch.bfloat16: gguf_type("bf16"), torch.float16: gguf_type("f16")}.get(
                 dtype, gguf_type("f32")

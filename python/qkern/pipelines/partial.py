@@ -98,13 +98,21 @@ class Partial:
         try:
             self._take_lock()
             if not resume:
-                for file in self.folder.iterdir():
-                    if file.name != _LOCK_FILE:
-                        file.unlink()
+                self._empty()
             self._take_key(dict(key))
         except BaseException:
             self._lock.close()
             raise
+
+    def _empty(self) -> None:
+        try:
+            for file in self.folder.iterdir():
+                if file.name != _LOCK_FILE:
+                    file.unlink()
+        except OSError as error:  # such as a folder, which no run makes
+            raise InputError(
+                f"cannot empty {self.folder}: {error.filename}: {reason_of(error)}; remove it yourself"
+            ) from error
 
     def _take_lock(self) -> None:
         """Hold the folder until the file is closed."""

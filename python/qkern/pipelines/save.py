@@ -61,9 +61,9 @@ def save(
         Must not exist, or be an empty folder, and not lie in the folder that the model was loaded from.
     format : str or None
         ``gptq``, ``gptq_v2``, ``awq``, ``compressed-tensors`` or ``bitsandbytes``; None: the first that
-        `quantize` would take for the scheme; for mixtures compressed-tensors, or gptq_v2 where only that
-        holds the layers; for `OutlierLinear` bitsandbytes, which alone does. A model without quantized layers
-        is written as 16-bit.
+        `quantize` would take for the scheme; for mixtures and assignments compressed-tensors, or gptq_v2
+        where only that holds the layers; for `OutlierLinear` bitsandbytes, which alone does. A model without
+        quantized layers is written as 16-bit.
     tokenizer : tokenizer, str, Path or None
         Saved beside the model; a folder or hub id is copied from.
     max_shard_size : int or str
@@ -157,7 +157,13 @@ class StoredLayers:
         layers = quant_linears(model)
         skipped = _skipped(model, layers)
         threshold = _threshold(layers, format)
-        fmt = choose_format(layers, skipped, format if threshold is None else BITSANDBYTES)
+        report = getattr(model, "qkern_report", None)
+        fmt = choose_format(
+            layers,
+            skipped,
+            format if threshold is None else BITSANDBYTES,
+            is_assigned=report is not None and "assignment" in report.recipe["arguments"],
+        )
         return cls(layers=layers, skipped=skipped, format=fmt, threshold=threshold)
 
     def details(self, dtype: str | None) -> dict[str, Any]:
@@ -225,9 +231,11 @@ def _threshold(layers: Mapping[str, QuantLinear], format: str | None) -> float |
 
 
 def choose_format(
-    layers: Mapping[str, QuantLinear], skipped: Sequence[str], name: str | None
+    layers: Mapping[str, QuantLinear], skipped: Sequence[str], name: str | None, *, is_assigned: bool = False
 ) -> Format | None:
     """Return the named format, or the first that holds the layers beside linears `skipped` that are 16-bit.
+
+    `is_assigned` says that an assignment chose the schemes, see `default_format`.
 
     Raises
     ------
@@ -249,7 +257,7 @@ def choose_format(
     candidates: list[str] = [name] if name else ["compressed-tensors", "gptq_v2"]
     codebooks = any(scheme.codebook is not None for scheme in schemes.values())
     if name is None and (codebooks or next(iter(layers.values())).quantized().scales.dtype == torch.float16):
-        candidates = [*default_format(set(schemes.values())), *candidates]
+        candidates = [*default_format(set(schemes.values()), is_assigned=is_assigned), *candidates]
     reasons = {}
     for candidate in candidates:
         fmt = format_named(candidate)

@@ -143,7 +143,8 @@ def sensitivity(
     """
     started = time.monotonic()
     path = new_file(output)
-    export = {"model": model, "method": "rtn"}
+    drawn: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length}
+    export = {"model": model, "method": method, **drawn}
     searched: dict[str, Any] = {"head": head, "embedding": embedding}
     plan = _plan(model, runtime, alleles, method, device=device, export=export, **searched)
     texts = Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens)
@@ -237,14 +238,8 @@ def search_assignment(
     else:
         target = Target.one_of(given)
     path = new_folder(output) if pareto else new_file(output)
-    export = {
-        "model": model,
-        "type": type,
-        "method": method,
-        "calibration": calibration,
-        "samples": samples,
-        "length": length,
-    }
+    drawn: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length}
+    export = {"model": model, "type": type, "method": method, **drawn}
     searched: dict[str, Any] = {"head": head, "embedding": embedding}
     plan = _plan(model, runtime, alleles, method, device=device, export=export, target=target, **searched)
     budget = None if target is None else plan.sizes.budget(target, plan.space)
@@ -347,6 +342,7 @@ def _opened(
             folder = partial_folder(output)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "candidates"
+        was_there = folder.is_dir()
         partial = stack.enter_context(Partial(folder, key, resume=resume, contents="files of candidates"))
         try:
             stream = LayerStream(
@@ -362,6 +358,8 @@ def _opened(
         except BaseException as error:
             if partial.count == 0:
                 partial.remove()
+                if was_there:
+                    folder.mkdir()
             elif isinstance(error, KeyboardInterrupt) and (store is not None or output is not None):
                 logger.warning("interrupted%s", partial.kept())
             raise

@@ -190,7 +190,7 @@ class Evaluator:
         device = self.stream.device
         if isinstance(candidate, Tensor):
             return _dense(linear, gguf_decode(candidate, spelling).to(device))
-        if isinstance(linear, nn.Embedding) or (self.simulate and candidate.scheme.act_bits is None):
+        if self.simulate and candidate.scheme.act_bits is None:
             return _dense(linear, dequantize_groupwise(candidate.to(device)))
         if self.simulate:
             return _Simulated(linear, candidate.to(device))

@@ -123,9 +123,8 @@ def stored_bits(
     kept : int, optional
         Bits of all of them if they stay as they are; default: 16 a weight.
     in_file : bool
-        Of their tensors in a compressed-tensors checkpoint (rows padded to words, and the stored shape), for
-        nf4 and fp4 in a bitsandbytes one, or in a GGUF (tensors padded to 32 bytes), instead of codes, scales
-        and zero points alone.
+        Of their tensors in a compressed-tensors checkpoint (rows padded to words, and the stored shape), or
+        in a GGUF (tensors padded to 32 bytes), instead of codes, scales and zero points alone.
     """
     choice = parse_choice(spelling)
     if choice is None:
@@ -134,8 +133,8 @@ def stored_bits(
         size = sum(N * choice.row_bytes(K) for N, K in shapes)
         return 8 * (-(-size // 32) * 32 if in_file else size)
     if in_file:
-        name = "compressed-tensors" if choice.codebook is None else "bitsandbytes"
-        return 8 * sum(format_named(name).stored_bytes(choice, N, K) for N, K in shapes)
+        stored_bytes = format_named("compressed-tensors").stored_bytes
+        return 8 * sum(stored_bytes(choice, N, K) for N, K in shapes)
     return sum(_coded_bits(choice, N, K) for N, K in shapes)
 
 
