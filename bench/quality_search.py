@@ -131,6 +131,7 @@ def searched(source: str | Path, form: str, arguments: argparse.Namespace, work:
                 alleles=arguments.alleles,
                 population=arguments.population,
                 generations=arguments.generations,
+                finalists=arguments.finalists,
                 tokens=arguments.tokens,
                 seed=seed,
                 store=work / f"store-{form}",
@@ -198,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--population", type=int, default=20)
     parser.add_argument("--generations", type=int, default=12)
+    parser.add_argument("--finalists", type=int, default=4)
     parser.add_argument("--forms", nargs="+", choices=("plain", "injected"), default=["plain", "injected"])
     parser.add_argument("--samples", type=int, default=128, help="calibration sequences")
     parser.add_argument("--tokens", type=int, default=12288, help="tokens of the search text")

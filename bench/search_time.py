@@ -72,12 +72,18 @@ def estimate(arguments: argparse.Namespace) -> None:
         with Partial(folder / "store", {}) as partial:
             for _ in clock.time("candidates"):
                 store = make_candidates(stream, structure, space, ids, "gptq", partial)
+            alone = space.only(space.ends()[0])
+            behind = alone.assignment((0,) * len(alone))
+            for _ in clock.time("finalist"):
+                make_candidates(stream, structure, alone, ids, "gptq", partial, base=behind)
             evaluator = Evaluator(stream, space, store, scored)
             genomes = list(single_changes(space).values())[:2]
             for _ in clock.time("assignment"):
                 evaluator.kl(genomes)
         candidates = clock.seconds["candidates"] - clock.seconds["activations"]
-        activations = clock.seconds["activations"] * arguments.calibrated / ids.numel()
+        one = candidates / len(space.genes[0].alleles)
+        scale = arguments.calibrated / ids.numel()
+        activations = clock.seconds["activations"] * scale
         through = clock.seconds["assignment"] / len(genomes) * arguments.tokens / scored.numel()
         changes = len(single_changes(space)) * LAYERS
         store_seconds = LAYERS * (candidates + activations)
@@ -87,7 +93,11 @@ def estimate(arguments: argparse.Namespace) -> None:
         parts = [0, *cuts(chunks), chunks]
         share = sum((end - start) / 2**stage for stage, (start, end) in enumerate(pairwise(parts))) / chunks
         whole = arguments.generations * arguments.population * share
-        search = 2 * whole * LAYERS * through + store_seconds  # random search beside it; candidates once more
+        # Behind a base a layer runs once a stage, and once more for the next layer.
+        runs = (clock.seconds["finalist"] - one) * scale + through * arguments.calibrated / arguments.tokens
+        finalists = arguments.finalists * LAYERS * (one + runs)
+        # Random search beside it; candidates once more.
+        search = 2 * whole * LAYERS * through + LAYERS * (candidates + runs) + finalists
         print(
             f"| a layer: activations of {arguments.calibrated:,} tokens | {activations:.0f} s |\n"
             f"| a layer: {len(space.genes[0].alleles)} alleles of {len(space)} linears by GPTQ | "
@@ -95,8 +105,9 @@ def estimate(arguments: argparse.Namespace) -> None:
             f"| a layer: one assignment, {arguments.tokens:,} tokens | {through:.1f} s |\n"
             f"| {LAYERS} layers, candidates | {store_seconds / 3600:.1f} h |\n"
             f"| {LAYERS} layers, sensitivity ({changes} changes) | {sensitivity / 3600:.1f} h |\n"
-            f"| {LAYERS} layers, search {arguments.population} x {arguments.generations}, random search "
-            f"included | {search / 3600:.1f} h |"
+            f"| {LAYERS} layers, {arguments.finalists} finalists | {finalists / 3600:.1f} h |\n"
+            f"| {LAYERS} layers, search {arguments.population} x {arguments.generations}, random search and "
+            f"finalists included | {search / 3600:.1f} h |"
         )
 
 
@@ -111,11 +122,13 @@ def measure(arguments: argparse.Namespace) -> None:
             target_bpw_linear=arguments.target,
             population=arguments.population,
             generations=arguments.generations,
+            finalists=arguments.finalists,
             **common,
         )
         print(f"| sensitivity, candidates included | {middle - started:.0f} s |")
         print(
-            f"| search {arguments.population} x {arguments.generations} after it, random search included | "
+            f"| search {arguments.population} x {arguments.generations} after it, random search and "
+            f"{arguments.finalists} finalists included | "
             f"{time.monotonic() - middle:.0f} s |"
         )
 
@@ -127,6 +140,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=2.25, help="bits of the linears over their weights")
     parser.add_argument("--population", type=int, default=20)
     parser.add_argument("--generations", type=int, default=12)
+    parser.add_argument("--finalists", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=12288, help="tokens that assignments are scored on")
     parser.add_argument("--calibrated", type=int, default=128 * CONTEXT, help="calibration tokens")
     parser.add_argument("--sample", type=int, default=4096, help="of those, run here and scaled")

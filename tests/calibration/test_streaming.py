@@ -10,6 +10,7 @@ from qkern.calibration import (
     filled,
     meta_copy,
     meta_model,
+    products,
     stages_by_role,
     streaming,
 )
@@ -237,3 +238,27 @@ def test_more_that_depends_on_the_tokens_is_refused(tiny):
     with pytest.raises(UnsupportedError, match="hands its layers more than hidden states"):
         stream.embed(IDS)
     stream.embed(IDS[:1].expand(5, -1))
+
+
+def test_products_are_fp32_and_the_setting_is_as_before(monkeypatch):
+    a, b = (torch.randn(300, 300, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    with products.fast_products(torch.device("cpu")):
+        product = a @ b
+    torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+    assert setting.fp32_precision == before
+
+    # A CPU that rounds to bf16 is left alone.
+    class Rounds:
+        fp32_precision = "none"
+
+    def product(self, other):
+        low = Rounds.fp32_precision == "bf16"
+        return (matmul(self.bfloat16(), other.bfloat16()) if low else matmul(self, other)).to(self.dtype)
+
+    matmul = torch.matmul
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", Rounds)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    with products.fast_products(torch.device("cpu")):
+        assert Rounds.fp32_precision == "none"

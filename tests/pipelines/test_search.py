@@ -17,8 +17,8 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.evaluation import perplexity
 from qkern.evaluation.bits import bpw_linear
 from qkern.models import column_weight
-from qkern.nn import quant_linears
-from qkern.pipelines import export_gguf, load, quantize, search_assignment, sensitivity
+from qkern.nn import compute_mode, quant_linears
+from qkern.pipelines import export_gguf, load, quantize, search_assignment, search_problem, sensitivity
 from qkern.pipelines import search as module
 from qkern.search import KEPT, Evaluator, MixedPrecision, evaluator
 
@@ -170,9 +170,30 @@ def test_what_is_written_has_the_size(folder, store, tmp_path, target):
             )
             assert value(facts["bytes"], facts["bpw_linear"]) > limit
     assert {other.found_by for other in report.others} >= {"lagrangian", "greedy", "random"}
-    assert all(best.kl <= other.kl for other in report.others if other.found_by != "random")
     assert [generation.number for generation in report.history] == [1, 2, 3]
-    assert report.history[-1].loss == best.kl
+    # By the candidates alone nothing that the first generation had is better.
+    report = search_assignment(folder, **SMALL, **target, store=store, finalists=0)
+    assert all(report.best.kl <= other.kl for other in report.others if other.found_by != "random")
+    assert report.history[-1].loss == report.best.kl
+
+
+def test_finalists_are_scored_by_what_is_written(folder, store):
+    options = {**SMALL, "target_bpw_linear": 4.5, "store": store}
+    report = search_assignment(folder, **options, finalists=4)
+    others = {other.found_by: other for other in report.others}
+    by_candidates = search_assignment(folder, **options, finalists=0)
+    assert by_candidates.evaluations + 4 == report.evaluations
+    reference, ids = load(folder, dtype=torch.float32), TEXT
+    for row in (report.best, others["lagrangian"]):
+        made = quantize(reference, method="gptq", assignment=row.assignment, calibration=IDS)
+        with torch.no_grad(), compute_mode(made, "float"):
+            p, q = (torch.log_softmax(one(ids).logits.double(), -1) for one in (reference, made))
+        kl = float((p.exp() * (p - q)).sum(-1).mean())
+        assert row.kl == pytest.approx(kl, rel=1e-4)
+    # Here the best by the candidates is not the best of what is written.
+    assert report.best.kl < others["lagrangian"].kl
+    assert report.best.assignment != by_candidates.best.assignment
+    assert search_assignment(folder, **options, finalists=4).best == report.best
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
@@ -250,7 +271,7 @@ def test_a_search_that_made_nothing_leaves_nothing(folder, tmp_path, monkeypatch
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "make_candidates", interrupt)
+    monkeypatch.setattr(search_problem, "make_candidates", interrupt)
     if was_there:
         (tmp_path / "store").mkdir()
     with pytest.raises(KeyboardInterrupt):
@@ -394,6 +415,7 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
         ({"target_bpw": 3, "method": "awq"}, InputError, "candidates are made by gptq or rtn"),
         ({"target_bpw_linear": 4, "population": 1}, InputError, "population of 2"),
         ({"target_bpw_linear": 4, "seed": -1}, InputError, "seed must be 0 or more: got -1"),
+        ({"target_bpw_linear": 4, "finalists": -1}, InputError, "finalists must be 0 or more: got -1"),
         ({"target_bpw_linear": 4, "head": True}, InputError, "neither the embedding nor the head"),
         ({"target_bpw_linear": 4, "alleles": []}, InputError, "nothing to choose: got no alleles"),
         ({"target_bpw_linear": 4, "text": TEXT[:, :2]}, InputError, "sequences of 4 tokens: got length 2"),
@@ -422,7 +444,7 @@ def test_what_cannot_be_is_refused_before_any_work(folder, tmp_path, monkeypatch
     def never(*_, **__):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(module, "make_candidates", never)
+    monkeypatch.setattr(search_problem, "make_candidates", never)
     with pytest.raises(error, match=message):
         search_assignment(folder, **{**SMALL, **change}, output=tmp_path / "a.json")
     assert list(tmp_path.iterdir()) == []

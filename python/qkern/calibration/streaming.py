@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from qkern.calibration.products import fast_products
 from qkern.calibration.skeleton import Weights, filled
 from qkern.errors import UnsupportedError
 from qkern.nn import role
@@ -149,6 +150,7 @@ class LayerStream:
 
     def _forward(self, chunk: Tensor, call: Callable[..., Any]) -> Any:
         with ExitStack() as stack:
+            stack.enter_context(fast_products(self.device))
             for index, layer in enumerate(self.layers):
                 stack.enter_context(_replaced_forward(layer, partial(call, index)))
             try:
@@ -212,7 +214,8 @@ class LayerStream:
 
     def _apply(self, index: int, hidden: Tensor) -> Tensor:
         args, kwargs = self._calls[len(hidden)][index]
-        result = self.layers[index](hidden, *args, **kwargs)
+        with fast_products(self.device):
+            result = self.layers[index](hidden, *args, **kwargs)
         output: Tensor = result[0] if isinstance(result, tuple) else result
         return output
 

@@ -59,6 +59,9 @@ def command(
     seed: Annotated[
         int, typer.Option(min=0, help="Of the genetic and the random search; texts are drawn alike.")
     ] = 0,
+    finalists: Annotated[
+        int, typer.Option(min=0, help="Best assignments that are quantized by themselves, to choose from.")
+    ] = 4,
     runtime: RuntimeOption = RuntimeName.TORCH,
     alleles: Alleles = None,
     head: Head = None,
@@ -96,6 +99,7 @@ def command(
         population=population,
         generations=generations,
         seed=seed,
+        finalists=finalists,
         text=text,
         runtime=runtime.value,
         alleles=split(alleles),

@@ -2,73 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from qkern import _progress
 from qkern.calibration import LayerStream, calibration_hash
 from qkern.errors import InputError
 from qkern.gguf.writer import write_whole
 from qkern.models import describe
-from qkern.pipelines.candidates import METHODS, CandidateStore, make_candidates
+from qkern.pipelines.candidates import METHODS
 from qkern.pipelines.load import usable_device
 from qkern.pipelines.partial import Partial, partial_folder
 from qkern.pipelines.quantize import run_key
-from qkern.pipelines.search_report import (
-    Assigned,
-    SearchReport,
-    Sensitivity,
-    SensitivityReport,
-    new_file,
-    new_folder,
-)
+from qkern.pipelines.search_problem import Plan, Problem
+from qkern.pipelines.search_report import SearchReport, SensitivityReport, new_file, new_folder
 from qkern.pipelines.search_texts import Texts
 from qkern.pipelines.sizes import Sizes, Target
-from qkern.pipelines.source import Source, open_source
-from qkern.search import (
-    ORIGINAL,
-    CachedLosses,
-    Evaluator,
-    Generation,
-    MixedPrecision,
-    Space,
-    check_population,
-    check_pymoo,
-    cuts,
-    evolve,
-    greedy,
-    lagrangian,
-    pareto_front,
-    random_genome,
-    random_search,
-    runtime_named,
-    sensitivities,
-    single_changes,
-    undominated,
-)
+from qkern.pipelines.source import open_source
+from qkern.search import check_population, check_pymoo, runtime_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from qkern.models import Structure
-    from qkern.search import Genome
-
 __all__ = ["search_assignment", "sensitivity"]
 
 logger = logging.getLogger(__name__)
-
-# Part of the text that single changes are scored on: there are many, and they need not be told apart.
-_SINGLE: Final = 1 / 2
 
 
 def sensitivity(
@@ -167,6 +129,7 @@ def search_assignment(
     population: int = 20,
     generations: int = 12,
     seed: int = 0,
+    finalists: int = 4,
     text: Any = None,
     runtime: str = "torch",
     alleles: Sequence[str] | None = None,
@@ -203,6 +166,10 @@ def search_assignment(
         No target: search all sizes at once (NSGA-II).
     population, generations, seed : int
         Of the genetic algorithm; the texts are drawn alike for all seeds.
+    finalists : int
+        So many of the best assignments that the genetic algorithm evaluated are quantized each by itself, as
+        `qkern.quantize` or `qkern.export_gguf` will do it, and the best of these is the result; 0 takes the
+        best by the candidates. Rounding to nearest needs none, and a front has none.
     type : str
         Mixture for what is not searched in a GGUF, as in `qkern.export_gguf`.
     top_k, simulate, tokenizer, device, store, resume
@@ -224,6 +191,8 @@ def search_assignment(
     """
     started = time.monotonic()
     check_population(population, generations, seed)
+    if finalists < 0:
+        raise InputError(f"finalists must be 0 or more: got {finalists}")
     check_pymoo()
     target = None
     given = {
@@ -246,25 +215,11 @@ def search_assignment(
     texts = Texts.draw(plan.source, calibration, text, tokenizer, samples, length, tokens)
     with _opened(plan, texts, path, store, resume=resume, top_k=top_k, simulate=simulate) as problem:
         options: dict[str, Any] = {"population": population, "generations": generations, "seed": seed}
-        found = problem.front(options) if budget is None else problem.search(budget, options)
+        found = problem.front(options) if budget is None else problem.search(budget, finalists, options)
         report = problem.search_report(found, target, seed, started, path)
         if path is not None:
             report.write(path)
     return report
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """A model and what may be done to it; no weight was computed with yet."""
-
-    source: Source
-    structure: Structure
-    space: Space
-    kept: dict[str, str]
-    sizes: Sizes
-    runtime: str
-    method: str
-    device: Any
 
 
 def _plan(
@@ -278,7 +233,7 @@ def _plan(
     device: str,
     export: Mapping[str, Any],
     target: Target | None = None,
-) -> _Plan:
+) -> Plan:
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}: candidates are made by {' or '.join(METHODS)}")
     target_device = usable_device(device)
@@ -299,7 +254,7 @@ def _plan(
         method=method,
         export=export,
     )
-    return _Plan(
+    return Plan(
         source=source,
         structure=structure,
         space=space,
@@ -313,7 +268,7 @@ def _plan(
 
 @contextmanager
 def _opened(
-    plan: _Plan,
+    plan: Plan,
     texts: Texts,
     output: Path | None,
     store: str | Path | None,
@@ -321,7 +276,7 @@ def _opened(
     resume: bool,
     top_k: int | None,
     simulate: bool,
-) -> Iterator[_Problem]:
+) -> Iterator[Problem]:
     """Make candidates, or find them, and open what evaluates them; clean up at the end."""
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k must be at least 1: got {top_k}; leave it out for all tokens")
@@ -352,7 +307,7 @@ def _opened(
                 head=plan.structure.head,
                 device=plan.device,
             )
-            yield _Problem(
+            yield Problem(
                 plan=plan, texts=texts, partial=partial, stream=stream, top_k=top_k, simulate=simulate
             )
         except BaseException as error:
@@ -365,230 +320,3 @@ def _opened(
             raise
         if store is None:
             partial.remove()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """Genomes by what found them, the result first, with losses and perplexities; the original's last."""
-
-    genomes: dict[str, Genome]
-    losses: list[float]
-    perplexities: list[float]
-    evaluations: int
-    history: tuple[Generation, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Problem:
-    """What is known of a model's alleles, and what finds out more."""
-
-    plan: _Plan
-    texts: Texts
-    partial: Partial
-    stream: LayerStream
-    top_k: int | None
-    simulate: bool
-
-    def opened(self, base: MixedPrecision | None = None) -> tuple[CandidateStore, CachedLosses]:
-        """Candidates, made now or before, and what evaluates them."""
-        plan, scored = self.plan, self.texts.scored
-        candidates = make_candidates(
-            self.stream,
-            plan.structure,
-            plan.space,
-            self.texts.calibration,
-            plan.method,
-            self.partial,
-            base=base,
-        )
-        evaluator = Evaluator(
-            self.stream, plan.space, candidates, scored, top_k=self.top_k, simulate=self.simulate
-        )
-        facts = [
-            [(gene.names, gene.alleles) for gene in plan.space.genes],
-            None if base is None else dict(base.choices),
-            calibration_hash(scored),
-            self.top_k,
-            self.simulate,
-            str(plan.device.type),
-        ]
-        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        return candidates, CachedLosses(evaluator, plan.space, self.partial.folder / f"losses-{name}.jsonl")
-
-    def single(self, evaluate: CachedLosses) -> list[list[float]]:
-        """Losses by gene and allele."""
-        space = self.plan.space
-        with _progress.task("sensitivity", total=len(single_changes(space)), unit="change") as progress:
-            stop = self.single_chunks(evaluate)
-            return sensitivities(space, lambda genomes: evaluate(genomes, stop, see=progress.advance))
-
-    def single_chunks(self, evaluate: CachedLosses) -> int:
-        """Chunks of the text that single changes go through."""
-        return math.ceil(_SINGLE * evaluate.chunks)
-
-    def sensitivity_report(self, started: float) -> SensitivityReport:
-        plan = self.plan
-        candidates, evaluate = self.opened()
-        losses, errors = self.single(evaluate), candidates.errors()
-        inside = f"{plan.structure.layers}."
-        genes = []
-        for gene, row in zip(plan.space.genes, losses, strict=True):
-            kinds = [
-                name.removeprefix(inside).partition(".")[2] if name.startswith(inside) else name
-                for name in gene.names
-            ]
-            quantized = [spelling for spelling in gene.alleles if (gene.names[0], spelling) in errors]
-            genes.append(
-                Sensitivity(
-                    names=gene.names,
-                    layer=gene.layer,
-                    kind=_joined(kinds),
-                    weights=gene.weights,
-                    bits={s: plan.sizes.bits(gene.names, s) / gene.weights for s in gene.alleles},
-                    kl=dict(zip(gene.alleles, row, strict=True)),
-                    error={
-                        s: math.fsum(errors[name, s] for name in gene.names) / len(gene.names)
-                        for s in quantized
-                    },
-                )
-            )
-        return SensitivityReport(
-            runtime=plan.runtime,
-            method=plan.method,
-            tokens=sum(evaluate.tokens[: self.single_chunks(evaluate)]),
-            genes=tuple(genes),
-            kept=plan.kept,
-            seconds=time.monotonic() - started,
-        )
-
-    def search(self, budget: int, options: dict[str, Any]) -> _Found:
-        """Genetic search, and beside it what simpler ones find.
-
-        Sensitivities are of single changes of the original. Whole assignments are scored with candidates that
-        were made behind their Lagrangian optimum: all of them are near it, none is near the original.
-        """
-        space = self.plan.space
-        _, evaluate = self.opened()
-        losses = self.single(evaluate)
-        optimum = lagrangian(space, losses, budget)
-        if self.plan.method != "rtn":  # whose codes do not depend on what is before them in the model
-            _, evaluate = self.opened(space.assignment(optimum))
-        before = evaluate.evaluated
-        stages = cuts(evaluate.chunks)
-        history: list[Generation] = []
-        found: dict[str, Genome] = {}
-        with _progress.task("genetic search", total=options["generations"], unit="generation") as progress:
-
-            def see(generation: Generation) -> None:
-                history.append(generation)
-                note = f"best {generation.loss:.5f}, mean {generation.mean:.5f}"
-                logger.info("generation %d of %d: %s", generation.number, options["generations"], note)
-                progress.advance(note=note)
-
-            found["genetic"] = evolve(space, budget, losses, evaluate, stages=stages, see=see, **options)
-        found["lagrangian"] = optimum
-        found["greedy"] = greedy(space, losses, budget)
-        with _progress.task("random search", total=options["generations"], unit="generation") as progress:
-
-            def counted(genomes: Sequence[Genome], stop: int | None = None) -> list[float]:
-                result = evaluate(genomes, stop)
-                if stop is None:
-                    progress.advance()
-                return result
-
-            found["random"] = random_search(space, budget, counted, stages=stages, **options)
-        for spelling in dict.fromkeys(a for gene in space.genes for a in gene.alleles):
-            uniform = space.uniform(spelling)
-            if uniform is not None and space.bits(uniform) <= budget:
-                found[f"uniform {spelling}"] = uniform
-        return self._found(found, evaluate, before, history)
-
-    def front(self, options: dict[str, Any]) -> _Found:
-        """All sizes at once, and beside them what simpler searches find at the same sizes."""
-        space = self.plan.space
-        _, evaluate = self.opened()
-        losses = self.single(evaluate)
-        before = evaluate.evaluated
-        with _progress.task("front", total=options["generations"], unit="generation") as progress:
-
-            def see(number: int, length: int) -> None:
-                note = f"{length} on the front"
-                logger.info("generation %d of %d: %s", number, options["generations"], note)
-                progress.advance(note=note)
-
-            front = pareto_front(space, losses, evaluate, see=see, **options)
-        sizes = [space.bits(genome) for genome, _ in front]
-        rng = np.random.default_rng([options["seed"], 2])
-        budgets = np.linspace(sizes[0], sizes[-1], options["population"] * options["generations"])
-        simpler = {
-            "lagrangian": [lagrangian(space, losses, size) for size in sizes],
-            "greedy": [greedy(space, losses, size) for size in sizes],
-            "random": [random_genome(space, int(budget), rng) for budget in budgets],
-        }
-        known = dict(front)
-        fronts = {}
-        for name, genomes in simpler.items():
-            once = list(dict.fromkeys(genomes))
-            scored = dict(zip(once, evaluate(once), strict=True))
-            fronts[name] = undominated(space, scored)
-            known |= scored
-        # What a simpler search finds is on the front too, where it is better.
-        return self._found(
-            {
-                f"{name} {index}": genome
-                for name, points in {"pareto": undominated(space, known), **fronts}.items()
-                for index, (genome, _) in enumerate(points)
-            },
-            evaluate,
-            before,
-        )
-
-    def _found(
-        self,
-        genomes: dict[str, Genome],
-        evaluate: CachedLosses,
-        before: int,
-        history: Sequence[Generation] = (),
-    ) -> _Found:
-        original = (ORIGINAL,) * len(self.plan.space)
-        return _Found(
-            genomes=genomes,
-            losses=evaluate(list(genomes.values())),
-            perplexities=evaluate.perplexity([*genomes.values(), original]),
-            evaluations=evaluate.evaluated - before,
-            history=tuple(history),
-        )
-
-    def search_report(
-        self, found: _Found, target: Target | None, seed: int, started: float, output: Path | None
-    ) -> SearchReport:
-        plan = self.plan
-        assigned = []
-        *perplexities, original = found.perplexities
-        for (name, genome), kl, one in zip(found.genomes.items(), found.losses, perplexities, strict=True):
-            assignment = plan.space.assignment(genome)
-            by = name.partition(" ")[0] if target is None else name
-            facts = plan.sizes.of_assignment(plan.space, assignment)
-            assigned.append(Assigned(found_by=by, kl=kl, perplexity=one, **facts))
-        return SearchReport(
-            best=None if target is None else assigned[0],
-            others=tuple(assigned if target is None else assigned[1:]),
-            perplexity=original,
-            target="every size" if target is None else str(target),
-            runtime=plan.runtime,
-            method=plan.method,
-            tokens=self.texts.scored.numel(),
-            evaluations=found.evaluations,
-            seed=seed,
-            history=found.history,
-            kept=plan.kept,
-            seconds=time.monotonic() - started,
-            output=output,
-        )
-
-
-def _joined(kinds: Sequence[str]) -> str:
-    """Names that differ at the end alone as one, such as ``self_attn.q_proj+k_proj``."""
-    first, _, _ = kinds[0].rpartition(".")
-    same = [kind.removeprefix(f"{first}.") for kind in kinds[1:]]
-    return "+".join([kinds[0], *same])

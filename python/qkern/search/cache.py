@@ -68,6 +68,12 @@ class CachedLosses:
         """Genomes that were asked for, each once, whether or not an earlier run had evaluated them."""
         return len(self._asked)
 
+    def best(self, count: int) -> list[Genome]:
+        """Genomes that were asked for and went through all of the text, the least losses first."""
+        whole = sorted(genome for genome in self._asked if self._reached(genome, self.chunks) == self.chunks)
+        ranked = sorted(zip(self(whole), whole, strict=True))
+        return [genome for _, genome in ranked[:count]]
+
     @property
     def tokens(self) -> list[int]:
         """Tokens of each chunk of the text."""

@@ -32,6 +32,8 @@ ORIGINAL: Final = -1
 _ROWS: Final = 256
 # Tokens of a chunk: what a stage of a search can be made of, and still enough for the kernels.
 _CHUNK_TOKENS: Final = 1024
+# Bytes up to which the original's probabilities are kept: those of all of the text, or none.
+_EXPECTED: Final = 1 << 28
 
 
 def candidate_key(name: str, spelling: str) -> str:
@@ -98,6 +100,7 @@ class Evaluator:
         # Genes come in the order of the layers: where those of a layer end.
         self._ends = [sum(gene.layer <= index for gene in space.genes) for index in range(count + 1)]
         original = (ORIGINAL,) * len(space)
+        self._expected: dict[tuple[int, int, int], Tensor] = {}
         self._reference = self._walk([original])[original[: self._ends[-2]]]
 
     def kl(self, genomes: Sequence[Genome], chunks: slice = slice(None)) -> list[float]:
@@ -105,7 +108,7 @@ class Evaluator:
         expected = self._reference[chunks]
         result: list[float] = []
         for some in self._portions(genomes, expected):
-            result += self._compare(some, self._walk(some, chunks), expected)
+            result += self._compare(some, self._walk(some, chunks), chunks)
         return result
 
     def _portions(self, genomes: Sequence[Genome], states: list[Tensor]) -> Iterator[Sequence[Genome]]:
@@ -220,19 +223,24 @@ class Evaluator:
         return [math.exp(sums[genome] / count) for genome in genomes]
 
     def _compare(
-        self, genomes: Sequence[Genome], outputs: dict[Genome, list[Tensor]], expected: list[Tensor]
+        self, genomes: Sequence[Genome], outputs: dict[Genome, list[Tensor]], chunks: slice
     ) -> list[float]:
-        """KL of genomes from the outputs of the last layer and those of the original's."""
+        """KL of genomes from the outputs of the last layer, over some chunks."""
         last = self._ends[-2]
         left = [ORIGINAL] * len(self.space)
         sums = dict.fromkeys(genomes, 0.0)
         positions = 0
         with self._ending() as through:
-            for chunk, original in enumerate(expected):
+            for chunk, number in enumerate(range(len(self._sizes))[chunks]):
+                original = self._reference[number]
                 # Rows are cut inside sequences, so that none exceeds the model's context.
                 for sequence, start in product(range(len(original)), range(0, original.shape[1], _ROWS)):
                     some = slice(start, start + _ROWS)
-                    p = through(original[sequence, some], left)
+                    p = self._expected.get((number, sequence, start))
+                    if p is None:
+                        p = through(original[sequence, some], left)
+                        if self._ids.numel() * p[0].nbytes <= _EXPECTED:
+                            self._expected[number, sequence, start] = p
                     top = None if self.top_k is None else p.topk(min(self.top_k, p.shape[-1])).indices
                     if top is not None:
                         p = with_rest(p.gather(-1, top))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from qkern.errors import InputError
@@ -95,6 +95,15 @@ class Space:
         if any(spelling not in gene.alleles for gene in self.genes if len(gene.alleles) > 1):
             return None
         return tuple(gene.alleles.index(spelling) if len(gene.alleles) > 1 else 0 for gene in self.genes)
+
+    def only(self, genome: Sequence[int]) -> Space:
+        """Space in which genes have the alleles of a genome alone."""
+        return Space(
+            tuple(
+                replace(gene, alleles=(gene.alleles[allele],), bits=(gene.bits[allele],))
+                for gene, allele in zip(self.genes, genome, strict=True)
+            )
+        )
 
     def assignment(self, genome: Sequence[int]) -> MixedPrecision:
         """Return a genome as what the other verbs take, kept tensors by name too."""
