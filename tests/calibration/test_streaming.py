@@ -240,16 +240,29 @@ def test_more_that_depends_on_the_tokens_is_refused(tiny):
     stream.embed(IDS[:1].expand(5, -1))
 
 
-def test_products_are_fp32_and_the_setting_is_as_before(monkeypatch):
+def test_products_are_fp32_and_the_setting_is_as_before():
     a, b = (torch.randn(300, 300, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
-    setting = torch.backends.mkldnn.matmul
+    setting, everywhere = torch.backends.mkldnn.matmul, torch.backends.mkldnn
     before = setting.fp32_precision
     with products.fast_products(torch.device("cpu")):
         product = a @ b
     torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
     assert setting.fp32_precision == before
+    try:  # what was inherited still is, and what was set is kept
+        everywhere.fp32_precision = "tf32"
+        with products.fast_products(torch.device("cpu")):
+            pass
+        everywhere.fp32_precision = "ieee"
+        assert setting.fp32_precision == "ieee"
+        setting.fp32_precision = "tf32"
+        with products.fast_products(torch.device("cpu")):
+            pass
+        assert setting.fp32_precision == "tf32"
+    finally:
+        setting.fp32_precision = everywhere.fp32_precision = "none"
 
-    # A CPU that rounds to bf16 is left alone.
+
+def test_a_cpu_that_rounds_to_bf16_is_left_alone(monkeypatch):
     class Rounds:
         fp32_precision = "none"
 
@@ -260,5 +273,7 @@ def test_products_are_fp32_and_the_setting_is_as_before(monkeypatch):
     matmul = torch.matmul
     monkeypatch.setattr(torch.backends.mkldnn, "matmul", Rounds)
     monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    monkeypatch.setattr(products, "_is_fp32", products._is_fp32.__wrapped__)
     with products.fast_products(torch.device("cpu")):
         assert Rounds.fp32_precision == "none"
+    assert Rounds.fp32_precision == "none"

@@ -116,3 +116,14 @@ def test_sensitivities_change_one_gene_of_the_original():
     assert asked[:2] == [(0, ORIGINAL, ORIGINAL), (1, ORIGINAL, ORIGINAL)]
     assert len(asked) == 6
     assert table == [[0, 101, 0], [200, 301, 0], [400, 501, 0]]  # 16-bit is the original
+
+
+def test_the_best_are_of_what_this_run_asked_for_whole(tmp_path):
+    file = tmp_path / "losses.jsonl"
+    CachedLosses(Chunks(), SPACE, file)([(0, 0, 0), (1, 0, 0)])
+    losses = CachedLosses(Chunks(), SPACE, file)
+    losses([(0, 0, 0), (2, 1, 0), (1, 1, 0), (1, 0, 0)], 1)
+    losses([(2, 1, 0), (1, 1, 0)])
+    losses([(2, 1, 0)], 2)
+    assert losses.best(5) == [(1, 1, 0), (2, 1, 0)]
+    assert losses.best(1) == [(1, 1, 0)]

@@ -21,29 +21,35 @@ _ROUNDING: Final = 1e-5
 def fast_products(device: torch.device) -> Iterator[None]:
     """Let torch multiply fp32 matrices by oneDNN inside the block, if it does so in fp32 on this CPU.
 
-    oneDNN is asked for by leave to use bf16, of which it makes use on CPUs with units for that alone.
+    oneDNN is asked for by leave to use bf16, of which it makes use on CPUs with units for that alone. Inside
+    the block `torch.get_float32_matmul_precision` raises, as always when single backends were set.
     """
     setting: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
-    if device.type != "cpu" or setting is None or not _is_fp32(setting):
+    if device.type != "cpu" or setting is None or not torch.backends.mkldnn.enabled or not _is_fp32():
         yield
         return
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
+    with _leave_for_bf16():
+        yield
+
+
+@contextmanager
+def _leave_for_bf16() -> Iterator[None]:
+    backend: Any = torch.backends.mkldnn
+    before = backend.matmul.fp32_precision
+    # What is as in all of oneDNN may have come from there, and goes on following it.
+    before = "none" if before == backend.fp32_precision else before
+    backend.matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        backend.matmul.fp32_precision = before
 
 
 @cache
-def _is_fp32(setting: Any) -> bool:
+def _is_fp32() -> bool:
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
+    a, b = (torch.randn(512, 512, generator=generator, dtype=torch.float32, device="cpu") for _ in range(2))
+    with _leave_for_bf16():
         product = a @ b
-    finally:
-        setting.fp32_precision = before
     exact = a.double() @ b.double()
     return bool((product - exact).abs().max() <= _ROUNDING * exact.abs().max())

@@ -232,6 +232,7 @@ class Problem:
             for genome, by_candidates in zip(genomes, evaluate(genomes), strict=True):
                 space = self.plan.space.only(genome)
                 alone = (0,) * len(space)
+                own = None  # its states go before the next ones come
                 _, own = self.opened(space.assignment(alone), space)
                 (loss,) = own([alone])
                 progress.advance(note=f"{loss:.5f}, by candidates {by_candidates:.5f}")

@@ -59,7 +59,8 @@ class CachedLosses:
         self._space = space
         self._path = path
         self._known: dict[str, dict[tuple[int, int], float]] = {}
-        self._asked: set[Genome] = set()
+        # How far each genome was asked for by this run, whatever earlier ones know of it.
+        self._asked: dict[Genome, int] = {}
         if path is not None:
             self._read(path)
 
@@ -69,8 +70,8 @@ class CachedLosses:
         return len(self._asked)
 
     def best(self, count: int) -> list[Genome]:
-        """Genomes that were asked for and went through all of the text, the least losses first."""
-        whole = sorted(genome for genome in self._asked if self._reached(genome, self.chunks) == self.chunks)
+        """Genomes that were asked for over all of the text, the least losses first."""
+        whole = sorted(genome for genome, stop in self._asked.items() if stop == self.chunks)
         ranked = sorted(zip(self(whole), whole, strict=True))
         return [genome for _, genome in ranked[:count]]
 
@@ -93,7 +94,8 @@ class CachedLosses:
     ) -> list[float]:
         """Loss of each genome over the first `stop` chunks (None: all); `see` is told how many came new."""
         stop = self.chunks if stop is None else min(stop, self.chunks)
-        self._asked.update(genomes)
+        for genome in genomes:
+            self._asked[genome] = max(stop, self._asked.get(genome, 0))
         for start in range(stop):
             # Those that have gone as far as `start` and no further, whatever they were asked for before.
             missing = [g for g in dict.fromkeys(genomes) if self._reached(g, stop) == start]
