@@ -1,13 +1,13 @@
-"""Searches for mixed precision against each other and uniform schemes at the same size: one Markdown table.
+"""Searches for mixed precision against each other and uniform schemes at the same size: two Markdown tables.
 
     python bench/quality_search.py MODEL HELDOUT [--calibration FILE] [--text FILE] [--targets 2.25 2.75]
 
 For the model and for its injected form (`bench/quality.py`) each target (bits of the linears over their
 weights) is searched with every seed: candidates by GPTQ on the calibration text, scored on the search text.
 What a search found is then quantized as a user would, ``qkern quantize --assignment``, and measured as
-KL(original || quantized) on HELDOUT, which neither saw. `against` is the difference of the mean KL to the row
-named, with the paired bootstrap's 95 % interval over windows of the text and over seeds: below zero
-throughout means better, whatever the text and the seed.
+KL(original || quantized) on HELDOUT, which neither saw. The second table has differences of mean KL, with
+the paired bootstrap's 95 % interval over windows of the text and over seeds: below zero throughout means
+better, whatever the text and the seed.
 """
 
 from __future__ import annotations
@@ -34,30 +34,35 @@ from quality import load, note, number
 from quality_gguf import injected_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from qkern.evaluation import Interval
     from qkern.search import MixedPrecision
 
-# What each search has to beat at the same size.
-AGAINST = {"genetic": "lagrangian", "lagrangian": "random"}
+SEARCHES = ("genetic", "lagrangian", "greedy", "random", "uniform")
 # What depends on the seed.
 SEEDED = {"genetic", "random"}
+# What each search has to beat at the same size.
+AGAINST = (
+    ("genetic", "lagrangian"),
+    ("lagrangian", "random"),
+    ("genetic", "uniform"),
+    ("lagrangian", "uniform"),
+)
 WINDOW = 512
-UNIFORM = {2.25: "uniform w2g64", 3.125: "uniform w3g128", 4.125: "uniform w4g128"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A search (or uniform scheme) at one target, over all seeds."""
+    """One target: KL of what each search found, by seed, its bits a weight, and differences of the KL."""
 
     form: str
     target: float
-    found_by: str
-    bits: float
-    kls: tuple[float, ...]
-    against: tuple[tuple[str, float, float, float], ...]
+    kls: dict[str, tuple[float, ...]]
+    bits: dict[str, float]
+    gaps: dict[tuple[str, str], Interval]
 
 
 class Judge:
@@ -140,52 +145,63 @@ def searched(source: str | Path, form: str, arguments: argparse.Namespace, work:
             for one in (report.best, *report.others):
                 found.setdefault(one.found_by, {})[seed] = one.assignment
             note(f"{form} {target} seed {seed}: {time.monotonic() - started:.0f} s")
-        values = {
-            name: [judge(assignment) for assignment in by_seed.values()] for name, by_seed in found.items()
-        }
-        runs = {name: [kl for kl, _ in measured] for name, measured in values.items()}
-        for name in values.keys() - SEEDED:
-            runs[name] = runs[name][:1]
-        for name, measured in values.items():
-            rivals = [AGAINST[name]] if name in AGAINST else []
-            if UNIFORM.get(target) in values and name in AGAINST:
-                rivals.append(UNIFORM[target])
-            gaps = [(rival, paired_bootstrap(runs[name], runs[rival], block=WINDOW)) for rival in rivals]
-            row = Row(
-                form=form,
-                target=target,
-                found_by=name,
-                bits=max(bits for _, bits in measured),
-                kls=tuple(float(kl.mean()) for kl in runs[name]),
-                against=tuple((rival, gap.mean, gap.low, gap.high) for rival, gap in gaps),
-            )
-            note(line(row))
-            yield row
+        # The largest uniform scheme that fits; what a seed does not change is measured once.
+        uniform = [name for name in found if name.startswith("uniform ")]
+        runs: dict[str, list[NDArray[np.float64]]] = {}
+        bits: dict[str, float] = {}
+        for name in (*(one for one in SEARCHES if one in found), *uniform):
+            seeds = found[name].values() if name in SEEDED else [found[name][0]]
+            measured = [judge(assignment) for assignment in seeds]
+            size = max(size for _, size in measured)
+            label, _, _ = name.partition(" ")
+            if size >= bits.get(label, 0):
+                runs[label], bits[label] = [kl for kl, _ in measured], size
+        row = Row(
+            form=form,
+            target=target,
+            kls={name: tuple(float(kl.mean()) for kl in measured) for name, measured in runs.items()},
+            bits=bits,
+            gaps={
+                pair: paired_bootstrap(runs[pair[0]], runs[pair[1]], block=WINDOW)
+                for pair in AGAINST
+                if runs.keys() >= {*pair} and ("uniform" not in pair or not smaller(bits["uniform"], target))
+            },
+        )
+        note(line(row, kl_cells))
+        note(line(row, gap_cells))
+        yield row
 
 
-def line(row: Row) -> str:
-    kls = np.array(row.kls)
+def kl_cells(row: Row) -> list[str]:
+    return [kl_cell(row, name) for name in SEARCHES]
+
+
+def smaller(bits: float, target: float) -> bool:
+    return bits < target - 5e-4
+
+
+def kl_cell(row: Row, name: str) -> str:
+    if name not in row.kls:
+        return ""
+    kls = np.array(row.kls[name])
     spread = f" ({kls.min():.5f} to {kls.max():.5f})" if len(kls) > 1 else ""
-    against = "; ".join(
-        f"{rival} {mean:+.5f} ({low:+.5f} to {high:+.5f})" for rival, mean, low, high in row.against
-    )
-    cells = (
-        row.form,
-        f"{row.target:g}",
-        row.found_by,
-        number(row.bits, 4),
-        f"{kls.mean():.5f}{spread}",
-        against,
-    )
-    return f"| {' | '.join(cells)} |"
+    size = f", {number(row.bits[name], 3)} bits" if smaller(row.bits[name], row.target) else ""
+    return f"{kls.mean():.5f}{spread}{size}"
 
 
-def table(rows: list[Row]) -> str:
-    heading = [
-        "| model | target | found by | bpw_linear | KL, nats: mean (seeds) | against (95 % interval) |",
-        "|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*heading, *map(line, rows)])
+def gap_cells(row: Row) -> list[str]:
+    gaps = [row.gaps.get(pair) for pair in AGAINST]
+    return [f"{gap.mean:+.5f} ({gap.low:+.5f} to {gap.high:+.5f})" if gap else "" for gap in gaps]
+
+
+def line(row: Row, cells: Callable[[Row], list[str]]) -> str:
+    return f"| {' | '.join([row.form, f'{row.target:g}', *cells(row)])} |"
+
+
+def table(rows: list[Row], heading: Sequence[str], cells: Callable[[Row], list[str]]) -> str:
+    columns = ["model", "target", *heading]
+    rule = "|".join("---" for _ in columns)
+    return "\n".join([f"| {' | '.join(columns)} |", f"|{rule}|", *(line(row, cells) for row in rows)])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -228,7 +244,9 @@ def main(argv: list[str] | None = None) -> None:
             if form == "injected":
                 source = injected_of(arguments.model, work)
             rows += searched(source, form, arguments, work)
-    print(table(rows))
+    print(table(rows, [f"KL, nats: {SEARCHES[0]}", *SEARCHES[1:]], kl_cells))
+    print()
+    print(table(rows, [f"{one} - {rival}" for one, rival in AGAINST], gap_cells))
     print(f"\nqkern {qkern.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
 
 

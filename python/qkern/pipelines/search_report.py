@@ -87,8 +87,8 @@ class Assigned:
     found_by : str
         ``"genetic"``, ``"lagrangian"``, ``"greedy"``, ``"random"``, ``"pareto"``, or ``"uniform w3g128"``.
     kl : float
-        Over the search's own text: more text tells how much of a difference is left. Of the genetic and the
-        Lagrangian search by the codes that are written; of the others by candidates made behind the latter.
+        Over the search's own text: more text tells how much of a difference is left. Of finalists and the
+        Lagrangian search by the codes that are written; of the others by candidates, see `search_assignment`.
     perplexity : float
         Over the same.
     bytes : int
