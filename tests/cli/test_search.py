@@ -53,6 +53,8 @@ def test_sensitivity_prints_and_plots(capsys, folder, text, tmp_path, monkeypatc
     assert "one of them in its smallest choice" in out
     code, _, err = run(capsys, *arguments, "--plot", tmp_path / "a.png")
     assert (code, "a.png exists" in err) == (1, True)
+    code, _, err = run(capsys, *arguments, "--output", tmp_path / "b.png", "--plot", tmp_path / "b.png")
+    assert (code, "--output and --plot are both" in err) == (1, True)
     code, _, err = run(capsys, *arguments, "--plot", tmp_path / "a.txt")
     assert (code, "is no picture: its name ends in .png" in err) == (1, True)
 
@@ -104,7 +106,9 @@ def test_mistakes_are_told(capsys, folder, text, tmp_path):
     code, _, err = run(capsys, *common)
     assert (code, "needs one target" in err) == (1, True)
     code, _, err = run(capsys, *common, "--target-bpw-linear", 1)
-    assert (code, "no assignment has 1.0000 bits" in err) == (1, True)
+    assert (code, "no assignment is as small as 1.0000 bits" in err) == (1, True)
+    code, _, err = run(capsys, *common, "--target-bpw", 3, "--text", "/none.txt")
+    assert (code, "text (--text): calibration file not found: /none.txt" in err) == (1, True)
     code, _, err = run(capsys, *common, "--target-bpw", 3, "--runtime", "exl3")
     assert (code, "'exl3' is not one of" in err) == (2, True)
     one = tmp_path / "one.txt"

@@ -4,6 +4,7 @@ import torch
 
 from qkern import InputError
 from qkern.evaluation import MIN_POSITIONS, kl_divergence, paired_bootstrap, window_logits
+from qkern.evaluation.kl import text_block
 
 VOCABULARY = 13
 
@@ -125,6 +126,13 @@ class TestPairedBootstrap:
         interval = paired_bootstrap(common, common + 0.01)
         assert interval.is_below
         assert interval.high == pytest.approx(-0.01)
+
+    @pytest.mark.parametrize(
+        ("windows", "window", "block"),
+        [(1, 512, 32), (2, 512, 64), (15, 512, 256), (16, 512, 512), (30, 512, 512), (1, 8, 1), (3, 6, 1)],
+    )
+    def test_few_windows_are_resampled_in_parts(self, windows, window, block):
+        assert text_block(windows, window) == block
 
     def test_blocks_are_resampled_together(self):
         # Positions of a window are alike: one interval is that of the windows, the other is too narrow.

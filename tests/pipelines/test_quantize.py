@@ -304,6 +304,11 @@ def test_head_is_quantized_when_included(folder, tiny, tmp_path):
 def test_tied_head_cannot_be_quantized(tiny):
     with pytest.raises(UnsupportedError, match="lm_head is tied to the input embedding"):
         quantize(tiny("qwen2"), method="rtn", include=["lm_head"])
+    with pytest.raises(
+        UnsupportedError, match=r"by patterns that do not fit it, such as 'model\.layers\.\*'"
+    ):
+        quantize(tiny("qwen2"), method="rtn", assignment={"*": "w4g32"})
+    quantize(tiny("qwen2"), method="rtn", assignment={"model.layers.*": "w4g32"})
 
 
 class Expert(torch.nn.Module):

@@ -194,6 +194,15 @@ def test_finalists_are_scored_by_what_is_written(folder, store):
     assert report.best.kl < others["lagrangian"].kl
     assert report.best.assignment != by_candidates.best.assignment
     assert search_assignment(folder, **options, finalists=4).best == report.best
+    optimum, *tried = report.finalists
+    assert (optimum.found_by, len(tried)) == ("lagrangian", 4)
+    assert optimum.assignment == others["lagrangian"].assignment
+    assert optimum.kl == optimum.by_candidates == others["lagrangian"].kl
+    least = min(report.finalists, key=lambda finalist: finalist.kl)
+    assert (least.kl, least.assignment) == (report.best.kl, report.best.assignment)
+    assert min(tried, key=lambda one: one.by_candidates).assignment == by_candidates.best.assignment
+    assert by_candidates.finalists == ()
+    assert json.loads(json.dumps(report.as_dict()))["finalists"][0] == optimum.as_dict()
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
@@ -397,17 +406,21 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
     ("change", "error", "message"),
     [
         ({}, InputError, r"needs one target of target_bpw \(--target-bpw\), .*: got none"),
-        ({"target_bpw": 3, "target_bytes": 4}, InputError, "one target of .*: got bpw, bytes"),
+        (
+            {"target_bpw": 3, "target_bytes": 4},
+            InputError,
+            "one target of .*: got target_bpw and target_bytes",
+        ),
         ({"target_bpw": math.nan}, InputError, "target_bpw must be a positive number: got nan"),
         (
             {"target_bpw_linear": 2.0},
             InputError,
-            r"no assignment has 2\.0000 bits a weight of the linears: the smallest of the alleles takes "
-            r"3\.0000 bits a weight of the linears, the largest 8\.2",
+            r"no assignment is as small as 2\.0000 bits a weight of the linears: the smallest of the alleles "
+            r"takes 3\.0000 bits a weight of the linears, the largest 8\.2",
         ),
-        ({"target_bpw_linear": 9.0}, InputError, "no assignment has 9.0000 bits"),
+        ({"target_bpw_linear": 9.0}, InputError, "nothing to search: all are within 9.0000 bits"),
         ({"target_compression": 0.01}, InputError, "0.0100 of the original's bytes: the smallest"),
-        ({"target_bytes": 10}, InputError, "no assignment has 10 bytes"),
+        ({"target_bytes": 10}, InputError, "no assignment is as small as 10 bytes"),
         ({"target_bpw": 3, "embedding": True}, UnsupportedError, "no checkpoint format holds quantized"),
         ({"target_bpw": 3, "pareto": True}, InputError, "leave the target out"),
         ({"target_bpw": 3, "runtime": "exl3"}, InputError, "unknown runtime"),
@@ -416,6 +429,13 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
         ({"target_bpw_linear": 4, "population": 1}, InputError, "population of 2"),
         ({"target_bpw_linear": 4, "seed": -1}, InputError, "seed must be 0 or more: got -1"),
         ({"target_bpw_linear": 4, "finalists": -1}, InputError, "finalists must be 0 or more: got -1"),
+        ({"pareto": True, "finalists": 2}, InputError, "a front has no finalists: got 2"),
+        (
+            {"target_bpw_linear": 4, "method": "rtn", "finalists": 2},
+            InputError,
+            "rounding to nearest has no finalists: got 2",
+        ),
+        ({"target_bpw_linear": 4, "type": "q4_k_m"}, InputError, "for runtime gguf: got 'q4_k_m' for torch"),
         ({"target_bpw_linear": 4, "head": True}, InputError, "neither the embedding nor the head"),
         ({"target_bpw_linear": 4, "alleles": []}, InputError, "nothing to choose: got no alleles"),
         ({"target_bpw_linear": 4, "text": TEXT[:, :2]}, InputError, "sequences of 4 tokens: got length 2"),
@@ -450,6 +470,14 @@ def test_what_cannot_be_is_refused_before_any_work(folder, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("target", [{"target_bpw_linear": 4}, {"pareto": True}])
+def test_the_output_is_not_the_store(folder, tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="are both same: choose two paths"):
+        search_assignment(folder, **SMALL, **target, store=tmp_path / "same", output="same")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_outputs_that_exist_are_left_alone(folder, tmp_path):
     (tmp_path / "a.json").write_text("mine")
     for target in ({"pareto": True}, {"target_bpw": 4}):
@@ -480,7 +508,7 @@ def test_the_bounds_that_an_error_names_are_met(folder):
         low, high = (float(bound.strip(",").replace(",", "")) for bound in (low, high))
         report = search_assignment(folder, **options, alleles=("w2g16", "w3g32"), **{kind: low})
         assert set(report.best.assignment.choices.values()) == {"w2g16"}
-        with pytest.raises(InputError, match="no assignment has"):
+        with pytest.raises(InputError, match="nothing to search: all are within"):
             search_assignment(folder, **options, alleles=("w2g16", "w3g32"), **{kind: 1.01 * high})
 
 

@@ -119,10 +119,11 @@ def test_written_and_read_again(tmp_path):
     [
         ("", "cannot read"),
         ("[1]", "is no assignment"),
-        ('{"a": 4}', "is no assignment"),
+        ('{"a": 4}', "strings such as '16' or 'w4g128': got 4 for 'a'"),
+        ('{"a": null}', "got null for 'a'"),
         ('{"a": "w4", "a": "w8"}', "'a' is there twice"),
         ("{}", "is empty"),
-        ('{"a": "w9"}', "not a scheme"),
+        ('{"a": "w9"}', "'a': not a scheme"),
     ],
 )
 def test_files_that_are_no_assignments(tmp_path, text, reason):
@@ -131,3 +132,9 @@ def test_files_that_are_no_assignments(tmp_path, text, reason):
     with pytest.raises(InputError, match=reason) as caught:
         MixedPrecision.read(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": "w4"}', encoding="utf-8-sig")
+    assert MixedPrecision.read(path).choices == {"a": "w4"}

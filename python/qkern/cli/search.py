@@ -60,15 +60,25 @@ def command(
         int, typer.Option(min=0, help="Of the genetic and the random search; texts are drawn alike.")
     ] = 0,
     finalists: Annotated[
-        int, typer.Option(min=0, help="Best assignments that are quantized by themselves, to choose from.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Best assignments that are quantized by themselves, to choose from.",
+            show_default="4; none for --method rtn or --pareto",
+        ),
+    ] = None,
     runtime: RuntimeOption = RuntimeName.TORCH,
     alleles: Alleles = None,
     head: Head = None,
     embedding: Embedding = None,
     type: Annotated[
-        str, typer.Option("--type", help="GGUF: mixture for what is not searched, as in export-gguf.")
-    ] = "q4_k_m",
+        str | None,
+        typer.Option(
+            "--type",
+            help="GGUF: mixture for what is not searched, as in export-gguf.",
+            show_default="q4_k_m",
+        ),
+    ] = None,
     method: MethodOption = CandidateMethod.GPTQ,
     text: Text = None,
     samples: Samples = 128,
@@ -87,6 +97,7 @@ def command(
     where it stopped when the same command is given again.
     """
     from qkern.pipelines import search_assignment
+    from qkern.pipelines.search import MIXTURE
 
     report = search_assignment(
         model,
@@ -131,7 +142,7 @@ def command(
             usual = {"samples": 128, "length": 2048, "device": "auto"}
             for name, value in drawn.items():
                 words += [] if usual.get(name) == value else [f"--{name}", str(value)]
-        words += ["--type", type] if gguf else ["--format", "compressed-tensors"]
+        words += ["--type", type or MIXTURE] if gguf else ["--format", "compressed-tensors"]
         words += ["--output", "OUTPUT.gguf" if gguf else "OUTPUT"]
         typer.echo("next: " + shlex.join(["qkern", *words]))
 
@@ -154,7 +165,17 @@ def _print(report: SearchReport) -> None:
             f"{row.bpw_linear:.4f}",
             ", ".join(f"{count} {spelling}" for spelling, count in sorted(counts.items())),
         )
-    Console(markup=False, highlight=False).print(table)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    if report.finalists:
+        assert report.best is not None
+        tried = Table(title="finalists, each quantized by itself: the least KL is the result")
+        for heading in ("found by", "KL", "by candidates", ""):
+            tried.add_column(heading, justify="right" if heading in ("KL", "by candidates") else "left")
+        for one in report.finalists:
+            mark = "result" if one.assignment == report.best.assignment else ""
+            tried.add_row(one.found_by, f"{one.kl:.5f}", f"{one.by_candidates:.5f}", mark)
+        console.print(tried)
     typer.echo(
         f"perplexity of the original {report.perplexity:.3f}; {report.evaluations} assignments evaluated, "
         f"seed {report.seed}, {report.seconds:.0f} s; more text tells how much of a difference is left"

@@ -133,6 +133,9 @@ def command(
         from qkern.plotting import check_picture
 
         check_picture(plot)
+        for option, other in (("--output", output), ("--store", store)):
+            if other is not None and other.resolve() == plot.resolve():
+                raise InputError(f"{option} and --plot are both {plot}: choose two paths")
     report = sensitivity(
         model,
         calibration=calibration,

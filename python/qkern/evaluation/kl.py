@@ -22,11 +22,14 @@ __all__ = [
     "kl_divergence",
     "kl_rows",
     "paired_bootstrap",
+    "text_block",
     "with_rest",
 ]
 
 MIN_POSITIONS: Final = 15_000
 """Positions below which a KL is refused: the mean is then too noisy to rank methods."""
+# Blocks below which a bootstrap interval is chance.
+_MIN_BLOCKS: Final = 16
 # The rest of the vocabulary is one outcome more, which has some probability in floating point.
 _LEAST: Final = 1e-12
 
@@ -162,6 +165,15 @@ class Interval(NamedTuple):
     def is_below(self) -> bool:
         """Whether the whole interval lies below zero: the first sample is lower beyond chance."""
         return self.high < 0
+
+
+def text_block(windows: int, window: int) -> int:
+    """Positions that `paired_bootstrap` resamples together: a window, of few windows a part of one.
+
+    Parts of a window depend on each other: the interval is somewhat narrow then, but no chance of few blocks.
+    """
+    parts = (part for part in range(1, window + 1) if window % part == 0)
+    return max((part for part in parts if windows * window // part >= _MIN_BLOCKS), default=1)
 
 
 def paired_bootstrap(

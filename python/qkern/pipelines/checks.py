@@ -221,7 +221,7 @@ def assigned_schemes(
     layers: list[list[str]] = [[] for _ in range(structure.count)]
     for name in schemes:
         if name == structure.head:
-            _refuse_tied(structure)
+            _refuse_tied(structure, f", by patterns that do not fit it, such as '{inside}*'")
         elif name.startswith(inside):
             index, _, rest = name.removeprefix(inside).partition(".")
             layers[int(index)].append(rest)
@@ -262,11 +262,11 @@ def find_targets(
     return assigned_schemes(model, structure, assignment, settings)
 
 
-def _refuse_tied(structure: Structure) -> None:
+def _refuse_tied(structure: Structure, hint: str = "") -> None:
     if structure.tied:
         raise UnsupportedError(
             f"{structure.head} is tied to the input embedding, which no checkpoint format holds quantized: "
-            "leave it 16-bit"
+            f"leave it 16-bit{hint}"
         )
 
 
@@ -402,9 +402,10 @@ def checked_format(
     """
     name, reasons = find_format(model, structure, targets, settings, wanted)
     if name is None:
+        how = 'by "16" in the assignment' if settings.schemes else "with skip (--skip)"
         raise UnsupportedError(
             f"no work was done: {'. '.join(reasons)}. Choose another scheme or format, or leave the layers "
-            "16-bit with skip (--skip)"
+            f"16-bit {how}"
         )
     if reasons:
         logger.info("writing %s: %s", name, "; ".join(reasons))

@@ -131,7 +131,7 @@ class Partial:
         if taken:
             raise InputError(
                 f"another run with the same output is at work in {self.folder}: wait until it has ended, or "
-                "choose another output"
+                "choose another output or store"
             )
 
     def _take_key(self, key: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ class Partial:
             name = differing[0]
             raise InputError(
                 f"{self.folder} holds layers of another run ({_change(name, before.get(name), key[name])}): "
-                "repeat that run, remove the folder, or start afresh with resume=False (--no-resume)"
+                "repeat that run, or empty the folder with resume=False (--no-resume) or by hand"
             )
 
     def __enter__(self) -> Self:
@@ -223,8 +223,8 @@ class Partial:
         }:
             return
         raise InputError(
-            f"{self.folder} is where finished layers are kept, but what is there is not from a run of qkern "
-            f"(no {_KEY_FILE}): move it away or choose another output"
+            f"{self.folder} is where {self.contents} are kept, but what is there is not from a run of qkern "
+            f"(no {_KEY_FILE}): move it away or choose another output or store"
         )
 
     def path(self, name: str) -> Path:
@@ -276,4 +276,10 @@ def _change(name: str, before: Any, now: Any) -> str:
         for part in now:
             if before.get(part) != now[part]:
                 return _change(part, before.get(part), now[part])
+    if name == "shape":
+        return f"with {_sequences(before)} of calibration, now {_sequences(now)}"
     return f"{name} was {before!r}, now {now!r}"
+
+
+def _sequences(shape: Any) -> str:
+    return " x ".join(map(str, shape)) + " tokens" if isinstance(shape, list) else str(shape)

@@ -8,7 +8,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from qkern.calibration import LayerStream, calibration_hash
 from qkern.errors import InputError
@@ -28,9 +28,13 @@ from qkern.search import check_population, check_pymoo, runtime_named
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["search_assignment", "sensitivity"]
+__all__ = ["MIXTURE", "search_assignment", "sensitivity"]
 
 logger = logging.getLogger(__name__)
+
+FINALISTS: Final = 4
+MIXTURE: Final = "q4_k_m"
+"""For what is not searched in a GGUF."""
 
 
 def sensitivity(
@@ -104,7 +108,7 @@ def sensitivity(
         If the disk is full; what is done is kept.
     """
     started = time.monotonic()
-    path = new_file(output)
+    path = new_file(output, store)
     drawn: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length}
     export = {"model": model, "method": method, **drawn}
     searched: dict[str, Any] = {"head": head, "embedding": embedding}
@@ -129,13 +133,13 @@ def search_assignment(
     population: int = 20,
     generations: int = 12,
     seed: int = 0,
-    finalists: int = 4,
+    finalists: int | None = None,
     text: Any = None,
     runtime: str = "torch",
     alleles: Sequence[str] | None = None,
     head: bool | None = None,
     embedding: bool | None = None,
-    type: str = "q4_k_m",
+    type: str | None = None,
     method: str = "gptq",
     samples: int = 128,
     length: int = 2048,
@@ -166,12 +170,13 @@ def search_assignment(
         No target: search all sizes at once (NSGA-II).
     population, generations, seed : int
         Of the genetic algorithm; the texts are drawn alike for all seeds.
-    finalists : int
+    finalists : int, optional
         So many of the best assignments that the genetic algorithm evaluated are quantized each by itself, as
-        `qkern.quantize` or `qkern.export_gguf` will do it, and the best of these is the result; 0 takes the
-        best by the candidates. Rounding to nearest needs none, and a front has none.
-    type : str
-        Mixture for what is not searched in a GGUF, as in `qkern.export_gguf`.
+        `qkern.quantize` or `qkern.export_gguf` will do it, and the best of these and the Lagrangian optimum
+        is the result; 0 takes the best by the candidates. Default: 4; none when rounding to nearest, whose
+        codes are the candidates', or for a front.
+    type : str, optional
+        Mixture for what is not searched in a GGUF, as in `qkern.export_gguf`; default: q4_k_m.
     top_k, simulate, tokenizer, device, store, resume
         As in `sensitivity`.
     output : str or Path, optional
@@ -191,8 +196,9 @@ def search_assignment(
     """
     started = time.monotonic()
     check_population(population, generations, seed)
-    if finalists < 0:
-        raise InputError(f"finalists must be 0 or more: got {finalists}")
+    if type is not None and runtime != "gguf":
+        raise InputError(f"type is a mixture of GGUF types, for runtime gguf: got {type!r} for {runtime}")
+    finalists = _finalists(finalists, method, pareto=pareto)
     check_pymoo()
     target = None
     given = {
@@ -206,9 +212,9 @@ def search_assignment(
             raise InputError("a front has every size: leave the target out, or pareto (--pareto)")
     else:
         target = Target.one_of(given)
-    path = new_folder(output) if pareto else new_file(output)
+    path = new_folder(output, store) if pareto else new_file(output, store)
     drawn: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length}
-    export = {"model": model, "type": type, "method": method, **drawn}
+    export = {"model": model, "type": type or MIXTURE, "method": method, **drawn}
     searched: dict[str, Any] = {"head": head, "embedding": embedding}
     plan = _plan(model, runtime, alleles, method, device=device, export=export, target=target, **searched)
     budget = None if target is None else plan.sizes.budget(target, plan.space)
@@ -220,6 +226,18 @@ def search_assignment(
         if path is not None:
             report.write(path)
     return report
+
+
+def _finalists(wanted: int | None, method: str, *, pareto: bool) -> int:
+    """Return how many assignments are quantized by themselves."""
+    none = "a front" if pareto else "rounding to nearest" if method == "rtn" else None
+    if wanted is None:
+        return 0 if none else FINALISTS
+    if wanted < 0:
+        raise InputError(f"finalists must be 0 or more: got {wanted}")
+    if wanted and none:
+        raise InputError(f"{none} has no finalists: got {wanted}; leave them out (--finalists)")
+    return wanted
 
 
 def _plan(

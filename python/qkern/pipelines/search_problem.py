@@ -15,7 +15,7 @@ import numpy as np
 from qkern import _progress
 from qkern.calibration import LayerStream, calibration_hash
 from qkern.pipelines.candidates import CandidateStore, make_candidates
-from qkern.pipelines.search_report import Assigned, SearchReport, Sensitivity, SensitivityReport
+from qkern.pipelines.search_report import Assigned, Finalist, SearchReport, Sensitivity, SensitivityReport
 from qkern.search import (
     ORIGINAL,
     CachedLosses,
@@ -75,6 +75,7 @@ class Found:
     perplexities: list[float]
     evaluations: int
     history: tuple[Generation, ...] = ()
+    finalists: tuple[Finalist, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,9 +192,12 @@ class Problem:
                 progress.advance(note=note)
 
             best = evolve(space, budget, losses, evaluate, stages=stages, see=see, **options)
-        count = 0 if self.plan.method == "rtn" else finalists
-        chosen = [genome for genome in evaluate.best(count + 1) if genome != optimum][:count]
-        found["genetic"], own = self._final(chosen, optimum, evaluate) if count else (best, None)
+        chosen = [genome for genome in evaluate.best(finalists + 1) if genome != optimum][:finalists]
+        own: CachedLosses | None = None
+        tried: list[Finalist] = []
+        if finalists:
+            best, own, tried = self._final(chosen, optimum, evaluate)
+        found["genetic"] = best
         found["lagrangian"] = optimum
         found["greedy"] = greedy(space, losses, budget)
         with _progress.task("random search", total=options["generations"], unit="generation") as progress:
@@ -209,7 +213,7 @@ class Problem:
             uniform = space.uniform(spelling)
             if uniform is not None and space.bits(uniform) <= budget:
                 found[f"uniform {spelling}"] = uniform
-        result = self._found(found, evaluate, before - len(chosen), history)
+        result = replace(self._found(found, evaluate, before - len(chosen), history), finalists=tuple(tried))
         if own is None:
             return result
         alone = (0,) * len(space)
@@ -221,13 +225,16 @@ class Problem:
 
     def _final(
         self, genomes: Sequence[Genome], optimum: Genome, evaluate: CachedLosses
-    ) -> tuple[Genome, CachedLosses | None]:
+    ) -> tuple[Genome, CachedLosses | None, list[Finalist]]:
         """Quantize genomes each behind itself, as the optimum is; return the best of all, and what scores it.
 
-        That evaluates a single genome, whose alleles are the only ones; None for the optimum.
+        That evaluates a single genome, whose alleles are the only ones; None for the optimum. All that were
+        tried come last, the optimum first.
         """
         (loss,) = evaluate([optimum])
         best: tuple[float, Genome, CachedLosses | None] = (loss, optimum, None)
+        name = self.plan.space.assignment
+        tried = [Finalist(found_by="lagrangian", kl=loss, by_candidates=loss, assignment=name(optimum))]
         with _progress.task("finalists", total=len(genomes), unit="assignment") as progress:
             for genome, by_candidates in zip(genomes, evaluate(genomes), strict=True):
                 space = self.plan.space.only(genome)
@@ -236,9 +243,14 @@ class Problem:
                 _, own = self.opened(space.assignment(alone), space)
                 (loss,) = own([alone])
                 progress.advance(note=f"{loss:.5f}, by candidates {by_candidates:.5f}")
+                tried.append(
+                    Finalist(
+                        found_by="genetic", kl=loss, by_candidates=by_candidates, assignment=name(genome)
+                    )
+                )
                 if loss < best[0]:
                     best = (loss, genome, own)
-        return best[1:]
+        return *best[1:], tried
 
     def front(self, options: dict[str, Any]) -> Found:
         """All sizes at once, and beside them what simpler searches find at the same sizes."""
@@ -319,6 +331,7 @@ class Problem:
             evaluations=found.evaluations,
             seed=seed,
             history=found.history,
+            finalists=found.finalists,
             kept=plan.kept,
             seconds=time.monotonic() - started,
             output=output,

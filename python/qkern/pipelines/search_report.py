@@ -14,7 +14,15 @@ from qkern.gguf.writer import check_new_file, write_whole
 if TYPE_CHECKING:
     from qkern.search import Generation, MixedPrecision
 
-__all__ = ["Assigned", "SearchReport", "Sensitivity", "SensitivityReport", "new_file", "new_folder"]
+__all__ = [
+    "Assigned",
+    "Finalist",
+    "SearchReport",
+    "Sensitivity",
+    "SensitivityReport",
+    "new_file",
+    "new_folder",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +121,32 @@ class Assigned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Finalist:
+    """One of the best assignments of a search, quantized by itself.
+
+    Parameters
+    ----------
+    found_by : str
+        ``"genetic"``, or ``"lagrangian"`` for the optimum that candidates were made behind.
+    kl : float
+        By its own codes, as they will be written: the least is the result.
+    by_candidates : float
+        What the search went by.
+    assignment : MixedPrecision
+        The assignment.
+    """
+
+    found_by: str
+    kl: float
+    by_candidates: float
+    assignment: MixedPrecision
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**asdict(self), "assignment": dict(self.assignment.choices)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchReport:
     """What a search found.
 
@@ -132,7 +166,9 @@ class SearchReport:
     tokens, evaluations, seed : int
         Tokens that assignments were scored on, assignments that were scored, seed.
     history : tuple of Generation
-        Best and mean loss by generation.
+        Best and mean loss by generation, by candidates.
+    finalists : tuple of Finalist
+        What the result was chosen from, see `search_assignment`; none without finalists.
     kept : dict
         Linears that were left alone, and why.
     seconds : float
@@ -151,6 +187,7 @@ class SearchReport:
     evaluations: int
     seed: int
     history: tuple[Generation, ...] = ()
+    finalists: tuple[Finalist, ...] = ()
     kept: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     output: Path | None = None
@@ -161,6 +198,7 @@ class SearchReport:
             "best": None if self.best is None else self.best.as_dict(),
             "others": [other.as_dict() for other in self.others],
             "history": [{"number": g.number, "kl": g.loss, "mean": g.mean} for g in self.history],
+            "finalists": [finalist.as_dict() for finalist in self.finalists],
             "output": None if self.output is None else str(self.output),
         }
 
@@ -188,19 +226,26 @@ class SearchReport:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def new_file(output: str | Path | None) -> Path | None:
-    """Return the path of a file to write, if any; refuse one that no new file can have."""
+def new_file(output: str | Path | None, store: str | Path | None = None) -> Path | None:
+    """Return the path of a file to write, if any; refuse one that no new file can have, or the store has."""
     if output is None:
         return None
     check_new_file(Path(output), "report.json")
+    _refuse_store(output, store)
     return Path(output)
 
 
-def new_folder(output: str | Path | None) -> Path | None:
-    """Return the path of a folder to write, if any; refuse one that holds something."""
+def new_folder(output: str | Path | None, store: str | Path | None = None) -> Path | None:
+    """Return the path of a folder to write, if any; refuse one that holds something, or is the store."""
     if output is None:
         return None
     path = Path(output)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists and is no empty folder: remove it or choose another --output")
+    _refuse_store(output, store)
     return path
+
+
+def _refuse_store(output: str | Path, store: str | Path | None) -> None:
+    if store is not None and Path(output).resolve() == Path(store).resolve():
+        raise InputError(f"output (--output) and store (--store) are both {output}: choose two paths")

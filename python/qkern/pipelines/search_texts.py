@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from qkern.calibration import bounded_length
-from qkern.errors import InputError
+from qkern.errors import FormatError, InputError
 from qkern.pipelines.quantize import calibration_ids
 
 if TYPE_CHECKING:
@@ -50,10 +50,12 @@ class Texts:
         if tokens < 2:
             raise InputError(f"tokens must be at least 2: got {tokens}; the default is 12288")
         if text is not None:
-            return cls(
-                calibration=calibration_ids(source, calibration, tokenizer, samples, bounded, _SEED),
-                scored=calibration_ids(source, text, tokenizer, count, bounded, _SEED, "text to score on"),
-            )._checked()
+            ids = calibration_ids(source, calibration, tokenizer, samples, bounded, _SEED)
+            try:
+                scored = calibration_ids(source, text, tokenizer, count, bounded, _SEED, "text to score on")
+            except (InputError, FormatError) as error:
+                raise type(error)(f"text (--text): {error}") from error
+            return cls(calibration=ids, scored=scored)._checked()
         ids = calibration_ids(source, calibration, tokenizer, samples + count, bounded, _SEED)
         if len(ids) < 2:
             raise InputError(

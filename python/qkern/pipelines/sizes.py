@@ -57,7 +57,8 @@ class Target:
         wanted = {kind: value for kind, value in given.items() if value is not None}
         if len(wanted) != 1:
             options = ", ".join(f"target_{kind} (--target-{kind.replace('_', '-')})" for kind in given)
-            raise InputError(f"a search needs one target of {options}: got {', '.join(wanted) or 'none'}")
+            got = " and ".join(f"target_{kind}" for kind in wanted)
+            raise InputError(f"a search needs one target of {options}: got {got or 'none'}")
         ((kind, value),) = wanted.items()
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"target_{kind} must be a positive number: got {value}")
@@ -220,8 +221,9 @@ class Sizes:
         low, high = (space.bits(genome) for genome in space.ends())
         budget = math.floor(target.value * unit * (1 + 1e-12)) - rest
         if not low <= budget < high:
+            wrong = "no assignment is as small as" if budget < low else "nothing to search: all are within"
             raise InputError(
-                f"no assignment has {target}: the smallest of the alleles takes "
+                f"{wrong} {target}: the smallest of the alleles takes "
                 f"{target.spell((low + rest) / unit, math.ceil)}, the largest "
                 f"{target.spell((high + rest) / unit, math.floor)}; "
                 "choose a target from the smallest to below the largest, or other alleles"

@@ -40,8 +40,8 @@ def parse_choice(spelling: str) -> Choice:
         return Scheme.parse(spelling)
     except (InputError, TypeError) as error:
         raise InputError(
-            f"not a scheme, a GGUF type or {KEPT!r}: got {spelling!r}; schemes look like w4g128, GGUF types "
-            f"are {', '.join(GGUF_TYPES)}"
+            f"not a scheme, a GGUF type or {KEPT!r}: got {spelling!r}; schemes look like w4g128 (of 2, 3, 4 "
+            f"or 8 bits), GGUF types are {', '.join(GGUF_TYPES)}"
         ) from error
 
 
@@ -71,7 +71,7 @@ class MixedPrecision:
     def __post_init__(self) -> None:
         if not self.choices:
             raise InputError("the assignment is empty: it maps names of tensors to schemes or GGUF types")
-        spelled = {pattern: spell_choice(parse_choice(choice)) for pattern, choice in self.choices.items()}
+        spelled = {pattern: _spelled(pattern, choice) for pattern, choice in self.choices.items()}
         kinds = {type(parse_choice(choice)) for choice in spelled.values()} - {type(None)}
         if len(kinds) > 1:
             first = {
@@ -93,13 +93,13 @@ class MixedPrecision:
             If the file is missing, no such object, or has a key twice.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
+            found = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"cannot read the assignment {path}: {reason_of(error)}") from error
-        if not isinstance(found, dict) or not all(isinstance(choice, str) for choice in found.values()):
+        if not isinstance(found, dict):
             raise InputError(
-                f"{path} is no assignment: one JSON object of names and choices, such as "
-                f'{{"*.mlp.down_proj": "w4g128"}}'
+                f"{path} is no assignment but {type(found).__name__}: one JSON object of names and choices, "
+                f'such as {{"*.mlp.down_proj": "w4g128"}}'
             )
         try:
             return cls(found)
@@ -166,8 +166,9 @@ class MixedPrecision:
             if not matched:
                 raise InputError(
                     f"the assignment's {pattern!r} names no tensor that could be quantized here; there are "
-                    f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} (embeddings stay 16-bit but "
-                    "in a GGUF, norms always do)"
+                    f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} (as the model names them, a "
+                    "glob fits whole names; norms stay 16-bit, outside a GGUF embeddings too; a tied head is "
+                    "its embedding)"
                 )
             for name in matched:
                 if name in by:
@@ -211,6 +212,19 @@ class MixedPrecision:
                 )
         found = self.resolve(names)
         return {name: choice for name, choice in found.items() if not isinstance(choice, Scheme)}
+
+
+def _spelled(pattern: str, choice: Any) -> str:
+    if not isinstance(choice, str):
+        shown = json.dumps(choice, default=repr)
+        raise InputError(
+            f"an assignment has names and choices, strings such as {KEPT!r} or 'w4g128': got "
+            f"{shown if len(shown) <= 40 else type(choice).__name__} for {pattern!r}"
+        )
+    try:
+        return spell_choice(parse_choice(choice))
+    except InputError as error:
+        raise InputError(f"{pattern!r}: {error}") from error
 
 
 def _ends(name: str) -> Iterator[str]:

@@ -191,7 +191,10 @@ def make_space(
     if set(tried) == {KEPT}:
         raise InputError(f"there is nothing to choose: got {KEPT} alone; add schemes or GGUF types")
     if head and structure.tied:
-        raise UnsupportedError(f"{structure.head} is tied to the input embedding: leave it out of the search")
+        with_it = "; a search of the embedding (--embedding) has both" if runtime.name == "gguf" else ""
+        raise UnsupportedError(
+            f"{structure.head} is tied to the input embedding: leave it (--head) out of the search{with_it}"
+        )
     linears = {name: column_weight(linear) for name, linear in named_linears(model).items()}
     kept: dict[str, str] = {}
     groups = tied_linears(linears, structure, runtime, head=head, kept=kept)
