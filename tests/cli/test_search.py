@@ -107,7 +107,7 @@ def test_mistakes_are_told(capsys, folder, text, tmp_path):
     assert (code, "needs one target" in err) == (1, True)
     code, _, err = run(capsys, *common, "--target-bpw-linear", 1)
     assert (code, "no assignment is as small as 1.0000 bits" in err) == (1, True)
-    code, _, err = run(capsys, *common, "--target-bpw", 3, "--text", "/none.txt")
+    code, _, err = run(capsys, *common, "--target-bpw-linear", 4, "--text", "/none.txt")
     assert (code, "text (--text): calibration file not found: /none.txt" in err) == (1, True)
     code, _, err = run(capsys, *common, "--target-bpw", 3, "--runtime", "exl3")
     assert (code, "'exl3' is not one of" in err) == (2, True)
