@@ -7,7 +7,7 @@ weights) is searched with every seed: candidates by GPTQ on the calibration text
 What a search found is then quantized as a user would, ``qkern quantize --assignment``, and measured as
 KL(original || quantized) on HELDOUT, which neither saw. The second table has differences of mean KL, with
 the paired bootstrap's 95 % interval over windows of the text and over seeds: below zero throughout means
-better, whatever the text and the seed.
+better, on other text and with other seeds too.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ SEEDED = {"genetic", "random"}
 # What each search has to beat at the same size.
 AGAINST = (
     ("genetic", "lagrangian"),
+    ("genetic", "greedy"),
     ("lagrangian", "random"),
     ("genetic", "uniform"),
     ("lagrangian", "uniform"),
@@ -162,7 +163,7 @@ def searched(source: str | Path, form: str, arguments: argparse.Namespace, work:
             kls={name: tuple(float(kl.mean()) for kl in measured) for name, measured in runs.items()},
             bits=bits,
             gaps={
-                pair: paired_bootstrap(runs[pair[0]], runs[pair[1]], block=WINDOW)
+                pair: paired_bootstrap(runs[pair[0]], runs[pair[1]], window=WINDOW)
                 for pair in AGAINST
                 if runs.keys() >= {*pair} and ("uniform" not in pair or not smaller(bits["uniform"], target))
             },

@@ -4,7 +4,6 @@ import torch
 
 from qkern import InputError
 from qkern.evaluation import MIN_POSITIONS, kl_divergence, paired_bootstrap, window_logits
-from qkern.evaluation.kl import text_block
 
 VOCABULARY = 13
 
@@ -127,19 +126,35 @@ class TestPairedBootstrap:
         assert interval.is_below
         assert interval.high == pytest.approx(-0.01)
 
-    @pytest.mark.parametrize(
-        ("windows", "window", "block"),
-        [(1, 512, 32), (2, 512, 64), (15, 512, 256), (16, 512, 512), (30, 512, 512), (1, 8, 1), (3, 6, 1)],
-    )
-    def test_few_windows_are_resampled_in_parts(self, windows, window, block):
-        assert text_block(windows, window) == block
+    @pytest.mark.parametrize("window", [509, 512])
+    @pytest.mark.parametrize("windows", [4, 15, 60])
+    def test_windows_of_any_length_cover_the_truth(self, windows, window):
+        # Positions of a window are alike, as those of a text are.
+        generator = np.random.default_rng(9)
+        covered = 0
+        for _ in range(200):
+            sample = np.repeat(generator.normal(size=windows), window) + generator.normal(
+                size=windows * window
+            )
+            interval = paired_bootstrap(sample, np.zeros_like(sample), window=window, resamples=400)
+            covered += interval.low <= 0 <= interval.high
+        # Binomial(200, 0.95) is at least 178 with probability above 0.999.
+        assert covered >= 178
+
+    def test_parts_of_windows_weigh_what_they_hold(self):
+        # Three windows of 7 are cut into six parts of three or four positions.
+        sample = np.arange(21.0) ** 2
+        interval = paired_bootstrap(sample, np.zeros(21), window=7)
+        assert interval.mean == pytest.approx(sample.mean())
+        constant = paired_bootstrap(np.full(21, 0.3), np.zeros(21), window=7)
+        np.testing.assert_allclose(constant, 0.3)
 
     def test_blocks_are_resampled_together(self):
         # Positions of a window are alike: one interval is that of the windows, the other is too narrow.
         generator = np.random.default_rng(7)
         windows = generator.normal(size=100)
         first = np.repeat(windows, 50) + 0.1 * generator.normal(size=5000)
-        _, low, high = paired_bootstrap(first, np.zeros(5000), block=50)
+        _, low, high = paired_bootstrap(first, np.zeros(5000), window=50)
         _, narrow_low, narrow_high = paired_bootstrap(first, np.zeros(5000))
         half = 1.96 * windows.std() / 10
         assert high - low == pytest.approx(2 * half, rel=0.1)
@@ -152,13 +167,26 @@ class TestPairedBootstrap:
         first = shared + runs[:, None]
         mean, low, high = paired_bootstrap(first, shared)
         assert mean == pytest.approx(0)
-        half = 1.96 * runs.std() / 5**0.5
+        # Student's t of 4 degrees of freedom.
+        half = 2.776 * runs.std(ddof=1) / 5**0.5
         assert high - low == pytest.approx(2 * half, rel=0.1)
         # Two samples vary by themselves, whatever the order of their runs.
-        _, low, high = paired_bootstrap(first, first)
-        assert high - low == pytest.approx(2 * 2**0.5 * half, rel=0.1)
+        apart = paired_bootstrap(first, first)
+        assert apart.high - apart.low > 1.2 * (high - low)
         one, other = paired_bootstrap(first[:1], shared), paired_bootstrap(first[0], shared)
         assert one == other
+
+    @pytest.mark.parametrize("runs", [(5, 1), (5, 5), (2, 1)])
+    def test_few_runs_cover_the_truth(self, runs):
+        generator = np.random.default_rng(10)
+        shared = generator.normal(size=100)
+        covered = 0
+        for _ in range(400):
+            first, second = (shared + generator.normal(size=(count, 1)) * (count > 1) for count in runs)
+            interval = paired_bootstrap(first, second, resamples=400)
+            covered += interval.low <= 0 <= interval.high
+        # Binomial(400, 0.95) is at least 366 with probability above 0.998.
+        assert covered >= 366
 
     def test_seed_and_confidence(self):
         generator = np.random.default_rng(6)
@@ -174,9 +202,9 @@ class TestPairedBootstrap:
             paired_bootstrap([1, 2], [1, 2, 3])
         with pytest.raises(InputError, match=r"got \[0\] and \[0\]"):
             paired_bootstrap([], [])
-        with pytest.raises(InputError, match="block must divide the positions: got 2 for 3 of them"):
-            paired_bootstrap([1, 2, 3], [1, 2, 3], block=2)
-        with pytest.raises(InputError, match="one block of 3 says nothing of others"):
-            paired_bootstrap([1, 2, 3], [2, 3, 4], block=3)
+        with pytest.raises(InputError, match="window must divide the positions: got 2 for 3 of them"):
+            paired_bootstrap([1, 2, 3], [1, 2, 3], window=2)
+        with pytest.raises(InputError, match="one position says nothing of others"):
+            paired_bootstrap([1], [2])
         with pytest.raises(InputError, match="confidence"):
-            paired_bootstrap([1], [1], confidence=1.0)
+            paired_bootstrap([1, 2], [1, 2], confidence=1.0)

@@ -6,7 +6,6 @@ import torch
 
 from qkern import InputError
 from qkern.evaluation import kl_divergence, paired_bootstrap, perplexity
-from qkern.evaluation.kl import text_block
 from qkern.evaluation.perplexity import token_losses, with_error
 from qkern.evaluation.reference import ReferenceReader, ReferenceWriter
 from qkern.evaluation.scoring import score
@@ -42,9 +41,7 @@ def test_all_of_the_distribution(tmp_path):
     assert (reader.kept, reader.vocabulary) == (V, V)
     expected = kl_divergence(model(0), near(1, 0.5), IDS, window=WINDOW, allow_short=True)
     np.testing.assert_array_equal(reader.kl, expected)
-    assert found.kl == paired_bootstrap(
-        expected, np.zeros_like(expected), block=text_block(len(expected) // WINDOW, WINDOW)
-    )
+    assert found.kl == paired_bootstrap(expected, np.zeros_like(expected), window=WINDOW)
     assert found.positions == len(expected) == POSITIONS
     losses = token_losses(near(1, 0.5), IDS, window=WINDOW)
     assert (found.perplexity, found.standard_error) == with_error(losses)

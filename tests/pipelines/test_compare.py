@@ -86,7 +86,7 @@ def test_scores_are_those_of_one_process(comparison, models, ids):
         assert row.score.kl.low < row.score.kl.mean < row.score.kl.high
         assert 0.5 < row.score.agreement < 1
     # The better one first, and both at the same positions.
-    difference = paired_bootstrap(values[1], values[0], block=WINDOW)
+    difference = paired_bootstrap(values[1], values[0], window=WINDOW)
     assert difference.is_below
     assert comparison.notes[2].startswith("KL of model.gguf less that of w4: -0.0")
     assert float(comparison.notes[2].split()[7]) == pytest.approx(difference.mean, abs=2e-5)

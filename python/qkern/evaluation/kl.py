@@ -22,14 +22,13 @@ __all__ = [
     "kl_divergence",
     "kl_rows",
     "paired_bootstrap",
-    "text_block",
     "with_rest",
 ]
 
 MIN_POSITIONS: Final = 15_000
 """Positions below which a KL is refused: the mean is then too noisy to rank methods."""
-# Blocks below which a bootstrap interval is chance.
-_MIN_BLOCKS: Final = 16
+# Of fewer blocks an interval says little: then parts of windows are better, though they depend on each other.
+_MIN_BLOCKS: Final = 4
 # The rest of the vocabulary is one outcome more, which has some probability in floating point.
 _LEAST: Final = 1e-12
 
@@ -167,34 +166,28 @@ class Interval(NamedTuple):
         return self.high < 0
 
 
-def text_block(windows: int, window: int) -> int:
-    """Positions that `paired_bootstrap` resamples together: a window, of few windows a part of one.
-
-    Parts of a window depend on each other: the interval is somewhat narrow then, but no chance of few blocks.
-    """
-    parts = (part for part in range(1, window + 1) if window % part == 0)
-    return max((part for part in parts if windows * window // part >= _MIN_BLOCKS), default=1)
-
-
 def paired_bootstrap(
     first: ArrayLike,
     second: ArrayLike,
     *,
-    block: int = 1,
+    window: int = 1,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of ``mean(first) - mean(second)``, pairs resampled together.
+    """Bootstrap interval of ``mean(first) - mean(second)``, pairs resampled together.
+
+    The deviations of few windows, or few runs, are those of Student's t: their own spread is uncertain.
 
     Parameters
     ----------
     first, second : array_like
         One value a position ``[P]`` at the same positions, or ``[runs, P]`` of runs with several seeds; runs
         are resampled too, those of `first` and `second` apart from each other.
-    block : int
-        Positions beside each other that are resampled together. Those of one window depend on each other:
-        the length of a window gives the interval for other texts.
+    window : int
+        Positions of one window, which depend on each other and are resampled together: so the interval is
+        one for other texts. Fewer than 4 windows are cut into equal parts, at least 4 in all; parts of a
+        window depend on each other, and the interval is somewhat narrow then.
     confidence : float
         Probability that the interval covers, between 0 and 1.
     resamples : int
@@ -210,7 +203,7 @@ def paired_bootstrap(
     Raises
     ------
     InputError
-        If the lengths differ, are 0 or no multiple of `block`, if there is one block alone, or on a
+        If the lengths differ or are no multiple of `window`, if there are fewer than two positions, or on a
         confidence outside (0, 1).
     """
     a, b = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (first, second))
@@ -219,16 +212,20 @@ def paired_bootstrap(
             "the samples must be paired and not empty, [positions] or [runs, positions]: got "
             f"{list(np.shape(first))} and {list(np.shape(second))} values"
         )
-    if block < 1 or a.shape[1] % block:
-        raise InputError(f"block must divide the positions: got {block} for {a.shape[1]} of them")
-    if 1 < block == a.shape[1]:
-        raise InputError(f"one block of {block} says nothing of others: give more text, or smaller blocks")
+    positions = a.shape[1]
+    if window < 1 or positions % window:
+        raise InputError(f"window must divide the positions: got {window} for {positions} of them")
+    if positions < 2:
+        raise InputError("one position says nothing of others: give more text")
     if not 0 < confidence < 1 or resamples < 1:
         raise InputError(
             f"confidence must be in (0, 1) and resamples at least 1: got {confidence} and {resamples}"
         )
-    a, b = (values.reshape(len(values), -1, block).mean(-1) for values in (a, b))
-    blocks = a.shape[1]
+    windows = positions // window
+    blocks = windows * min(window, -(-_MIN_BLOCKS // windows))
+    edges = np.arange(blocks + 1) * positions // blocks
+    sizes = np.diff(edges)
+    a, b = (np.add.reduceat(values, edges[:-1], axis=1) for values in (a, b))
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     # So many resamples at a time keep the index array near 32 MB.
@@ -236,12 +233,14 @@ def paired_bootstrap(
     for start in range(0, resamples, some):
         part = slice(start, min(start + some, resamples))
         count = part.stop - start
-        chosen = generator.integers(0, blocks, size=(count, blocks))
         difference = _drawn_runs(generator, a, count) - _drawn_runs(generator, b, count)
-        means[part] = np.take_along_axis(difference, chosen, 1).mean(1)
+        center = difference.sum(1) / positions
+        chosen = generator.integers(0, blocks, size=(count, blocks))
+        drawn = np.take_along_axis(difference, chosen, 1).sum(1) / sizes[chosen].sum(1)
+        means[part] = center + _studentized(generator, blocks, count) * (drawn - center)
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
-    return Interval(float(a.mean() - b.mean()), float(low), float(high))
+    return Interval(float((a.sum() / len(a) - b.sum() / len(b)) / positions), float(low), float(high))
 
 
 def _drawn_runs(generator: np.random.Generator, runs: NDArray[np.float64], count: int) -> NDArray[np.float64]:
@@ -251,4 +250,11 @@ def _drawn_runs(generator: np.random.Generator, runs: NDArray[np.float64], count
     """
     if len(runs) == 1:
         return runs
-    return generator.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=count) / len(runs) @ runs
+    even = 1 / len(runs)
+    shares = generator.multinomial(len(runs), np.full(len(runs), even), size=count) / len(runs)
+    return (even + _studentized(generator, len(runs), count)[:, None] * (shares - even)) @ runs
+
+
+def _studentized(generator: np.random.Generator, size: int, count: int) -> NDArray[np.float64]:
+    """Draw factors that make deviations of resampled means of `size` values those of Student's t."""
+    return np.sqrt(size / generator.chisquare(size - 1, count))

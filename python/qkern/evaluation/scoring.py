@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qkern.evaluation.kl import Interval, paired_bootstrap, text_block
+from qkern.evaluation.kl import Interval, paired_bootstrap
 from qkern.evaluation.perplexity import token_losses, with_error
 from qkern.evaluation.reference import ReferenceReader
 
@@ -89,7 +89,7 @@ def score(
     kl = agreement = None
     if isinstance(reference, ReferenceReader):
         values = reference.kl
-        kl = paired_bootstrap(values, np.zeros_like(values), block=text_block(len(losses), window))
+        kl = paired_bootstrap(values, np.zeros_like(values), window=window)
         agreement = reference.agreement
     return Score(
         perplexity=perplexity,

@@ -23,7 +23,6 @@ from qkern.checkpoints import model_folder
 from qkern.errors import InputError, QkernError
 from qkern.evaluation import MIN_POSITIONS, Interval, bpw_file, file_bytes, paired_bootstrap, read_text
 from qkern.evaluation.decoding import Speed
-from qkern.evaluation.kl import text_block
 from qkern.evaluation.machine import available_bytes, machine
 from qkern.evaluation.reference import ReferenceReader
 from qkern.evaluation.scoring import Score
@@ -360,7 +359,7 @@ def _notes(rows: Sequence[ComparedModel], folder: Path, window: int) -> tuple[st
     )
     for (_, first), (_, second) in itertools.pairwise(scored):
         better, worse = (np.load(kl_file(folder, number)) for number in (first, second))
-        found = paired_bootstrap(better, worse, block=text_block(len(better) // window, window))
+        found = paired_bootstrap(better, worse, window=window)
         chance = "" if found.is_below else ": the interval includes zero"
         notes.append(
             f"KL of {rows[first].name} less that of {rows[second].name}: "
