@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qkern.calibration import bounded_length, calibration_hash, make_batches
+from qkern.calibration import bounded_length, calibration_hash, make_batches, split_batches
 from qkern.errors import InputError
 
 
@@ -48,6 +48,17 @@ def test_ready_sequences_are_taken_as_they_are():
     ids = torch.arange(12, dtype=torch.int32).reshape(3, 4)
     assert make_batches(None, ids, samples=2, length=100).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert make_batches(None, ids, samples=9, length=3).shape == (3, 3)
+
+
+def test_what_is_set_aside_is_not_drawn():
+    texts = [list(range(40))]
+    for samples, aside, drawn, others in ((3, 4, 3, 4), (8, 4, 6, 4), (3, 99, 3, 5), (128, 24, 5, 5)):
+        chosen, rest = split_batches(None, texts, samples=samples, aside=aside, length=4)
+        assert (len(chosen), len(rest)) == (drawn, others)
+        assert torch.equal(chosen, make_batches(None, texts, samples=drawn, length=4))
+        assert len({*chosen[:, 0].tolist(), *rest[:, 0].tolist()}) == drawn + others
+    with pytest.raises(InputError, match="holds one sequence of 40 tokens"):
+        split_batches(None, texts, samples=1, aside=1, length=40)
 
 
 @pytest.mark.parametrize(

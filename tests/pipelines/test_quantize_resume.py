@@ -126,7 +126,7 @@ def test_another_run_does_not_use_the_layers(folder, tiny, tmp_path, stop_after,
         {"calibration": IDS.flip(0)},
         {"skip": ["up_proj"]},
     ):
-        with pytest.raises(InputError, match=r"holds layers of another run.*resume=False"):
+        with pytest.raises(InputError, match=r"holds finished layers of another run.*resume=False"):
             quantize(folder, output=output, **{**OPTIONS, **change})
     other = tiny("llama", dtype=torch.bfloat16, num_hidden_layers=3, seed=1)
     with pytest.raises(InputError, match=r"another run \(of a model with other weights"):
@@ -161,7 +161,7 @@ def test_a_second_run_with_the_same_output_is_refused(folder, tmp_path, monkeypa
 
     def meanwhile(*arguments):
         done = original(*arguments)
-        with pytest.raises(InputError, match=r"another run .* is at work in .*out\.partial: wait") as info:
+        with pytest.raises(InputError, match=r"another run is at work in .*out\.partial: wait") as info:
             quantize(folder, output=tmp_path / "out", method="rtn", scheme="w4g32", resume=resume)
         refused.append(info)
         return done

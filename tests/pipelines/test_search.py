@@ -108,11 +108,28 @@ def test_a_sensitivity_is_the_kl_of_that_change(folder, store):
 def test_the_text_is_set_aside(tiny):
     model = tiny("llama")
     drawn = module.Texts.draw(module.open_source(model), IDS, None, None, 128, 32, 64)
-    assert (len(drawn.calibration), len(drawn.scored)) == (6, 2)
-    both = torch.cat([drawn.calibration, drawn.scored])
-    assert torch.equal(both[both[:, 0].argsort()], IDS[IDS[:, 0].argsort()])
+    assert torch.equal(drawn.calibration, IDS[:6])
+    assert torch.equal(drawn.scored, IDS[6:])
     drawn = module.Texts.draw(module.open_source(model), IDS[:2], None, None, 128, 32, 9999)
     assert (len(drawn.calibration), len(drawn.scored)) == (1, 1)
+
+
+@pytest.mark.parametrize("samples", [4, 128])
+def test_without_another_text_the_result_is_of_the_codes_that_are_written(folder, samples):
+    text = [row.tolist() for row in IDS]  # of which sequences are drawn
+    given = {**SMALL, "calibration": text, "text": None, "samples": samples, "length": 32, "tokens": 64}
+    report = search_assignment(folder, **given, target_bpw_linear=3.5)
+    assert report.samples == min(samples, 6)
+    drawn = module.Texts.draw(module.open_source(folder), text, None, None, samples, 32, 64)
+    assert torch.equal(drawn.calibration, make_batches(None, text, samples=report.samples, length=32))
+    made = quantize(
+        load(folder), assignment=report.best.assignment, calibration=text, samples=report.samples, length=32
+    )
+    original, made = load(folder, dtype=torch.float32), made.float()
+    with torch.no_grad():
+        p, q = (m(input_ids=drawn.scored).logits.double().log_softmax(-1) for m in (original, made))
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    assert report.best.kl == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -415,11 +432,12 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
         (
             {"target_bpw_linear": 2.0},
             InputError,
-            r"no assignment is as small as 2\.0000 bits a weight of the linears: the smallest of the alleles "
+            r"no assignment is as small as 2 bits a weight of the linears: the smallest of the alleles "
             r"takes 3\.0000 bits a weight of the linears, the largest 8\.2",
         ),
-        ({"target_bpw_linear": 9.0}, InputError, "nothing to search: all are within 9.0000 bits"),
-        ({"target_compression": 0.01}, InputError, "0.0100 of the original's bytes: the smallest"),
+        ({"target_bpw_linear": 2.99999}, InputError, r"as small as 2\.99999 bits .* takes 3\.0000 bits"),
+        ({"target_bpw_linear": 9.0}, InputError, "nothing to search: all are within 9 bits"),
+        ({"target_compression": 0.01}, InputError, "0.01 of the original's bytes: the smallest"),
         ({"target_bytes": 10}, InputError, "no assignment is as small as 10 bytes"),
         ({"target_bpw": 3, "embedding": True}, UnsupportedError, "no checkpoint format holds quantized"),
         ({"target_bpw": 3, "pareto": True}, InputError, "leave the target out"),
@@ -428,13 +446,19 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
         ({"target_bpw": 3, "method": "awq"}, InputError, "candidates are made by gptq or rtn"),
         ({"target_bpw_linear": 4, "population": 1}, InputError, "population of 2"),
         ({"target_bpw_linear": 4, "seed": -1}, InputError, "seed must be 0 or more: got -1"),
-        ({"target_bpw_linear": 4, "finalists": -1}, InputError, "finalists must be 0 or more: got -1"),
+        (
+            {"target_bpw_linear": 4, "finalists": -1},
+            InputError,
+            "a whole number from 0: got -1",
+        ),
+        ({"target_bpw_linear": 4, "finalists": 1.5}, InputError, "a whole number from 0: got 1.5"),
         ({"pareto": True, "finalists": 2}, InputError, "a front has no finalists: got 2"),
         (
             {"target_bpw_linear": 4, "method": "rtn", "finalists": 2},
             InputError,
             "rounding to nearest has no finalists: got 2",
         ),
+        ({"target_bpw_linear": 4, "type": "q4_k_m", "runtime": "ggfu"}, InputError, "unknown runtime"),
         ({"target_bpw_linear": 4, "type": "q4_k_m"}, InputError, "for runtime gguf: got 'q4_k_m' for torch"),
         ({"target_bpw_linear": 4, "head": True}, InputError, "neither the embedding nor the head"),
         ({"target_bpw_linear": 4, "alleles": []}, InputError, "nothing to choose: got no alleles"),
@@ -448,10 +472,12 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
             InputError,
             "calibration text is shorter than one sequence: it has 1 tokens",
         ),
+        ({"target_bpw_linear": 4, "calibration": IDS[:1, :1]}, InputError, "calibration text is one token"),
+        ({"target_bpw_linear": 4, "text": IDS[:1, :1]}, InputError, "search text is one token"),
         (
             {"target_bpw_linear": 4, "text": [[5]]},
             InputError,
-            "text to score on is shorter than one sequence: it has 1 tokens",
+            "search text is shorter than one sequence: it has 1 tokens",
         ),
         (
             {"target_bpw_linear": 4, "calibration": IDS[:1], "text": None},
@@ -471,10 +497,18 @@ def test_what_cannot_be_is_refused_before_any_work(folder, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("target", [{"target_bpw_linear": 4}, {"pareto": True}])
-def test_the_output_is_not_the_store(folder, tmp_path, monkeypatch, target):
+@pytest.mark.parametrize(
+    ("store", "output", "message"),
+    [
+        ("same", "same", "are both .*same: choose two paths"),
+        ("same/store", "same", "are one inside the other, .*same and .*same/store: choose paths apart"),
+        ("same", "same/a.json", "are one inside the other"),
+    ],
+)
+def test_the_output_is_apart_from_the_store(folder, tmp_path, monkeypatch, target, store, output, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="are both same: choose two paths"):
-        search_assignment(folder, **SMALL, **target, store=tmp_path / "same", output="same")
+    with pytest.raises(InputError, match=message):
+        search_assignment(folder, **SMALL, **target, store=tmp_path / store, output=output)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -228,7 +228,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
         patch.setattr(import_module("qkern.pipelines.quantize"), "quantize_layer", killed)
         with pytest.raises(KeyboardInterrupt):
             quantize(folder, **options, output=tmp_path / "out")
-    with pytest.raises(Exception, match=r"holds layers of another run \(observer was 'mse', now 'minmax'\)"):
+    with pytest.raises(
+        Exception, match=r"holds finished layers of another run \(observer was 'mse', now 'minmax'\)"
+    ):
         quantize(folder, **options, observer="minmax", output=tmp_path / "out")
     quantize(folder, **options, output=tmp_path / "out")
     for name in ("model.safetensors", "qkern.json", "config.json"):

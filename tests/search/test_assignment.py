@@ -118,7 +118,8 @@ def test_written_and_read_again(tmp_path):
     ("text", "reason"),
     [
         ("", "cannot read"),
-        ("[1]", "is no assignment"),
+        ("[1]", r"is no assignment but \[1\]"),
+        ("null", "is no assignment but null"),
         ('{"a": 4}', "strings such as '16' or 'w4g128': got 4 for 'a'"),
         ('{"a": null}', "got null for 'a'"),
         ('{"a": "w4", "a": "w8"}', "'a' is there twice"),
@@ -132,6 +133,16 @@ def test_files_that_are_no_assignments(tmp_path, text, reason):
     with pytest.raises(InputError, match=reason) as caught:
         MixedPrecision.read(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [({"a": 4}, "got 4 for .a."), ({"a": {(1, 2): 3}}, "for .a."), ({1: "w4"}, "got .w4. for 1")],
+)
+def test_mappings_that_are_no_assignments(given, reason):
+    for make in (MixedPrecision, MixedPrecision.of):
+        with pytest.raises(InputError, match=f"names and choices, strings .*{reason}"):
+            make(given)
 
 
 def test_a_byte_order_mark_is_no_content(tmp_path):

@@ -1,6 +1,6 @@
 """Calibration: texts to batches of tokens, and layer-by-layer runs that capture what linears see."""
 
-from qkern.calibration.batches import bounded_length, calibration_hash, make_batches
+from qkern.calibration.batches import bounded_length, calibration_hash, make_batches, split_batches
 from qkern.calibration.skeleton import (
     Weights,
     bind_names,
@@ -29,5 +29,6 @@ __all__ = [
     "make_batches",
     "meta_copy",
     "meta_model",
+    "split_batches",
     "stages_by_role",
 ]

@@ -46,7 +46,7 @@ def make_batches(
     length: int = 2048,
     seed: int = 0,
     vocabulary: int | None = None,
-    what: str = "calibration text",
+    what: str = "calibration",
 ) -> Tensor:
     """Pack documents into sequences of `length` tokens, without padding and without overlap.
 
@@ -75,52 +75,115 @@ def make_batches(
     Raises
     ------
     InputError
-        If the text is empty or shorter than one sequence.
+        If the text is empty, shorter than one sequence, or one token.
     """
+    packed, order = _packed(tokenizer, texts, samples, length, seed, what)
+    if len(packed) < samples and not isinstance(texts, Tensor):
+        logger.info(
+            "%s text holds %d sequences of %d tokens, %d were asked for", what, len(packed), length, samples
+        )
+    return _checked(packed[order[:samples].sort().values], vocabulary, what)
+
+
+def split_batches(
+    tokenizer: Any,
+    texts: Sequence[Document] | Tensor,
+    *,
+    aside: int,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    vocabulary: int | None = None,
+    what: str = "calibration",
+) -> tuple[Tensor, Tensor]:
+    """Pack documents as `make_batches` does, and set others aside that it would not draw.
+
+    Parameters
+    ----------
+    aside : int
+        Sequences to set aside; of a short text half at most.
+    tokenizer, texts, samples, length, seed, vocabulary, what
+        As in `make_batches`. Of a short text fewer than `samples` are left.
+
+    Returns
+    -------
+    chosen, others : Tensor
+        int64 ``[S, length]`` and ``[A, length]``; the first is what `make_batches` draws for ``samples=S``.
+
+    Raises
+    ------
+    InputError
+        As `make_batches`, and if there is one sequence alone.
+    """
+    packed, order = _packed(tokenizer, texts, samples, length, seed, what)
+    aside = min(aside, len(packed) // 2)
+    count = min(samples, len(packed) - aside)
+    if aside == 0:
+        raise InputError(
+            f"{what} text holds one sequence of {packed.shape[1]} tokens, and a search needs one to choose "
+            "codes by and another to score them on: give more text, another one to score on (--text FILE), "
+            "or a smaller length"
+        )
+    chosen, others = (
+        _checked(packed[part.sort().values], vocabulary, what)
+        for part in (order[:count], order[count : count + aside])
+    )
+    return chosen, others
+
+
+def _packed(
+    tokenizer: Any,
+    texts: Sequence[Document] | Tensor,
+    samples: int,
+    length: int,
+    seed: int,
+    what: str,
+) -> tuple[Tensor, Tensor]:
+    """Return all sequences, and the order in which they are drawn; ready ones have that order."""
     if samples < 1:
         raise InputError(f"samples must be at least 1: got {samples}; the default is 128")
     if isinstance(texts, Tensor):
         if texts.dim() != 2 or texts.is_floating_point() or texts.numel() == 0:
             raise InputError(
-                f"ids of the {what} must be an integer tensor [sequences, tokens]: got {texts.dtype} "
+                f"ids of the {what} text must be an integer tensor [sequences, tokens]: got {texts.dtype} "
                 f"{tuple(texts.shape)}"
             )
-        batch = texts[:samples, :length].long().cpu()
-    else:
-        batch = _pack(tokenizer, texts, samples, length, seed, what)
+        packed = texts[:, :length].long().cpu()
+        return packed, torch.arange(len(packed), device="cpu")
+    packed = _sequences(tokenizer, texts, length, what)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return packed, torch.randperm(len(packed), generator=generator, device="cpu")
+
+
+def _checked(batch: Tensor, vocabulary: int | None, what: str) -> Tensor:
+    if batch.numel() < 2:
+        raise InputError(f"{what} text is one token: nothing can be measured on it; give more")
     if vocabulary is not None and (int(batch.max()) >= vocabulary or int(batch.min()) < 0):
         raise InputError(
-            f"ids of the {what} go from {int(batch.min())} to {int(batch.max())} but the model's vocabulary "
-            f"has {vocabulary} entries: use the model's own tokenizer"
+            f"ids of the {what} text go from {int(batch.min())} to {int(batch.max())} but the model's "
+            f"vocabulary has {vocabulary} entries: use the model's own tokenizer"
         )
     return batch
 
 
-def _pack(
-    tokenizer: Any, texts: Sequence[Document], samples: int, length: int, seed: int, what: str
-) -> Tensor:
+def _sequences(tokenizer: Any, texts: Sequence[Document], length: int, what: str) -> Tensor:
     ids: list[int] = []
     for document in texts:
         if isinstance(document, str):
             if tokenizer is None:
-                raise InputError(f"the {what} needs a tokenizer: the model has none; give lists of token ids")
+                raise InputError(
+                    f"the {what} text needs a tokenizer: the model has none; give lists of token ids"
+                )
             ids.extend(tokenizer(document, verbose=False)["input_ids"])
         else:
             ids.extend(document)
     windows = len(ids) // length
     if windows == 0:
         raise InputError(
-            f"{what} is shorter than one sequence: it has {len(ids)} tokens, {length} are needed; "
+            f"{what} text is shorter than one sequence: it has {len(ids)} tokens, {length} are needed; "
             "give more text or a smaller length"
         )
-    packed = torch.tensor(ids[: windows * length], dtype=torch.int64, device="cpu").reshape(windows, length)
-    if windows < samples:
-        logger.info("%s holds %d sequences of %d tokens, %d were asked for", what, windows, length, samples)
-        return packed
-    chosen = torch.randperm(windows, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[
-        :samples
-    ]
-    return packed[chosen.sort().values]
+    return torch.tensor(ids[: windows * length], dtype=torch.int64, device="cpu").reshape(windows, length)
 
 
 def calibration_hash(batch: Tensor) -> str:

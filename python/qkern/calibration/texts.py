@@ -26,8 +26,8 @@ _ALLOWED: Final = (
 )
 
 
-def check_source(source: Any) -> None:
-    """Refuse what can be no source of texts, before a tokenizer is looked for.
+def check_source(source: Any, what: str = "calibration") -> None:
+    """Refuse what can be no source of texts, before a tokenizer is looked for; errors call it `what`.
 
     Raises
     ------
@@ -35,10 +35,12 @@ def check_source(source: Any) -> None:
         That names its type.
     """
     if isinstance(source, Mapping) or not isinstance(source, Iterable | Path):
-        raise InputError(f"calibration is no source of texts: got {type(source).__name__}; give {_ALLOWED}")
+        raise InputError(f"{what} is no source of texts: got {type(source).__name__}; give {_ALLOWED}")
 
 
-def load_texts(source: str | Path | Sequence[Any], *, tokenizer: Any = None) -> list[Document]:
+def load_texts(
+    source: str | Path | Sequence[Any], *, tokenizer: Any = None, what: str = "calibration"
+) -> list[Document]:
     """Read calibration documents.
 
     Parameters
@@ -49,6 +51,8 @@ def load_texts(source: str | Path | Sequence[Any], *, tokenizer: Any = None) -> 
         Face dataset, ``name[:config[:split]]`` (split ``train`` by default), if `datasets` is installed.
     tokenizer : PreTrainedTokenizer, optional
         Needed for ``messages``: they go through its chat template.
+    what : str
+        What errors call the texts.
 
     Returns
     -------
@@ -62,36 +66,36 @@ def load_texts(source: str | Path | Sequence[Any], *, tokenizer: Any = None) -> 
     FormatError
         If a JSONL line is not as described.
     """
-    check_source(source)
+    check_source(source, what)
     if isinstance(source, (str, Path)):
-        documents = _from_name(source, tokenizer)
+        documents = _from_name(source, tokenizer, what)
     else:
-        documents = [_document(entry, position) for position, entry in enumerate(source)]
+        documents = [_document(entry, position, what) for position, entry in enumerate(source)]
     kept = [
         document for document in documents if (document.strip() if isinstance(document, str) else document)
     ]
     if not kept:
-        what = f"{source}" if isinstance(source, (str, Path)) else f"a list of {len(documents)} entries"
-        raise InputError(f"calibration text is empty: got {what}; give {_ALLOWED}")
+        got = f"{source}" if isinstance(source, (str, Path)) else f"a list of {len(documents)} entries"
+        raise InputError(f"{what} text is empty: got {got}; give {_ALLOWED}")
     return kept
 
 
-def _from_name(source: str | Path, tokenizer: Any) -> list[Document]:
+def _from_name(source: str | Path, tokenizer: Any, what: str) -> list[Document]:
     path = Path(source)
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
         except UnicodeDecodeError as error:
             raise FormatError(
-                f"calibration file {path} is not UTF-8 text ({error}); allowed is {_ALLOWED}"
+                f"{what} file {path} is not UTF-8 text ({error}); allowed is {_ALLOWED}"
             ) from error
         return _from_jsonl(path, text, tokenizer) if path.suffix in (".jsonl", ".json") else [text]
     file_like = path.is_absolute() or path.suffix in _SUFFIXES or str(source).startswith(".")
     if path.is_dir():
-        raise InputError(f"calibration {path} is a folder; give {_ALLOWED}")
+        raise InputError(f"{what} {path} is a folder; give {_ALLOWED}")
     if file_like:
-        raise InputError(f"calibration file not found: {path}; give {_ALLOWED}")
-    return _from_dataset(str(source), tokenizer)
+        raise InputError(f"{what} file not found: {path}; give {_ALLOWED}")
+    return _from_dataset(str(source), tokenizer, what)
 
 
 def _from_jsonl(path: Path, text: str, tokenizer: Any) -> list[Document]:
@@ -129,24 +133,24 @@ def _from_row(row: Any, where: str, tokenizer: Any) -> Document:
     raise FormatError(f"{where} has neither a 'text' string nor a 'messages' list: got {keys}")
 
 
-def _document(entry: Any, position: int) -> Document:
+def _document(entry: Any, position: int, what: str) -> Document:
     if isinstance(entry, str):
         return entry
     values: Iterable[Any] = entry.tolist() if hasattr(entry, "tolist") else entry
     if isinstance(values, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in values):
         return list(values)
     raise InputError(
-        f"calibration entry {position} is neither a text nor a list of token ids: got "
+        f"{what} entry {position} is neither a text nor a list of token ids: got "
         f"{type(entry).__name__}; give {_ALLOWED}"
     )
 
 
-def _from_dataset(name: str, tokenizer: Any) -> list[Document]:
+def _from_dataset(name: str, tokenizer: Any, what: str) -> list[Document]:
     try:
         import datasets
     except ImportError:
         raise InputError(
-            f"calibration {name!r} is not a file, and as the name of a Hugging Face dataset it needs the "
+            f"{what} {name!r} is not a file, and as the name of a Hugging Face dataset it needs the "
             "'datasets' package, which is not installed: pip install datasets, or give a file"
         ) from None
     base, _, rest = name.partition(":")
@@ -158,4 +162,4 @@ def _from_dataset(name: str, tokenizer: Any) -> list[Document]:
     except (FormatError, InputError):
         raise
     except Exception as error:  # hub, network and builder errors share no base class
-        raise InputError(f"calibration dataset {name!r} cannot be loaded: {error}") from error
+        raise InputError(f"{what} dataset {name!r} cannot be loaded: {error}") from error

@@ -132,17 +132,21 @@ def command(
         typer.echo(json.dumps(report.as_dict()))
         return
     _print(report)
+    if text is None and report.samples < samples:
+        typer.echo(f"the calibration text is short: {report.samples} sequences are left to calibrate on")
     typer.echo(f"written to {output}")
     if not pareto:
         gguf = runtime is RuntimeName.GGUF
         words = ["export-gguf" if gguf else "quantize", model, "--assignment", str(output)]
         words += ["--method", method.value]
         if gguf or method is CandidateMethod.GPTQ:
-            drawn = {"calibration": calibration, "samples": samples, "length": length, "device": device}
+            # As many sequences as were calibrated on, which may be fewer than were asked for.
+            drawn = {"calibration": calibration, "samples": report.samples, "length": length}
+            drawn["device"] = device
             usual = {"samples": 128, "length": 2048, "device": "auto"}
             for name, value in drawn.items():
                 words += [] if usual.get(name) == value else [f"--{name}", str(value)]
-        words += ["--type", type or MIXTURE] if gguf else ["--format", "compressed-tensors"]
+        words += ["--type", MIXTURE if type is None else type] if gguf else ["--format", "compressed-tensors"]
         words += ["--output", "OUTPUT.gguf" if gguf else "OUTPUT"]
         typer.echo("next: " + shlex.join(["qkern", *words]))
 

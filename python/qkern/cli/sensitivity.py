@@ -130,12 +130,11 @@ def command(
         if named is not None and allele not in map(spell_choice, map(parse_choice, named)):
             raise InputError(f"no linear has the choice {allele!r}: there are {', '.join(named)}")
     if plot is not None:
+        from qkern.pipelines.search_report import check_apart
         from qkern.plotting import check_picture
 
         check_picture(plot)
-        for option, other in (("--output", output), ("--store", store)):
-            if other is not None and other.resolve() == plot.resolve():
-                raise InputError(f"{option} and --plot are both {plot}: choose two paths")
+        check_apart({"--output": output, "--store": store, "--plot": plot})
     report = sensitivity(
         model,
         calibration=calibration,

@@ -15,10 +15,10 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.models import column_weight, describe, set_column_weight
 from qkern.ops import gguf_decode, gguf_encode
 from qkern.ops.gguf_encode.fields import LAYOUTS
+from qkern.pipelines.calibration import calibration_ids
 from qkern.pipelines.checks import choose_targets
 from qkern.pipelines.layerwise import capture, fold_scales, stages_of
 from qkern.pipelines.load import usable_device
-from qkern.pipelines.quantize import calibration_ids
 from qkern.pipelines.source import open_source
 from qkern.quantizers import (
     HessianAccumulator,

@@ -18,9 +18,9 @@ from qkern.errors import InputError, UnsupportedError
 from qkern.gguf.imatrix import Imatrix, ImatrixEntry, check_imatrix_output, write_imatrix
 from qkern.models import describe
 from qkern.nn import role
+from qkern.pipelines.calibration import calibration_ids
 from qkern.pipelines.checks import checked_architecture
 from qkern.pipelines.load import usable_device
-from qkern.pipelines.quantize import calibration_ids
 from qkern.pipelines.source import open_source
 
 if TYPE_CHECKING:

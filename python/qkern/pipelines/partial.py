@@ -71,6 +71,8 @@ class Partial:
         Use what is there. False removes it.
     contents : str
         What its files are, in messages.
+    elsewhere : str
+        What to choose another of, to use another folder.
 
     Raises
     ------
@@ -86,9 +88,11 @@ class Partial:
         *,
         resume: bool = True,
         contents: str = "finished layers",
+        elsewhere: str = "output",
     ) -> None:
         self.folder = folder
         self.contents = contents
+        self.elsewhere = elsewhere
         self._refuse_strangers()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,8 +134,8 @@ class Partial:
             taken = os.fstat(self._lock.fileno()).st_nlink == 0
         if taken:
             raise InputError(
-                f"another run with the same output is at work in {self.folder}: wait until it has ended, or "
-                "choose another output or store"
+                f"another run is at work in {self.folder}: wait until it has ended, or choose another "
+                f"{self.elsewhere}"
             )
 
     def _take_key(self, key: dict[str, Any]) -> None:
@@ -148,15 +152,16 @@ class Partial:
             before = read_json(key_file)
         except FormatError as error:
             raise InputError(
-                f"{self.folder} holds layers of a run that cannot be told ({error}): remove the folder, or "
-                "start afresh with resume=False (--no-resume)"
+                f"{self.folder} holds {self.contents} of a run that cannot be told ({error}): remove the "
+                "folder, or start afresh with resume=False (--no-resume)"
             ) from None
         differing = [name for name in key if before.get(name) != key[name]]
         if differing:
             name = differing[0]
             raise InputError(
-                f"{self.folder} holds layers of another run ({_change(name, before.get(name), key[name])}): "
-                "repeat that run, or empty the folder with resume=False (--no-resume) or by hand"
+                f"{self.folder} holds {self.contents} of another run "
+                f"({_change(name, before.get(name), key[name])}): repeat that run, choose another "
+                f"{self.elsewhere}, or empty the folder with resume=False (--no-resume)"
             )
 
     def __enter__(self) -> Self:
@@ -224,7 +229,7 @@ class Partial:
             return
         raise InputError(
             f"{self.folder} is where {self.contents} are kept, but what is there is not from a run of qkern "
-            f"(no {_KEY_FILE}): move it away or choose another output or store"
+            f"(no {_KEY_FILE}): move it away or choose another {self.elsewhere}"
         )
 
     def path(self, name: str) -> Path:

@@ -17,26 +17,21 @@ from torch import Tensor, nn
 from qkern import __version__, _progress
 from qkern.calibration import (
     LayerStream,
-    bounded_length,
     calibration_hash,
     fill,
-    load_texts,
-    load_tokenizer,
-    make_batches,
 )
-from qkern.calibration.texts import check_source
 from qkern.checkpoints import (
     CheckpointWriter,
     TensorFolder,
     bitsandbytes_details,
     check_output,
     format_named,
-    model_folder,
     parse_size,
 )
 from qkern.errors import FormatError, InputError, OutputError, UnsupportedError
 from qkern.models import Structure, describe, known_architectures
 from qkern.nn import QuantLinear
+from qkern.pipelines.calibration import calibration_ids
 from qkern.pipelines.checks import (
     Targets,
     checked_format,
@@ -58,7 +53,7 @@ if TYPE_CHECKING:
     from qkern.quantizers.gptq import ActOrder
     from qkern.schemes import Scheme
 
-__all__ = ["calibration_ids", "quantize", "run_key"]
+__all__ = ["quantize", "run_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -301,44 +296,6 @@ def _say_no_folding(model_type: str, settings: Settings) -> None:
         "linear), only its clipping is applied",
         model_type,
     )
-
-
-def calibration_ids(
-    source: Source,
-    calibration: Any,
-    tokenizer: Any,
-    samples: int,
-    length: int,
-    seed: int,
-    what: str = "calibration text",
-) -> Tensor:
-    """Token ids int64 ``[S, T]`` of calibration texts, or others that errors call `what`, for a model.
-
-    Raises
-    ------
-    InputError
-        If there is no source, or none that can be used.
-    """
-    if calibration is None:
-        raise InputError(
-            "calibration is missing: activations are measured on text; give a .txt or .jsonl file "
-            "(--calibration FILE), a list of texts or token ids; qkern quantize needs none for method='rtn' "
-            "without static scales"
-        )
-    check_source(calibration)
-    length = bounded_length(source.model.config, length)
-    vocabulary = source.model.get_input_embeddings().num_embeddings
-    limits = {"samples": samples, "length": length, "seed": seed, "vocabulary": vocabulary, "what": what}
-    if isinstance(calibration, Tensor):
-        return make_batches(None, calibration, **limits)
-    ready = isinstance(calibration, (list, tuple)) and not any(
-        isinstance(entry, str) for entry in calibration
-    )
-    if not ready and tokenizer is None:
-        tokenizer = source.tokenizer()
-    elif not ready and isinstance(tokenizer, (str, Path)):
-        tokenizer = load_tokenizer(model_folder(tokenizer))
-    return make_batches(tokenizer, load_texts(calibration, tokenizer=tokenizer), **limits)
 
 
 def run_key(source: Source, facts: dict[str, Any]) -> dict[str, Any]:

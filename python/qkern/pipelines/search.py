@@ -172,9 +172,9 @@ def search_assignment(
         Of the genetic algorithm; the texts are drawn alike for all seeds.
     finalists : int, optional
         So many of the best assignments that the genetic algorithm evaluated are quantized each by itself, as
-        `qkern.quantize` or `qkern.export_gguf` will do it, and the best of these and the Lagrangian optimum
-        is the result; 0 takes the best by the candidates. Default: 4; none when rounding to nearest, whose
-        codes are the candidates', or for a front.
+        `qkern.quantize` or `qkern.export_gguf` will do it with the report's `samples`; the best of these and
+        of the Lagrangian optimum is the result. 0 takes the best by the candidates. Default: 4; none when
+        rounding to nearest, whose codes are the candidates', or for a front.
     type : str, optional
         Mixture for what is not searched in a GGUF, as in `qkern.export_gguf`; default: q4_k_m.
     top_k, simulate, tokenizer, device, store, resume
@@ -196,7 +196,7 @@ def search_assignment(
     """
     started = time.monotonic()
     check_population(population, generations, seed)
-    if type is not None and runtime != "gguf":
+    if type is not None and runtime_named(runtime).name != "gguf":
         raise InputError(f"type is a mixture of GGUF types, for runtime gguf: got {type!r} for {runtime}")
     finalists = _finalists(finalists, method, pareto=pareto)
     check_pymoo()
@@ -214,7 +214,7 @@ def search_assignment(
         target = Target.one_of(given)
     path = new_folder(output, store) if pareto else new_file(output, store)
     drawn: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length}
-    export = {"model": model, "type": type or MIXTURE, "method": method, **drawn}
+    export = {"model": model, "type": MIXTURE if type is None else type, "method": method, **drawn}
     searched: dict[str, Any] = {"head": head, "embedding": embedding}
     plan = _plan(model, runtime, alleles, method, device=device, export=export, target=target, **searched)
     budget = None if target is None else plan.sizes.budget(target, plan.space)
@@ -233,8 +233,8 @@ def _finalists(wanted: int | None, method: str, *, pareto: bool) -> int:
     none = "a front" if pareto else "rounding to nearest" if method == "rtn" else None
     if wanted is None:
         return 0 if none else FINALISTS
-    if wanted < 0:
-        raise InputError(f"finalists must be 0 or more: got {wanted}")
+    if not isinstance(wanted, int) or wanted < 0:
+        raise InputError(f"finalists must be a whole number from 0: got {wanted!r}")
     if wanted and none:
         raise InputError(f"{none} has no finalists: got {wanted}; leave them out (--finalists)")
     return wanted
@@ -316,7 +316,8 @@ def _opened(
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "candidates"
         was_there = folder.is_dir()
-        partial = stack.enter_context(Partial(folder, key, resume=resume, contents="files of candidates"))
+        words = {"contents": "files of candidates", "elsewhere": "output" if store is None else "store"}
+        partial = stack.enter_context(Partial(folder, key, resume=resume, **words))
         try:
             stream = LayerStream(
                 plan.source.model,

@@ -327,6 +327,7 @@ class Problem:
             target="every size" if target is None else str(target),
             runtime=plan.runtime,
             method=plan.method,
+            samples=len(self.texts.calibration),
             tokens=self.texts.scored.numel(),
             evaluations=found.evaluations,
             seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,8 @@ from qkern.errors import InputError, OutputError, advice_on_writing, reason_of
 from qkern.gguf.writer import check_new_file, write_whole
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from qkern.search import Generation, MixedPrecision
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "SearchReport",
     "Sensitivity",
     "SensitivityReport",
+    "check_apart",
     "new_file",
     "new_folder",
 ]
@@ -163,6 +167,9 @@ class SearchReport:
         What was asked for.
     runtime, method : str
         What loads the result, and how codes were chosen.
+    samples : int
+        Calibration sequences: `qkern.quantize` with as many of the same text writes the codes that were
+        scored. Fewer than were asked for if the text is too short to set others aside.
     tokens, evaluations, seed : int
         Tokens that assignments were scored on, assignments that were scored, seed.
     history : tuple of Generation
@@ -183,6 +190,7 @@ class SearchReport:
     target: str
     runtime: str
     method: str
+    samples: int
     tokens: int
     evaluations: int
     seed: int
@@ -227,25 +235,38 @@ class SearchReport:
 
 
 def new_file(output: str | Path | None, store: str | Path | None = None) -> Path | None:
-    """Return the path of a file to write, if any; refuse one that no new file can have, or the store has."""
+    """Return the path of a file to write, if any; refuse one that no new file can have, or is the store's."""
     if output is None:
         return None
+    check_apart({"output (--output)": output, "store (--store)": store})
     check_new_file(Path(output), "report.json")
-    _refuse_store(output, store)
     return Path(output)
 
 
 def new_folder(output: str | Path | None, store: str | Path | None = None) -> Path | None:
-    """Return the path of a folder to write, if any; refuse one that holds something, or is the store."""
+    """Return the path of a folder to write, if any; refuse one that holds something, or is the store's."""
     if output is None:
         return None
+    check_apart({"output (--output)": output, "store (--store)": store})
     path = Path(output)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists and is no empty folder: remove it or choose another --output")
-    _refuse_store(output, store)
     return path
 
 
-def _refuse_store(output: str | Path, store: str | Path | None) -> None:
-    if store is not None and Path(output).resolve() == Path(store).resolve():
-        raise InputError(f"output (--output) and store (--store) are both {output}: choose two paths")
+def check_apart(paths: Mapping[str, str | Path | None]) -> None:
+    """Refuse files and folders to write, by what they are, of which one is another or inside it.
+
+    Raises
+    ------
+    InputError
+        That names both.
+    """
+    given = {what: Path(path).resolve() for what, path in paths.items() if path is not None}
+    for (first, one), (second, other) in itertools.combinations(given.items(), 2):
+        if one == other:
+            raise InputError(f"{first} and {second} are both {one}: choose two paths")
+        if one in other.parents or other in one.parents:
+            raise InputError(
+                f"{first} and {second} are one inside the other, {one} and {other}: choose paths apart"
+            )

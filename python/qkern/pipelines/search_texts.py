@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from qkern.calibration import bounded_length
 from qkern.errors import FormatError, InputError
-from qkern.pipelines.quantize import calibration_ids
+from qkern.pipelines.calibration import calibration_ids, split_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,11 @@ _SEED: Final = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
-    """Sequences that codes are chosen by, and those that assignments are scored on."""
+    """Sequences that codes are chosen by, and those that assignments are scored on.
+
+    The former are those that `qkern.quantize` draws for as many samples: the codes that are scored are then
+    those that it writes.
+    """
 
     calibration: Tensor
     scored: Tensor
@@ -40,6 +44,8 @@ class Texts:
     ) -> Self:
         """Draw both, from one text or two; arguments are those of `qkern.sensitivity`.
 
+        Of one text that is too short for both, half at most is scored on, and fewer `samples` are left.
+
         Raises
         ------
         InputError
@@ -49,30 +55,16 @@ class Texts:
         count = max(1, tokens // bounded)
         if tokens < 2:
             raise InputError(f"tokens must be at least 2: got {tokens}; the default is 12288")
-        if text is not None:
+        if text is None:
+            ids, scored = split_ids(source, calibration, tokenizer, samples, bounded, _SEED, count)
+        else:
             ids = calibration_ids(source, calibration, tokenizer, samples, bounded, _SEED)
             try:
-                scored = calibration_ids(source, text, tokenizer, count, bounded, _SEED, "text to score on")
+                scored = calibration_ids(source, text, tokenizer, count, bounded, _SEED, "search")
             except (InputError, FormatError) as error:
                 raise type(error)(f"text (--text): {error}") from error
-            return cls(calibration=ids, scored=scored)._checked()
-        ids = calibration_ids(source, calibration, tokenizer, samples + count, bounded, _SEED)
-        if len(ids) < 2:
+        if scored.shape[1] < 4:
             raise InputError(
-                f"the calibration text holds one sequence of {ids.shape[1]} tokens, and a search needs one "
-                "to choose codes by and another to score them on: give more text, another one to score on "
-                "(--text FILE), or a smaller length"
+                f"perplexity needs sequences of 4 tokens: got length {scored.shape[1]}; 2048 is the default"
             )
-        # At most half of them, evenly spread.
-        count = min(count, len(ids) // 2)
-        aside = {round((index + 0.5) * len(ids) / count - 0.5) for index in range(count)}
-        rest = [index for index in range(len(ids)) if index not in aside]
-        return cls(calibration=ids[rest][:samples], scored=ids[sorted(aside)])._checked()
-
-    def _checked(self) -> Self:
-        length = self.scored.shape[1]
-        if length < 4:
-            raise InputError(
-                f"perplexity needs sequences of 4 tokens: got length {length}; 2048 is the default"
-            )
-        return self
+        return cls(calibration=ids, scored=scored)

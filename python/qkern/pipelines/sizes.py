@@ -65,17 +65,20 @@ class Target:
         return cls(kind, float(value))
 
     def __str__(self) -> str:
-        return self.spell(self.value)
+        """Give the target as it was given, however close to a bound."""
+        return self._words(f"{self.value:,.15g}")
 
-    def spell(self, value: float, rounded: Callable[[float], int] | None = None) -> str:
-        """Put a value of the target's kind in words; bounds are `rounded` to what is on their good side."""
+    def bound(self, value: float, rounded: Callable[[float], int]) -> str:
+        """Put a bound of targets of this kind in words, `rounded` to what is on its good side."""
         if self.kind == "bytes":
-            return f"{(rounded or int)(value):,} bytes"
-        if rounded is not None:
-            value = rounded(value * 1e4) / 1e4
+            return self._words(f"{rounded(value):,}")
+        return self._words(f"{rounded(value * 1e4) / 1e4:.4f}")
+
+    def _words(self, value: str) -> str:
         return (
-            f"{value:.4f} "
+            f"{value} "
             + {
+                "bytes": "bytes",
                 "bpw": "bits a weight, all tensors",
                 "bpw_linear": "bits a weight of the linears",
                 "compression": "of the original's bytes",
@@ -224,8 +227,8 @@ class Sizes:
             wrong = "no assignment is as small as" if budget < low else "nothing to search: all are within"
             raise InputError(
                 f"{wrong} {target}: the smallest of the alleles takes "
-                f"{target.spell((low + rest) / unit, math.ceil)}, the largest "
-                f"{target.spell((high + rest) / unit, math.floor)}; "
+                f"{target.bound((low + rest) / unit, math.ceil)}, the largest "
+                f"{target.bound((high + rest) / unit, math.floor)}; "
                 "choose a target from the smallest to below the largest, or other alleles"
             )
         return budget

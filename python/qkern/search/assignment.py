@@ -98,7 +98,7 @@ class MixedPrecision:
             raise InputError(f"cannot read the assignment {path}: {reason_of(error)}") from error
         if not isinstance(found, dict):
             raise InputError(
-                f"{path} is no assignment but {type(found).__name__}: one JSON object of names and choices, "
+                f"{path} is no assignment but {_shown(found)}: one JSON object of names and choices, "
                 f'such as {{"*.mlp.down_proj": "w4g128"}}'
             )
         try:
@@ -115,7 +115,7 @@ class MixedPrecision:
             return cls.read(given)
         return cls(
             {
-                pattern: choice if isinstance(choice, str) else spell_choice(choice)
+                pattern: spell_choice(choice) if isinstance(choice, Choice) else choice
                 for pattern, choice in given.items()
             }
         )
@@ -215,16 +215,24 @@ class MixedPrecision:
 
 
 def _spelled(pattern: str, choice: Any) -> str:
-    if not isinstance(choice, str):
-        shown = json.dumps(choice, default=repr)
+    if not (isinstance(pattern, str) and isinstance(choice, str)):
         raise InputError(
             f"an assignment has names and choices, strings such as {KEPT!r} or 'w4g128': got "
-            f"{shown if len(shown) <= 40 else type(choice).__name__} for {pattern!r}"
+            f"{_shown(choice)} for {pattern!r}"
         )
     try:
         return spell_choice(parse_choice(choice))
     except InputError as error:
         raise InputError(f"{pattern!r}: {error}") from error
+
+
+def _shown(value: Any) -> str:
+    """Show a value as JSON has it, where it is short and can be in a file."""
+    try:
+        shown = json.dumps(value)
+    except (TypeError, ValueError):
+        shown = repr(value)
+    return shown if len(shown) <= 40 else f"a long {type(value).__name__}"
 
 
 def _ends(name: str) -> Iterator[str]:
