@@ -94,6 +94,23 @@ def test_search_and_the_command_it_names(capsys, folder, text, tmp_path, monkeyp
     assert len(points) == len(list((tmp_path / "front").glob("0*.json")))
 
 
+@pytest.mark.parametrize("samples", [4, 128])
+def test_the_command_that_it_names_writes_the_codes_that_it_scored(capsys, folder, text, tmp_path, samples):
+    common = (folder, "--calibration", text, "--length", 32, "--tokens", 64, "--samples", samples)
+    output = tmp_path / "a.json"
+    few = ("--population", 4, "--generations", 1, "--finalists", 1, "--output", output)
+    code, out, err = run(capsys, "search", *common, *ALLELES, "--target-bpw-linear", 4, *few)
+    assert code == 0, err
+    (command,) = [line for line in out.splitlines() if line.startswith("next: qkern ")]
+    words = command.removeprefix("next: qkern ").replace("OUTPUT", str(tmp_path / "out")).split()
+    left = int(words[words.index("--samples") + 1])
+    assert ("the calibration text is short" in out) == (left < samples) == (samples == 128)
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    shape = json.loads((tmp_path / "out" / "qkern.json").read_text())["calibration"]["shape"]
+    assert shape == [left, 32]
+
+
 def test_mistakes_are_told(capsys, folder, text, tmp_path):
     common = (
         "search",

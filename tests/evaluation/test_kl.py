@@ -206,5 +206,7 @@ class TestPairedBootstrap:
             paired_bootstrap([1, 2, 3], [1, 2, 3], window=2)
         with pytest.raises(InputError, match="one position says nothing of others"):
             paired_bootstrap([1], [2])
+        with pytest.raises(InputError, match="must be finite: got NaN or Inf in 2 of 6"):
+            paired_bootstrap([1, np.nan, 3], [1, 2, -np.inf])
         with pytest.raises(InputError, match="confidence"):
             paired_bootstrap([1, 2], [1, 2], confidence=1.0)

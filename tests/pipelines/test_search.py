@@ -472,8 +472,16 @@ def test_a_gguf_has_the_size_and_the_perplexity_of_the_report(tmp_path, shipped,
             InputError,
             "calibration text is shorter than one sequence: it has 1 tokens",
         ),
-        ({"target_bpw_linear": 4, "calibration": IDS[:1, :1]}, InputError, "calibration text is one token"),
-        ({"target_bpw_linear": 4, "text": IDS[:1, :1]}, InputError, "search text is one token"),
+        (
+            {"target_bpw_linear": 4, "calibration": IDS[:1, :1]},
+            InputError,
+            "calibration text is in sequences of one",
+        ),
+        (
+            {"target_bpw_linear": 4, "text": IDS[:1, :1]},
+            InputError,
+            "search text is in sequences of one",
+        ),
         (
             {"target_bpw_linear": 4, "text": [[5]]},
             InputError,

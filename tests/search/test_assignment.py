@@ -135,6 +135,13 @@ def test_files_that_are_no_assignments(tmp_path, text, reason):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("given", [5, None, [("a", "w4")]])
+def test_what_is_no_mapping(given):
+    for make in (MixedPrecision, MixedPrecision.of):
+        with pytest.raises(InputError, match="is a mapping of names and choices, or a JSON file of one: got"):
+            make(given)
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [({"a": 4}, "got 4 for .a."), ({"a": {(1, 2): 3}}, "for .a."), ({1: "w4"}, "got .w4. for 1")],

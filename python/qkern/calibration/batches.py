@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qkern.calibration.texts import Document
 
-__all__ = ["bounded_length", "calibration_hash", "make_batches"]
+__all__ = ["bounded_length", "calibration_hash", "make_batches", "split_batches"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +78,6 @@ def make_batches(
         If the text is empty, shorter than one sequence, or one token.
     """
     packed, order = _packed(tokenizer, texts, samples, length, seed, what)
-    if len(packed) < samples and not isinstance(texts, Tensor):
-        logger.info(
-            "%s text holds %d sequences of %d tokens, %d were asked for", what, len(packed), length, samples
-        )
     return _checked(packed[order[:samples].sort().values], vocabulary, what)
 
 
@@ -115,7 +111,7 @@ def split_batches(
     InputError
         As `make_batches`, and if there is one sequence alone.
     """
-    packed, order = _packed(tokenizer, texts, samples, length, seed, what)
+    packed, order = _packed(tokenizer, texts, samples, length, seed, what, aside)
     aside = min(aside, len(packed) // 2)
     count = min(samples, len(packed) - aside)
     if aside == 0:
@@ -138,6 +134,7 @@ def _packed(
     length: int,
     seed: int,
     what: str,
+    aside: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return all sequences, and the order in which they are drawn; ready ones have that order."""
     if samples < 1:
@@ -148,16 +145,23 @@ def _packed(
                 f"ids of the {what} text must be an integer tensor [sequences, tokens]: got {texts.dtype} "
                 f"{tuple(texts.shape)}"
             )
-        packed = texts[:, :length].long().cpu()
-        return packed, torch.arange(len(packed), device="cpu")
+        return texts[:, :length], torch.arange(len(texts), device=texts.device)
     packed = _sequences(tokenizer, texts, length, what)
+    if len(packed) < samples + aside:
+        logger.info(
+            "%s text holds %d sequences of %d tokens, %d were asked for",
+            *(what, len(packed), length, samples + aside),
+        )
     generator = torch.Generator("cpu").manual_seed(seed)
     return packed, torch.randperm(len(packed), generator=generator, device="cpu")
 
 
 def _checked(batch: Tensor, vocabulary: int | None, what: str) -> Tensor:
-    if batch.numel() < 2:
-        raise InputError(f"{what} text is one token: nothing can be measured on it; give more")
+    if batch.shape[1] < 2:
+        raise InputError(
+            f"{what} text is in sequences of one token, which nothing can be measured on: give longer ones"
+        )
+    batch = batch.long().cpu()
     if vocabulary is not None and (int(batch.max()) >= vocabulary or int(batch.min()) < 0):
         raise InputError(
             f"ids of the {what} text go from {int(batch.min())} to {int(batch.max())} but the model's "

@@ -132,14 +132,14 @@ def command(
         typer.echo(json.dumps(report.as_dict()))
         return
     _print(report)
-    if text is None and report.samples < samples:
-        typer.echo(f"the calibration text is short: {report.samples} sequences are left to calibrate on")
     typer.echo(f"written to {output}")
     if not pareto:
         gguf = runtime is RuntimeName.GGUF
         words = ["export-gguf" if gguf else "quantize", model, "--assignment", str(output)]
         words += ["--method", method.value]
         if gguf or method is CandidateMethod.GPTQ:
+            if text is None and report.samples < samples:
+                typer.echo(f"the calibration text is short: {report.samples} sequences of it were used")
             # As many sequences as were calibrated on, which may be fewer than were asked for.
             drawn = {"calibration": calibration, "samples": report.samples, "length": length}
             drawn["device"] = device

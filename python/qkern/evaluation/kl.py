@@ -187,7 +187,7 @@ def paired_bootstrap(
     window : int
         Positions of one window, which depend on each other and are resampled together: so the interval is
         one for other texts. Fewer than 4 windows are cut into equal parts, at least 4 in all; parts of a
-        window depend on each other, and the interval is somewhat narrow then.
+        window depend on each other, and the interval is too narrow then, the more so as windows differ.
     confidence : float
         Probability that the interval covers, between 0 and 1.
     resamples : int
@@ -203,8 +203,8 @@ def paired_bootstrap(
     Raises
     ------
     InputError
-        If the lengths differ or are no multiple of `window`, if there are fewer than two positions, or on a
-        confidence outside (0, 1).
+        If the lengths differ or are no multiple of `window`, if there are fewer than two positions, on values
+        that are not finite, or on a confidence outside (0, 1).
     """
     a, b = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (first, second))
     if a.ndim > 2 or b.ndim > 2 or a.shape[1] != b.shape[1] or 0 in (a.size, b.size):
@@ -217,6 +217,9 @@ def paired_bootstrap(
         raise InputError(f"window must divide the positions: got {window} for {positions} of them")
     if positions < 2:
         raise InputError("one position says nothing of others: give more text")
+    broken = int(sum(np.count_nonzero(~np.isfinite(values)) for values in (a, b)))
+    if broken:
+        raise InputError(f"values must be finite: got NaN or Inf in {broken} of {a.size + b.size}")
     if not 0 < confidence < 1 or resamples < 1:
         raise InputError(
             f"confidence must be in (0, 1) and resamples at least 1: got {confidence} and {resamples}"
@@ -225,6 +228,7 @@ def paired_bootstrap(
     blocks = windows * min(window, -(-_MIN_BLOCKS // windows))
     edges = np.arange(blocks + 1) * positions // blocks
     sizes = np.diff(edges)
+    even = positions % blocks == 0
     a, b = (np.add.reduceat(values, edges[:-1], axis=1) for values in (a, b))
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
@@ -236,7 +240,8 @@ def paired_bootstrap(
         difference = _drawn_runs(generator, a, count) - _drawn_runs(generator, b, count)
         center = difference.sum(1) / positions
         chosen = generator.integers(0, blocks, size=(count, blocks))
-        drawn = np.take_along_axis(difference, chosen, 1).sum(1) / sizes[chosen].sum(1)
+        drawn = np.take_along_axis(difference, chosen, 1).sum(1)
+        drawn /= positions if even else sizes[chosen].sum(1)
         means[part] = center + _studentized(generator, blocks, count) * (drawn - center)
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, (tail, 1 - tail))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +28,7 @@ from qkern.pipelines.source import open_source
 from qkern.search import check_population, check_pymoo, runtime_named
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["MIXTURE", "search_assignment", "sensitivity"]
 
@@ -109,6 +111,7 @@ def sensitivity(
     """
     started = time.monotonic()
     path = new_file(output, store)
+    calibration = list(calibration) if isinstance(calibration, Iterator) else calibration  # read twice
     drawn: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length}
     export = {"model": model, "method": method, **drawn}
     searched: dict[str, Any] = {"head": head, "embedding": embedding}
@@ -213,6 +216,7 @@ def search_assignment(
     else:
         target = Target.one_of(given)
     path = new_folder(output, store) if pareto else new_file(output, store)
+    calibration = list(calibration) if isinstance(calibration, Iterator) else calibration  # read twice
     drawn: dict[str, Any] = {"calibration": calibration, "samples": samples, "length": length}
     export = {"model": model, "type": MIXTURE if type is None else type, "method": method, **drawn}
     searched: dict[str, Any] = {"head": head, "embedding": embedding}
@@ -233,11 +237,15 @@ def _finalists(wanted: int | None, method: str, *, pareto: bool) -> int:
     none = "a front" if pareto else "rounding to nearest" if method == "rtn" else None
     if wanted is None:
         return 0 if none else FINALISTS
-    if not isinstance(wanted, int) or wanted < 0:
+    try:
+        count = operator.index(wanted)
+    except TypeError:
+        count = -1
+    if count < 0:
         raise InputError(f"finalists must be a whole number from 0: got {wanted!r}")
-    if wanted and none:
+    if count and none:
         raise InputError(f"{none} has no finalists: got {wanted}; leave them out (--finalists)")
-    return wanted
+    return count
 
 
 def _plan(

@@ -72,7 +72,7 @@ class Target:
         """Put a bound of targets of this kind in words, `rounded` to what is on its good side."""
         if self.kind == "bytes":
             return self._words(f"{rounded(value):,}")
-        return self._words(f"{rounded(value * 1e4) / 1e4:.4f}")
+        return self._words(f"{rounded(round(value * 1e4, 6)) / 1e4:.4f}")
 
     def _words(self, value: str) -> str:
         return (

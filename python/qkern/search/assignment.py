@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,7 +14,7 @@ from qkern.ops.gguf_types import GGUF_TYPES, GGUFType, gguf_type
 from qkern.schemes import Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["KEPT", "Choice", "MixedPrecision", "parse_choice", "spell_choice"]
 
@@ -69,6 +70,7 @@ class MixedPrecision:
     choices: Mapping[str, str]
 
     def __post_init__(self) -> None:
+        _check_mapping(self.choices)
         if not self.choices:
             raise InputError("the assignment is empty: it maps names of tensors to schemes or GGUF types")
         spelled = {pattern: _spelled(pattern, choice) for pattern, choice in self.choices.items()}
@@ -113,6 +115,7 @@ class MixedPrecision:
             return given
         if isinstance(given, (str, Path)):
             return cls.read(given)
+        _check_mapping(given)
         return cls(
             {
                 pattern: spell_choice(choice) if isinstance(choice, Choice) else choice
@@ -212,6 +215,13 @@ class MixedPrecision:
                 )
         found = self.resolve(names)
         return {name: choice for name, choice in found.items() if not isinstance(choice, Scheme)}
+
+
+def _check_mapping(given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"an assignment is a mapping of names and choices, or a JSON file of one: got {_shown(given)}"
+        )
 
 
 def _spelled(pattern: str, choice: Any) -> str:
