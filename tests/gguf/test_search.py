@@ -132,6 +132,16 @@ def test_what_is_not_searched_is_named_with_its_type(model_folder):
     assert report.best.assignment.choices["model.layers.0.self_attn.q_proj"] == "q5_0"
 
 
+def test_texts_that_can_be_read_once_alone(model_folder):
+    folder, _ = model_folder("llama", **WHOLE)
+    options = {"method": "rtn", "target_bpw": 4.5, "alleles": ("q2_k", "q6_k")}
+    texts = IDS.tolist()
+    first, second = (
+        search_assignment(folder, calibration=c, **SMALL, **options) for c in (texts, iter(texts))
+    )
+    assert first.best == second.best
+
+
 def test_types_that_gptq_does_not_encode_are_refused_first(model_folder):
     folder, _ = model_folder("llama", **WHOLE)
     options = {"calibration": IDS, "target_bpw": 4.5, "alleles": ("q2_k", "iq4_xs", "q6_k")}

@@ -75,7 +75,7 @@ def make_batches(
     Raises
     ------
     InputError
-        If the text is empty, shorter than one sequence, or one token.
+        If the text is empty, shorter than one sequence, or in sequences of one token.
     """
     packed, order = _packed(tokenizer, texts, samples, length, seed, what)
     return _checked(packed[order[:samples].sort().values], vocabulary, what)

@@ -255,9 +255,9 @@ def _drawn_runs(generator: np.random.Generator, runs: NDArray[np.float64], count
     """
     if len(runs) == 1:
         return runs
-    even = 1 / len(runs)
-    shares = generator.multinomial(len(runs), np.full(len(runs), even), size=count) / len(runs)
-    return (even + _studentized(generator, len(runs), count)[:, None] * (shares - even)) @ runs
+    equal = 1 / len(runs)
+    shares = generator.multinomial(len(runs), np.full(len(runs), equal), size=count) / len(runs)
+    return (equal + _studentized(generator, len(runs), count)[:, None] * (shares - equal)) @ runs
 
 
 def _studentized(generator: np.random.Generator, size: int, count: int) -> NDArray[np.float64]:

@@ -15,11 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qkern import __version__, _progress
-from qkern.calibration import (
-    LayerStream,
-    calibration_hash,
-    fill,
-)
+from qkern.calibration import LayerStream, calibration_hash, fill
 from qkern.checkpoints import (
     CheckpointWriter,
     TensorFolder,
