@@ -115,10 +115,10 @@ class Quantizer:
         model.write(self.source)
         matrices = [(name, shape) for name, shape in self.shapes.items() if len(shape) > 1]
         entries = (llama_cpp.llama_model_imatrix_data * (len(matrices) + 1))()
-        self.ones = (ctypes.c_float * max(np.prod(shape) for _, shape in matrices))(1.0)
-        ctypes.memmove(self.ones, np.ones(len(self.ones), dtype=np.float32).ctypes.data, 4 * len(self.ones))
+        self.ones = np.ones(max(np.prod(shape) for _, shape in matrices), np.float32)
+        ones = self.ones.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         for entry, (name, shape) in zip(entries, matrices, strict=False):  # the last has no name: the end
-            entry.name, entry.data = name.encode(), ctypes.cast(self.ones, ctypes.POINTER(ctypes.c_float))
+            entry.name, entry.data = name.encode(), ones
             entry.size = shape[-1] * (shape[0] if len(shape) == 3 else 1)
         self.importance = entries
 
