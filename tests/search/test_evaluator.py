@@ -110,7 +110,7 @@ def test_portions_and_first_chunks(tiny, problem, ids):
     rng = np.random.default_rng(0)
     genomes = [tuple(int(a) for a in rng.integers(0, 3, size=len(space))) for _ in range(5)]
     at_once = evaluator.kl(genomes)
-    small = Evaluator(stream, space, candidates, ids, states=1)
+    small = Evaluator(stream, space, candidates, ids, states=1, kept=0)
     candidates.asked.clear()
     assert small.kl(genomes) == at_once
     assert candidates.asked.count(0) == 5
@@ -122,6 +122,28 @@ def test_portions_and_first_chunks(tiny, problem, ids):
     assert [(96 * one + 24 * other) / 120 for one, other in zip(first, rest, strict=True)] == pytest.approx(
         at_once, rel=1e-6
     )
+
+
+@pytest.mark.parametrize("kept", [0, 30000, 1 << 29])
+def test_states_of_earlier_calls_are_kept(tiny, problem, ids, monkeypatch, kept):
+    stream, space, candidates = problem(tiny("llama").eval())
+    runs = []
+    through = stream.through
+    monkeypatch.setattr(stream, "through", lambda index, states: runs.append(index) or through(index, states))
+    evaluator = Evaluator(stream, space, candidates, ids, kept=kept)
+    genome = (0,) * len(space)
+    changed = (*genome[:-1], 1)  # in the last layer
+    found = [evaluator.kl([one], chunks) for chunks in (slice(2), slice(None)) for one in (genome, changed)]
+    fresh = Evaluator(stream, space, candidates, ids, kept=0)
+    runs.clear()
+    again = [fresh.kl([one], chunks) for chunks in (slice(2), slice(None)) for one in (genome, changed)]
+    assert found == again
+    assert runs == 2 * [0, 0, 1, 1] + 2 * [0, 0, 0, 1, 1, 1]
+    runs.clear()
+    evaluator.kl([changed])
+    evaluator.kl([genome])
+    # 48 tokens of 64 fp32 features are 12288 bytes: two such chunks fit 30000.
+    assert runs == {0: 2 * [0, 0, 0, 1, 1, 1], 30000: 2 * [0, 0, 0, 1, 1, 1]}.get(kept, [])
 
 
 def test_the_likeliest_tokens_alone(tiny, problem, ids):

@@ -1,6 +1,7 @@
 """Calibration: texts to batches of tokens, and layer-by-layer runs that capture what linears see."""
 
 from qkern.calibration.batches import bounded_length, calibration_hash, make_batches, split_batches
+from qkern.calibration.replay import Replay
 from qkern.calibration.skeleton import (
     Weights,
     bind_names,
@@ -16,6 +17,7 @@ from qkern.calibration.tokenizer import has_tokenizer, load_tokenizer
 
 __all__ = [
     "LayerStream",
+    "Replay",
     "Weights",
     "bind_names",
     "bounded_length",

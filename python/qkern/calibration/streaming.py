@@ -8,7 +8,7 @@ recorded once, for every layer, because it may differ from layer to layer.
 from __future__ import annotations
 
 import itertools
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qkern.calibration.products import fast_products
+from qkern.calibration.replay import Replay, replaced_forward
 from qkern.calibration.skeleton import Weights, filled
 from qkern.errors import UnsupportedError
 from qkern.nn import role
@@ -152,7 +153,7 @@ class LayerStream:
         with ExitStack() as stack:
             stack.enter_context(fast_products(self.device))
             for index, layer in enumerate(self.layers):
-                stack.enter_context(_replaced_forward(layer, partial(call, index)))
+                stack.enter_context(replaced_forward(layer, partial(call, index)))
             try:
                 return self.model(input_ids=chunk, use_cache=False)
             except _Stop:
@@ -166,7 +167,9 @@ class LayerStream:
             yield
 
     @torch.no_grad()
-    def run(self, index: int, *, watch: Mapping[str, Callable[[Tensor], None]]) -> None:
+    def run(
+        self, index: int, *, watch: Mapping[str, Callable[[Tensor], None]], replay: Replay | None = None
+    ) -> None:
         """Run layer `index` on all hidden states and show what linears receive; the states stay.
 
         Parameters
@@ -176,6 +179,8 @@ class LayerStream:
         watch : mapping
             Name of a linear inside the layer to a function that is given its input, chunk by chunk. A
             pass ends once all of them have been called.
+        replay : Replay, optional
+            Of this layer: what it knows is not computed again, and it learns.
         """
         layer = self.layers[index]
         pending: set[str] = set()
@@ -183,19 +188,24 @@ class LayerStream:
         def show(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
             watch[name](args[0])
             pending.discard(name)
-            if not pending:
+            if replay is not None:
+                replay.keep(chunk, name, args[0])
+            if not pending and (replay is None or chunk):
                 raise _Stop
 
         with ExitStack() as stack:
             for name in watch:
                 handle = layer.get_submodule(name).register_forward_pre_hook(partial(show, name))
                 stack.callback(handle.remove)
-            for hidden in self._hidden:
+            for chunk, hidden in enumerate(self._hidden):
                 pending.update(watch)
-                try:
-                    self._apply(index, hidden)
-                except _Stop:
-                    continue
+                with ExitStack() as surroundings:
+                    if replay is not None:
+                        surroundings.enter_context(replay.given(chunk, watch))
+                        if not chunk:
+                            surroundings.enter_context(replay.learning(watch))
+                    with suppress(_Stop):
+                        self._apply(index, hidden)
 
     @property
     def states(self) -> list[Tensor]:
@@ -203,9 +213,16 @@ class LayerStream:
         return list(self._hidden)
 
     @torch.no_grad()
-    def advance(self, index: int) -> None:
+    def advance(self, index: int, replay: Replay | None = None) -> None:
         """Replace the hidden states by what layer `index` makes of them, inside its `layer` block."""
-        self._hidden = self.through(index, self._hidden)
+        if replay is None:
+            self._hidden = self.through(index, self._hidden)
+            return
+        after = []
+        for chunk, hidden in enumerate(self._hidden):
+            with replay.given(chunk):
+                after.append(self._apply(index, hidden))
+        self._hidden = after
 
     @torch.no_grad()
     def through(self, index: int, states: Sequence[Tensor]) -> list[Tensor]:
@@ -310,15 +327,3 @@ def _same_tensors(first: Any, second: Any) -> bool:
         one is other or not isinstance(one, Tensor) or (isinstance(other, Tensor) and torch.equal(one, other))
         for one, other in pairs.values()
     )
-
-
-@contextmanager
-def _replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    had = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if had is not None:
-            module.forward = had

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qkern import _progress
+from qkern.calibration import Replay
 from qkern.errors import InputError
 from qkern.models import column_weight, set_column_weight
 from qkern.ops import dequantize_groupwise, gguf_decode, gguf_encode
@@ -184,10 +185,11 @@ def make_candidates(
     with _progress.task(f"candidates, {method}", total=last + 1, unit="layer") as progress:
         for index in range(min(last + 1, structure.count)):
             with stream.layer(index) as layer:
+                replay = Replay(layer)
                 if index in store.genes:
-                    _make_layer(stream, structure, layer, index, method, store)
+                    _make_layer(stream, structure, layer, index, method, store, replay)
                 if index < last:
-                    stream.advance(index)
+                    stream.advance(index, replay)
             progress.advance()
         if last == structure.count:
             _make_head(stream, str(structure.head), method, store, last)
@@ -202,6 +204,7 @@ def _make_layer(
     index: int,
     method: str,
     store: CandidateStore,
+    replay: Replay,
 ) -> None:
     """Make what a layer lacks, and leave the base's choices in it."""
     prefix, missing = stream.prefix(index), store.missing(index)
@@ -219,7 +222,7 @@ def _make_layer(
         made = {spelling: Finished() for spelling in missing}
         wanted = store.wanted(index)
         for stage in stages:
-            for group, seen in capture(stream, index, stage, _Seen).items():
+            for group, seen in capture(stream, index, stage, _Seen, replay).items():
                 names = [prefix + name for name in group]
                 for spelling, finished in made.items():
                     for name in names:

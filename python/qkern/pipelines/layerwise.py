@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from qkern.calibration import LayerStream
+    from qkern.calibration import LayerStream, Replay
     from qkern.calibration.streaming import Stage
     from qkern.models import Architecture, Structure
     from qkern.schemes import QuantizedWeight, Scheme
@@ -366,15 +366,19 @@ def capture(
     index: int,
     groups: Iterable[tuple[str, ...]],
     make: Callable[[int, torch.device], Seen],
+    replay: Replay | None = None,
 ) -> dict[tuple[str, ...], Seen]:
-    """Show each group's shared input, with the layer as it is now, to what `make` gives for its features."""
+    """Show each group's shared input, with the layer as it is now, to what `make` gives for its features.
+
+    `replay` is that of `LayerStream.run`.
+    """
     groups = tuple(groups)
     layer = stream.layers[index]
     seen = {}
     for group in groups:
         features = column_weight(layer.get_submodule(group[0])).shape[1]
         seen[group] = make(features, stream.device)
-    stream.run(index, watch={group[0]: seen[group].add for group in groups})
+    stream.run(index, watch={group[0]: seen[group].add for group in groups}, replay=replay)
     return seen
 
 

@@ -18,7 +18,7 @@ from qkern.search.assignment import KEPT
 from qkern.search.space import EMBEDDING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
     from qkern.calibration import LayerStream
     from qkern.schemes import QuantizedWeight
@@ -53,7 +53,8 @@ class Evaluator:
     """Scores genomes by KL(original || genome) over the calibration tokens.
 
     All genomes of a call go through a layer before any goes on to the next one, and genomes that agree up
-    to a layer share their states up to it. So changing one gene costs the layers from there on alone.
+    to a layer share their states up to it, those of the latest calls included. So changing one gene costs
+    the layers from there on alone.
 
     Parameters
     ----------
@@ -71,7 +72,9 @@ class Evaluator:
         Put the dequantized weights into the model's own linears, instead of running the codes on qkern's
         kernels.
     states : int
-        Bytes of hidden states that may be alive at once; genomes are taken in portions to fit.
+        Bytes of hidden states that may be alive in a call; genomes are taken in portions to fit.
+    kept : int
+        Bytes of hidden states that are kept from call to call beside them, the latest.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Evaluator:
         top_k: int | None = None,
         simulate: bool = False,
         states: int = 2 << 30,
+        kept: int = 1 << 29,
     ) -> None:
         self.stream = stream
         self.top_k = top_k
@@ -91,6 +95,7 @@ class Evaluator:
         self.candidates = candidates
         self.simulate = simulate
         self._limit = states
+        self._kept = _Latest(kept)
         self._ids = ids
         self._first = self._embedded()
         self._sizes = [len(state) for state in stream.states]
@@ -140,14 +145,22 @@ class Evaluator:
     def _walk(self, genomes: Sequence[Genome], chunks: slice = slice(None)) -> dict[Genome, list[Tensor]]:
         """Return the outputs of the last layer by genome without the head's genes."""
         states = {prefix: first[chunks] for prefix, first in self._first.items()}
+        numbers = range(len(self._sizes))[chunks]
         done = len(self._genes(EMBEDDING))
         for index, end in enumerate(self._ends[:-1]):
             with self.stream.layer(index) as layer, self._places(layer, index) as place:
                 after: dict[Genome, list[Tensor]] = {}
                 # In order, so that neighbours differ little.
                 for prefix in sorted({genome[:end] for genome in genomes}):
-                    place(prefix[done:])
-                    after[prefix] = self.stream.through(index, states[prefix[:done]])
+                    after[prefix] = []
+                    for number, state in zip(numbers, states[prefix[:done]], strict=True):
+                        key = index, prefix, number
+                        output = self._kept.get(key)
+                        if output is None:
+                            place(prefix[done:])
+                            (output,) = self.stream.through(index, [state])
+                        self._kept.put(key, output)
+                        after[prefix].append(output)
             states, done = after, end
         return states
 
@@ -160,10 +173,15 @@ class Evaluator:
             index, {full: layer.get_submodule(full.removeprefix(prefix)) for full in _names(genes)}
         )
 
+        placed = [ORIGINAL] * len(genes)
+
         def place(alleles: Sequence[int]) -> None:
-            for gene, allele in zip(genes, alleles, strict=True):
+            for number, (gene, allele) in enumerate(zip(genes, alleles, strict=True)):
+                if placed[number] == allele:
+                    continue
                 for full in gene.names:
                     _set_submodule(layer, full.removeprefix(prefix), make(gene, full, allele))
+                placed[number] = allele
 
         try:
             yield place
@@ -276,6 +294,26 @@ class Evaluator:
                 yield through
             finally:
                 _set_submodule(stream.model, name, head)
+
+
+class _Latest:
+    """Tensors that were asked for last, up to some bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._bytes = 0
+        self._found: dict[Hashable, Tensor] = {}  # the latest last
+
+    def get(self, key: Hashable) -> Tensor | None:
+        return self._found.get(key)
+
+    def put(self, key: Hashable, value: Tensor) -> None:
+        """Make a tensor the latest, and drop the others that are too many."""
+        if self._found.pop(key, None) is None:
+            self._bytes += value.nbytes
+        self._found[key] = value
+        while self._bytes > self._limit:
+            self._bytes -= self._found.pop(next(iter(self._found))).nbytes
 
 
 def _set_submodule(module: nn.Module, name: str, child: nn.Module) -> None:
