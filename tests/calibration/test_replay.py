@@ -126,15 +126,45 @@ def test_what_is_more_than_its_last_linear_runs_again(tiny, calls, kind):
     for layer in model.model.layers:
         layer.mlp = Ending(kind)
     whole, short = stream_of(model), stream_of(model)
-    states = []
+    states, shown = [], []
     for stream in (whole, short):
         with stream.layer(0) as layer:
             replay = None if stream is whole else Replay(layer)
-            stream.run(0, watch={"mlp.down": lambda x: None}, replay=replay)
+            inputs = []
+            stream.run(0, watch={"mlp.down": lambda x, to=inputs: to.append(x.clone())}, replay=replay)
+            shown.append(inputs)
             calls.clear()
             stream.advance(0, replay)
             ran = calls.count(layer.mlp.up)
         states.append(stream.states)
     assert all(map(torch.equal, *states))
+    assert [len(inputs) for inputs in shown] == [3, 3]
+    assert all(map(torch.equal, *shown))
     # Of the first chunk alone a pass came as far as to write.
     assert ran == {"plain": 0, "written": 1}.get(kind, 3)
+
+
+class Chain(torch.nn.Module):
+    """Blocks one after another, whose linears are named as those of experts are."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Ending("plain") for _ in range(2))
+
+    def forward(self, x):
+        return self.blocks[1](self.blocks[0](x))
+
+
+def test_blocks_one_after_another_run_again(tiny):
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.mlp = Chain()
+    whole, short = stream_of(model), stream_of(model)
+    with whole.layer(0) as layer:
+        stages = whole.discover(0, list(named_linears(layer)))
+    assert (("mlp.blocks.0.down",), ("mlp.blocks.1.down",)) in stages
+    expected, states = quantized_in_turn(whole, 0, stages, lambda _: None)
+    found, others = quantized_in_turn(short, 0, stages, Replay)
+    for name, inputs in expected.items():
+        assert all(map(torch.equal, found[name], inputs))
+    assert all(map(torch.equal, others, states))

@@ -1,6 +1,7 @@
 """KL of genomes layer by layer, against whole models with the same layers."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from qkern.evaluation import kl_divergence, perplexity
 from qkern.models import column_weight, describe
 from qkern.nn import QuantLinear, compute_mode
 from qkern.ops import dequantize_groupwise, gguf_decode, gguf_encode
-from qkern.search import EMBEDDING, ORIGINAL, RUNTIMES, Evaluator, candidate_key, make_space
+from qkern.search import EMBEDDING, ORIGINAL, RUNTIMES, Evaluator, Space, candidate_key, make_space
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +125,7 @@ def test_portions_and_first_chunks(tiny, problem, ids):
     )
 
 
-@pytest.mark.parametrize("kept", [0, 30000, 1 << 29])
+@pytest.mark.parametrize("kept", [0, 60000, 70000, 1 << 29])
 def test_states_of_earlier_calls_are_kept(tiny, problem, ids, monkeypatch, kept):
     stream, space, candidates = problem(tiny("llama").eval())
     runs = []
@@ -142,8 +143,31 @@ def test_states_of_earlier_calls_are_kept(tiny, problem, ids, monkeypatch, kept)
     runs.clear()
     evaluator.kl([changed])
     evaluator.kl([genome])
-    # 48 tokens of 64 fp32 features are 12288 bytes: two such chunks fit 30000.
-    assert runs == {0: 2 * [0, 0, 0, 1, 1, 1], 30000: 2 * [0, 0, 0, 1, 1, 1]}.get(kept, [])
+    # Of 64 fp32 features; 5 sequences of 24 tokens are 30720 bytes a layer. The first was dropped by 70000.
+    again = 2 * [0, 0, 0, 1, 1, 1]
+    assert runs == {0: again, 60000: again, 70000: [1, 1, 1]}.get(kept, [])
+    assert evaluator._kept._bytes <= kept
+
+
+def test_an_interrupted_call_leaves_the_layer_as_it_was(tiny, problem, ids, monkeypatch):
+    model = tiny("llama").eval()
+    stream, space, candidates = problem(model)
+    first, second, *rest = space.genes  # of q_proj and k_proj
+    names = (*first.names, *second.names)
+    tied = Space((replace(first, names=names, weights=first.weights + second.weights), *rest))
+    evaluator = Evaluator(stream, tied, candidates, ids)
+    make = evaluator._module
+
+    def fail_at_the_second(linear, *arguments):
+        if linear is stream.layers[0].get_submodule("self_attn.k_proj"):
+            raise MemoryError("no memory")
+        return make(linear, *arguments)
+
+    monkeypatch.setattr(evaluator, "_module", fail_at_the_second)
+    with pytest.raises(MemoryError, match="no memory"):
+        evaluator.kl([(0,) * len(tied)])
+    assert not any(isinstance(module, QuantLinear) for module in stream.model.modules())
+    assert evaluator.kl([(ORIGINAL,) * len(tied)]) == [0.0]
 
 
 def test_the_likeliest_tokens_alone(tiny, problem, ids):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
+
+from qkern.nn import role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -49,20 +51,36 @@ class Replay:
     @contextmanager
     def learning(self, names: Iterable[str]) -> Iterator[None]:
         """See which of some linears end a module, while the whole layer runs on the first chunk."""
-        results: dict[str, list[Any]] = defaultdict(list)
+        ran: Counter[str] = Counter()
+        results: dict[str, Any] = {}
+        ends: dict[str, tuple[str, Callable[[Any], Any]]] = {}
+        linears: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            path = name.rpartition(".")[0]
+            # Linears that differ in a number are changed at once, even where one comes before the other.
+            if path and role(name) == name:
+                linears[path].append(name)
 
-        def note(path: str, module: nn.Module, args: Any, result: Any) -> None:
-            results[path].append(result)
+        def of_linear(name: str, module: nn.Module, args: Any, result: Any) -> None:
+            ran[name] += 1
+            results[name] = result
 
-        paths = {name: name.rpartition(".")[0] for name in names}
+        def of_module(path: str, module: nn.Module, args: Any, result: Any) -> None:
+            ran[path] += 1
+            for name in linears[path]:
+                wrap = _wrapping(results.pop(name, None), result)
+                if wrap is not None:
+                    ends[name] = path, wrap
+
         with ExitStack() as stack:
-            for path in {*paths, *paths.values()} - {""}:
-                handle = self._layer.get_submodule(path).register_forward_hook(partial(note, path))
-                stack.callback(handle.remove)
+            for path, inside in linears.items():
+                hooks = {name: partial(of_linear, name) for name in inside} | {path: partial(of_module, path)}
+                for place, hook in hooks.items():
+                    handle = self._layer.get_submodule(place).register_forward_hook(hook)
+                    stack.callback(handle.remove)
             yield
-        for name, path in paths.items():
-            wrap = _wrapping(results[name], results[path])
-            if wrap is not None:
+        for name, (path, wrap) in ends.items():
+            if ran[name] == ran[path] == 1:
                 self._ends[name] = path, wrap
         for name in self._inputs[0].keys() - self._ends.keys():
             self._left += self._inputs[0].pop(name)[0].nbytes
@@ -90,16 +108,15 @@ def _again(*_: Any, linear: nn.Module, x: Tensor, wrap: Callable[[Any], Any], **
     return wrap(linear(x))
 
 
-def _wrapping(linear: list[Any], module: list[Any]) -> Callable[[Any], Any] | None:
-    """Return what makes a module's result of its last linear's; None if that is not all, or it ran twice."""
-    if len(linear) != 1 or len(module) != 1:
+def _wrapping(linear: Any, module: Any) -> Callable[[Any], Any] | None:
+    """Return what makes a module's result of its last linear's; None if that is not all there is to it."""
+    if linear is None:
         return None
-    if module[0] is linear[0]:
+    if module is linear:
         return lambda result: result
-    if isinstance(module[0], tuple) and module[0][0] is linear[0]:
-        rest = module[0][1:]
-        if all(part is None for part in rest):
-            return lambda result: (result, *rest)
+    if type(module) is tuple and module and module[0] is linear and all(part is None for part in module[1:]):
+        rest = module[1:]
+        return lambda result: (result, *rest)
     return None
 
 

@@ -186,6 +186,8 @@ class LayerStream:
         pending: set[str] = set()
 
         def show(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not pending:
+                return  # all were shown: the rest of the pass is for the replay
             watch[name](args[0])
             pending.discard(name)
             if replay is not None:

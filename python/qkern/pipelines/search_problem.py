@@ -94,6 +94,8 @@ class Problem:
     ) -> tuple[CandidateStore, CachedLosses]:
         """Candidates of a space (default: the plan's), made now or before, and what evaluates them."""
         plan, scored = self.plan, self.texts.scored
+        # A single genome does not come back.
+        kept = {} if space is None else {"kept": 0}
         space = plan.space if space is None else space
         candidates = make_candidates(
             self.stream,
@@ -105,7 +107,7 @@ class Problem:
             base=base,
         )
         evaluator = Evaluator(
-            self.stream, space, candidates, scored, top_k=self.top_k, simulate=self.simulate
+            self.stream, space, candidates, scored, top_k=self.top_k, simulate=self.simulate, **kept
         )
         facts = [
             [(gene.names, gene.alleles) for gene in space.genes],
@@ -178,6 +180,7 @@ class Problem:
         losses = self.single(evaluate)
         optimum = lagrangian(space, losses, budget)
         if self.plan.method != "rtn":  # whose codes do not depend on what is before them in the model
+            del evaluate  # its states go before the next ones come
             _, evaluate = self.opened(space.assignment(optimum))
         before = evaluate.evaluated
         stages = cuts(evaluate.chunks)

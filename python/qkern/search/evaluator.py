@@ -74,7 +74,8 @@ class Evaluator:
     states : int
         Bytes of hidden states that may be alive in a call; genomes are taken in portions to fit.
     kept : int
-        Bytes of hidden states that are kept from call to call beside them, the latest.
+        Bytes of hidden states that are kept from call to call beside them, the latest. None are if those of
+        one genome are more: they would be gone before they are asked for.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Evaluator:
         self.candidates = candidates
         self.simulate = simulate
         self._limit = states
-        self._kept = _Latest(kept)
+        self._kept = _Latest(0)
         self._ids = ids
         self._first = self._embedded()
         self._sizes = [len(state) for state in stream.states]
@@ -107,6 +108,8 @@ class Evaluator:
         original = (ORIGINAL,) * len(space)
         self._expected: dict[tuple[int, int, int], Tensor] = {}
         self._reference = self._walk([original])[original[: self._ends[-2]]]
+        if count * sum(state.nbytes for state in self._reference) <= kept:
+            self._kept = _Latest(kept)
 
     def kl(self, genomes: Sequence[Genome], chunks: slice = slice(None)) -> list[float]:
         """KL of each genome in nats, over some chunks of sequences."""
@@ -173,12 +176,13 @@ class Evaluator:
             index, {full: layer.get_submodule(full.removeprefix(prefix)) for full in _names(genes)}
         )
 
-        placed = [ORIGINAL] * len(genes)
+        placed: list[int | None] = [ORIGINAL] * len(genes)
 
         def place(alleles: Sequence[int]) -> None:
             for number, (gene, allele) in enumerate(zip(genes, alleles, strict=True)):
                 if placed[number] == allele:
                     continue
+                placed[number] = None  # until all of them are
                 for full in gene.names:
                     _set_submodule(layer, full.removeprefix(prefix), make(gene, full, allele))
                 placed[number] = allele
