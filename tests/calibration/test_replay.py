@@ -27,7 +27,7 @@ def uneven_chunks(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Calls of every linear inside the layers, by name, in what follows."""
+    """Every linear that is called from then on, in turn."""
     found = []
     forward = torch.nn.Linear.forward
 
@@ -100,7 +100,7 @@ def test_a_linear_before_the_last_is_still_shown(tiny):
 
 
 class Ending(torch.nn.Module):
-    """An MLP whose result is not, or not always, its last linear's of what that received."""
+    """An MLP that does more, or not, than to give what its last linear makes of its input."""
 
     def __init__(self, kind):
         super().__init__()
